@@ -1,0 +1,45 @@
+// Element types as they lie in memory. Arithmetic is done in Accum<T>: fp32, or fp64 for fp64.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace llmkern {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class DType : int { f32, bf16, f16, f64 };
+
+static inline size_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+template <class T>
+struct AccumOf {
+  using type = float;
+};
+template <>
+struct AccumOf<double> {
+  using type = double;
+};
+template <class T>
+using Accum = typename AccumOf<T>::type;
+
+// Calls f with a value of the C++ type that dtype names: visit(dtype, [&](auto t) { using T = decltype(t); ... }).
+template <class F>
+static inline decltype(auto) visit(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    case DType::f64:
+      return f(double{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace llmkern

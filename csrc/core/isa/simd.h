@@ -1,0 +1,233 @@
+// Vectors of the instruction set that this unit is compiled for, as GCC/Clang vector extensions: one source serves
+// SSE2, AVX2, AVX-512 and NEON. Included by core/isa/*.cpp only; everything lives in the unit's own namespace.
+//
+//   Vec<A>                 A = float, double; kLanes<A> elements
+//   load<A>(p[, n, fill])  from float, double, bf16, f16; n < kLanes loads a tail and fills the rest
+//   store(p, v[, n])       rounds to nearest even
+//   exp, sigmoid, tanh     fp32 within 1-2 ulp; fp64 lane by lane through libm
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "core/dtype.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+typedef float vf32 __attribute__((vector_size(kVectorBytes)));
+typedef double vf64 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t vi32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t vu32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = vf32;
+};
+template <>
+struct VecOf<double> {
+  using type = vf64;
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class A>
+static inline Vec<A> splat(A x) {
+  return Vec<A>{} + x;
+}
+
+template <class To, class From>
+static inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// --- load and store -----------------------------------------------------------------------------------------
+
+template <class A>
+static inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+static inline vf32 load(const bf16* p) {
+  vu16 h;
+  memcpy(&h, p, sizeof h);
+  return bits_as<vf32>(__builtin_convertvector(h, vu32) << 16);
+}
+
+template <class A>
+static inline vf32 load(const f16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf32>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<vf32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vf32 v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(bits_as<_Float16>(p[i].bits));
+  return v;
+#endif
+}
+
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+static inline void store(bf16* p, vf32 v) {
+  const vu32 u = bits_as<vu32>(v);
+  const vu32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu32 nan = (u >> 16) | 0x40u;
+  const vu16 h = __builtin_convertvector(v == v ? rounded : nan, vu16);
+  memcpy(p, &h, sizeof h);
+}
+
+static inline void store(f16* p, vf32 v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = bits_as<uint16_t>(static_cast<_Float16>(v[i]));
+#endif
+}
+
+// Tails: the first n elements only; memory past them is neither read nor written.
+template <class A, class T>
+static inline Vec<A> load(const T* p, int n, A fill) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Vec<A>>(
+        _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p));
+#endif
+  T buffer[kLanes<A>] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  Vec<A> v = load<A>(buffer);
+  for (int i = n; i < kLanes<A>; ++i) v[i] = fill;
+  return v;
+}
+
+template <class T>
+static inline void store(T* p, Vec<Accum<T>> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+    return;
+  }
+#endif
+  T buffer[kLanes<Accum<T>>];
+  store(buffer, v);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+// Scalars, by the same rounding.
+template <class T>
+static inline Accum<T> load_one(const T* p) {
+  return load<Accum<T>>(p, 1, Accum<T>{})[0];
+}
+template <class T>
+static inline void store_one(T* p, Accum<T> x) {
+  store(p, splat<Accum<T>>(x), 1);
+}
+
+// --- arithmetic ---------------------------------------------------------------------------------------------
+
+template <class V>
+static inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Fixed trees: the order of a reduction depends on the lane count only.
+template <class A, class V, class F>
+static inline A reduce(V v, F f) {
+  A lane[kLanes<A>];
+  memcpy(lane, &v, sizeof v);
+  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = f(lane[i], lane[i + width]);
+  return lane[0];
+}
+template <class A>
+static inline A reduce_add(Vec<A> v) {
+  return reduce<A>(v, [](A a, A b) { return a + b; });
+}
+template <class A>
+static inline A reduce_max(Vec<A> v) {
+  return reduce<A>(v, [](A a, A b) { return a > b ? a : b; });
+}
+
+// exp by Cody-Waite reduction to |r| <= ln2/2 and a degree-6 polynomial; 2^n in two factors, so that results down to
+// the smallest denormal and up to infinity come out right. NaN stays NaN.
+static inline vf32 exp(vf32 x) {
+  x = x < -104.0f ? splat(-104.0f) : x;
+  x = x > 89.0f ? splat(89.0f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf32 shifted = x * 1.44269504088896341f + magic;
+  const vf32 n = shifted - magic;
+  vf32 r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vi32 k = bits_as<vi32>(shifted) - 0x4b400000;
+  const vi32 half = k >> 1;
+  return p * bits_as<vf32>((half + 127) << 23) * bits_as<vf32>((k - half + 127) << 23);
+}
+
+static inline vf64 exp(vf64 x) {
+  vf64 y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = ::exp(x[i]);
+  return y;
+}
+
+template <class V>
+static inline V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+// tanh: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would cancel.
+static inline vf32 tanh(vf32 x) {
+  const vf32 a = x < 0 ? -x : x;
+  const vf32 z = x * x;
+  vf32 p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const vf32 small = p * z * x + x;
+  vf32 large = 1 - 2 / (exp(2 * a) + 1);
+  large = x < 0 ? -large : large;
+  return a < 0.625f ? small : large;
+}
+
+static inline vf64 tanh(vf64 x) {
+  vf64 y;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = ::tanh(x[i]);
+  return y;
+}
+
+}  // namespace llmkern::cpu::LLMKERN_ISA

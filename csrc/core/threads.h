@@ -1,0 +1,37 @@
+// One parallel region per call, on the process's OpenMP pool (torch's own, so torch.set_num_threads is obeyed).
+//
+// Work is split into contiguous ranges. Which thread takes which range never changes a result: every kernel owns its
+// outputs by index, and sums are taken in an order that does not depend on the number of threads.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+
+namespace llmkern::cpu {
+
+// Calls f(begin, end) on disjoint ranges that cover [0, n), each of at least `grain` items where n allows it.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  const int64_t wanted = std::min<int64_t>(omp_get_max_threads(), std::max<int64_t>(1, n / std::max<int64_t>(1, grain)));
+  if (wanted <= 1 || omp_in_parallel()) return f(int64_t{0}, n);
+  std::exception_ptr error = nullptr;
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+  {
+    const int64_t threads = omp_get_num_threads(), t = omp_get_thread_num();
+    const int64_t begin = n * t / threads, end = n * (t + 1) / threads;
+    if (begin < end) {
+      try {
+        f(begin, end);
+      } catch (...) {
+#pragma omp critical(llmkern_parallel_for)
+        error = std::current_exception();
+      }
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace llmkern::cpu

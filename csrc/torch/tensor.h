@@ -1,0 +1,56 @@
+// What every binding needs: torch tensors in, raw pointers out.
+//
+// Bindings trust their caller (llmkern/ops): tensors come in contiguous and of the right shapes; what memory safety
+// depends on is checked again here.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/memory.h"
+
+namespace llmkern {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+inline void require(bool ok, const std::string& message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      throw std::invalid_argument("expected float32, bfloat16, float16 or float64");
+  }
+}
+
+inline void require_contiguous(const Tensor& t, const char* name) {
+  require(t.is_cpu() && t.is_contiguous(), std::string(name) + ": expected a contiguous CPU tensor");
+}
+
+// Uninitialised, like `self` but of these sizes, on huge pages where it is large.
+inline Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor t = torch::stable::new_empty(self, sizes, dtype);
+  constexpr size_t kLarge = size_t{4} << 20;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes >= kLarge) cpu::advise_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
+}  // namespace llmkern

@@ -1,0 +1,35 @@
+"""Fused kernels for embedding → recurrent → softmax models in PyTorch.
+
+``import llmkern.nn as nn`` is the only change a model needs: the same classes, the same numbers, the same
+``state_dict``, faster. ``llmkern.explain(module, *inputs)`` says what ran and why; ``with llmkern.backend(name)``
+forces a backend; ``python -m llmkern info`` says what this installation can do.
+
+Submodules load on first use, so that ``llmkern.numpy`` works without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["backend", "explain", "functional", "nn", "numpy", "optim", "reference"]
+
+if TYPE_CHECKING:
+    from . import functional, nn, numpy, optim, reference
+    from .dispatch import backend, explain
+
+_HOME = {"backend": "dispatch", "explain": "dispatch"}
+_SUBMODULES = {"dispatch", "functional", "kernels", "native", "nn", "numpy", "ops", "optim", "reference"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

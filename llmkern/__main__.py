@@ -1,0 +1,5 @@
+"""``python -m llmkern``: info, demo, bench."""
+
+from .cli import app
+
+app(prog_name="python -m llmkern")

@@ -1,0 +1,204 @@
+"""The one place that chooses a backend.
+
+``TABLE`` says, for every op, which backend serves which devices, dtypes and options. :func:`pick` walks the backends
+in order and takes the first that serves the call:
+
+``native``     C++ on the CPU (``csrc/``)
+``triton``     Triton on a GPU, or under Triton's interpreter (``kernels/``)
+``torch``      torch's own function, called exactly as the user called ours
+``reference``  pure PyTorch (``llmkern/reference/``): complete, differentiable, and not in a hurry
+
+A forced backend (``with backend(name)``, or ``LLMKERN_BACKEND``) that cannot serve raises; only ``auto`` falls back,
+and :func:`explain` tells it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("native", "triton", "torch", "reference")
+_MODULES = {"native": "llmkern.native", "triton": "llmkern.kernels", "reference": "llmkern.reference"}
+
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_GPU_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend serves of one op. ``options`` are the non-default options it knows; an option is named by
+    its keyword argument. ``unless(sizes)`` gives a reason to leave a size to another backend, or ``None``."""
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype] = _FLOATS
+    options: frozenset[str] = frozenset()
+    unless: Callable[[dict[str, int]], str | None] | None = None
+
+
+def _cpu(*options: str, **kwargs: Any) -> Support:
+    return Support(frozenset({"cpu"}), _FLOATS, frozenset(options), **kwargs)
+
+
+# An op's kernels by backend. `torch` and `reference` need no entry: torch serves every option but those listed in
+# TORCH_LACKS, the reference serves everything.
+TABLE: dict[str, dict[str, Support]] = {
+    "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
+    "embedding_bag": {},
+}
+TORCH_LACKS: dict[str, frozenset[str]] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: ``rejected`` holds, in order, each backend passed over and why."""
+
+    op: str
+    backend: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.reason})"]
+        return "\n".join(lines + [f"    not {name}: {why}" for name, why in self.rejected])
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot serve the call."""
+
+
+def _check_name(name: str, where: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: unknown backend {name!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+    return name
+
+
+# Process-wide, like torch.backends' flags. LLMKERN_BACKEND is read once.
+_forced = _check_name(os.environ.get("LLMKERN_BACKEND", "auto"), "LLMKERN_BACKEND")
+_trace: list[Choice] | None = None
+_unavailable: dict[str, str | None] = {"torch": None, "reference": None}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces every op inside the block onto one backend; ``"auto"`` lifts a force from outside.
+
+    The choice is made when the forward runs; its backward follows it, also after the block has ended. Process-wide,
+    not per thread.
+
+    Raises:
+        ValueError: if ``name`` is none of ``auto``, ``native``, ``triton``, ``torch``, ``reference``.
+        BackendError: from an op inside the block that the backend cannot serve.
+    """
+    global _forced
+    before, _forced = _forced, _check_name(name, "llmkern.backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def load(name: str) -> ModuleType:
+    """The namespace of a backend's functions."""
+    return importlib.import_module(_MODULES[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine at all, or ``None`` if it can."""
+    if name not in _unavailable:
+        try:
+            _unavailable[name] = load(name).unavailable()
+        except ImportError as error:
+            _unavailable[name] = str(error)
+    return _unavailable[name]
+
+
+def _obstacle(
+    name: str, op: str, tensors: tuple[torch.Tensor, ...], options: Iterable[str], sizes: dict[str, int]
+) -> str | None:
+    """Why backend `name` does not serve this call, or None if it does."""
+    if name == "reference":
+        return None
+    if name == "torch":
+        lacks = [o for o in options if o in TORCH_LACKS.get(op, ())]
+        return f"torch has no option {', '.join(lacks)}" if lacks else None
+    if name not in TABLE[op]:
+        return "no kernel for this op yet"
+    if (reason := unavailable(name)) is not None:
+        return reason
+    support = TABLE[op][name]
+    first = tensors[0]
+    if first.device.type not in support.devices:
+        return f"serves {', '.join(sorted(support.devices))}, not {first.device.type}"
+    if first.dtype not in support.dtypes:
+        return f"does not serve {first.dtype}"
+    for other in tensors[1:]:
+        if other.device != first.device or other.dtype != first.dtype:
+            return f"mixed arguments: {first.dtype} on {first.device}, {other.dtype} on {other.device}"
+    if any(t.layout != torch.strided for t in tensors):
+        return "serves strided tensors only"
+    unserved = [o for o in options if o not in support.options]
+    if unserved:
+        return f"does not serve {', '.join(unserved)}"
+    return support.unless(sizes) if support.unless else None
+
+
+def pick(op: str, *tensors: torch.Tensor, options: Iterable[str] = (), **sizes: int) -> str:
+    """The backend that serves a call of ``op``.
+
+    Args:
+        op: a key of ``TABLE``.
+        tensors: the floating tensors of the call; they must share device and dtype for a kernel to serve them.
+        options: names of the options that are in use with other than their neutral values.
+        sizes: what a size rule of the table may want to see.
+
+    Raises:
+        BackendError: if a backend is forced and cannot serve, with the reason.
+    """
+    order = BACKENDS if _forced == "auto" else (_forced,)
+    rejected: list[tuple[str, str]] = []
+    for name in order:
+        obstacle = _obstacle(name, op, tensors, options, sizes)
+        if obstacle is None:
+            if _trace is not None:
+                reason = "forced" if _forced != "auto" else "first backend that serves this call"
+                _trace.append(Choice(op, name, reason, tuple(rejected)))
+            return name
+        rejected.append((name, obstacle))
+    raise BackendError(
+        f"{op}: backend {_forced!r} was forced, but {rejected[0][1]}; use backend('auto') to allow a fallback"
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ran and why: one :class:`Choice` per op call, in order. ``print`` it."""
+
+    choices: tuple[Choice, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.choices)) or "no llmkern op was called"
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return tuple(choice.backend for choice in self.choices)
+
+
+def explain(function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
+    """Runs ``function(*inputs, **kwargs)`` (a module or a function) and says which backends served it and why.
+
+    The call is real: a module in training mode draws its dropout, and errors come through.
+    """
+    global _trace
+    before, _trace = _trace, []
+    try:
+        function(*inputs, **kwargs)
+        return Explanation(tuple(_trace))
+    finally:
+        _trace = before

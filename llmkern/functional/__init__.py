@@ -1,0 +1,24 @@
+"""``torch.nn.functional``, with kernels: the same names, arguments and results; other names are torch's own.
+
+Functions check and normalise their arguments once, pick a backend, and reduce; malformed calls are handed to torch,
+so that errors are torch's, word for word.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional
+
+from .embedding import embedding, embedding_bag
+
+if TYPE_CHECKING:
+    from torch.nn.functional import *  # noqa: F403
+
+__all__ = ["embedding", "embedding_bag"]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn.functional, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn.functional)})

@@ -1,0 +1,67 @@
+"""Embedding lookup and bags, as ``torch.nn.functional`` has them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch, ops
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of ``weight`` at ``input``; see :func:`torch.nn.functional.embedding`.
+
+    Args:
+        input: indices of any shape ``(*)``, int32 or int64, each in ``[0, V)``.
+        weight: table ``(V, D)``.
+        padding_idx: a row that gets no gradient; negative counts from the end. Default: none.
+        max_norm: looked-up rows of a larger norm are scaled down to it, in place. Default: off.
+        norm_type: the p of that norm. Default: 2.
+        scale_grad_by_freq: divides a row's gradient by its count in the batch. Default: ``False``.
+        sparse: the gradient of ``weight`` is a sparse tensor. Default: ``False``.
+
+    Returns:
+        ``(*, D)``, of ``weight``'s dtype.
+
+    Raises:
+        IndexError: if an index is outside ``[0, V)``: "index out of range in self".
+
+    The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not saturate,
+    as torch's do.
+    """
+    options = []
+    if padding_idx is not None:
+        options.append("padding_idx")
+    if max_norm is not None:
+        options.append("max_norm")
+    if scale_grad_by_freq:
+        options.append("scale_grad_by_freq")
+    if sparse:
+        options.append("sparse")
+    served = weight.dim() == 2 and input.dtype in (torch.int64, torch.int32) and input.device == weight.device
+    if padding_idx is not None:
+        served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
+    backend = "torch" if not served else dispatch.pick("embedding", weight, options=options)
+    if backend == "torch" or "max_norm" in options or "sparse" in options:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if padding_idx is None:
+        padding_idx = -1
+    elif padding_idx < 0:
+        padding_idx += weight.shape[0]
+    out = ops.embedding(
+        weight.contiguous(), input.reshape(-1).contiguous(), padding_idx, scale_grad_by_freq, backend
+    )
+    return out.view(*input.shape, weight.shape[1])
+
+
+def embedding_bag(*args, **kwargs):
+    return F.embedding_bag(*args, **kwargs)

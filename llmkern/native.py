@@ -1,0 +1,47 @@
+"""The native CPU backend: the op library ``_C_cpu``, under the backend function names.
+
+The functions here are the ops of ``csrc/torch`` as they are: tensors in, tensors out, no autograd, no checks beyond
+what memory safety needs. They appear when the library loads; :func:`unavailable` says why it did not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).parent
+_LIBRARY = _HERE / "_C_cpu.so"
+
+
+def build_info() -> dict[str, Any]:
+    """What ``setup.py`` built and what it skipped, with reasons; empty if the package was never built."""
+    path = _HERE / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return build_info().get("missing", {}).get("_C_cpu", "the op library was not built")
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the op library does not load: {error}"
+    return None
+
+
+_reason = _load()
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run here, or ``None`` if it can."""
+    return _reason
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or _reason is not None or not hasattr(torch.ops.llmkern_cpu, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = globals()[name] = getattr(torch.ops.llmkern_cpu, name).default
+    return function

@@ -1,0 +1,33 @@
+"""``torch.nn`` with kernels: ``import llmkern.nn as nn`` is the only change a model needs.
+
+The classes below are torch's, constructor for constructor, and keep its ``state_dict``; every other name, and every
+submodule (``nn.functional`` apart, which is ``llmkern.functional``), is torch's own.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch.nn
+
+from .. import functional
+from .embedding import Embedding
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403
+
+__all__ = ["Embedding", "functional"]
+
+# So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
+sys.modules[f"{__name__}.functional"] = functional
+for _name in ("init", "parameter", "utils", "utils.rnn", "utils.parametrizations", "modules", "parallel"):
+    __import__(f"torch.nn.{_name}")
+    sys.modules[f"{__name__}.{_name}"] = sys.modules[f"torch.nn.{_name}"]
+del _name
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(torch.nn)})

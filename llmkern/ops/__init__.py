@@ -1,0 +1,9 @@
+"""Torch ops: schema, fake and autograd of each, one file per op.
+
+An op here works on canonical arguments (contiguous, one layout, per-row results) and takes the backend as its last
+argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
+"""
+
+from .embedding import embedding
+
+__all__ = ["embedding"]

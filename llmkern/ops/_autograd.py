@@ -1,0 +1,95 @@
+"""Derivatives of kernels beyond the first, through the differentiable reference.
+
+A kernel gives a forward and a backward. Whoever differentiates a backward again, or asks for a forward-mode
+derivative, gets it from the pure-PyTorch reference: right, and at the reference's cost. ``torch.func.vjp`` is used
+rather than ``autograd.grad`` because it works under ``torch.func`` transforms too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd import Function
+
+
+def differentiating(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors may be differentiated; if not, the kernel runs without an autograd node."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class KernelFunction(Function):
+    """An ``autograd.Function`` over ops, for eager, compiled and ``torch.func`` use: call :meth:`run`, not ``apply``.
+
+    Subclasses give ``forward(*inputs)``, ``setup_context``, ``backward`` and, in place of ``jvp``, ``tangent``.
+    No one form serves all three uses: the compiler refuses a Function with a ``jvp``, ``torch.func`` demands a
+    separate ``setup_context``, and that costs 60 us a call in eager mode. :meth:`run` takes the form that fits.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return cls.apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return _transformed(cls).apply(*args)
+        return _eager(cls).apply(*args)
+
+
+@cache
+def _transformed(function: type[KernelFunction]) -> type[Function]:
+    return type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+
+
+@cache
+def _eager(function: type[KernelFunction]) -> type[Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": forward, "backward": function.backward, "jvp": function.tangent}
+    return type(function.__name__, (Function,), {name: staticmethod(f) for name, f in methods.items()})
+
+
+def reference_vjp(function: Callable[..., Any], primals: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
+    """The gradients of ``function`` at ``primals``, differentiable in primals and cotangents."""
+    _, pullback = torch.func.vjp(function, *primals)
+    return pullback(cotangents)
+
+
+def reference_vjp_vjp(
+    function: Callable[..., Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], dgrads: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The backward of a backward: cotangents ``dgrads`` on the gradients give those on primals and cotangents.
+
+    ``function`` returns as many tensors as there are cotangents: a tensor for one, a tuple for several.
+    """
+
+    def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
+        points, directions = arguments[: len(primals)], arguments[len(primals) :]
+        return reference_vjp(function, points, directions[0] if len(directions) == 1 else tuple(directions))
+
+    results = reference_vjp(gradients, (*primals, *cotangents), tuple(dgrads))
+    return results[: len(primals)], results[len(primals) :]
+
+
+def reference_jvp(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
+    """The directional derivative of ``function``, as the transpose of its (linear) pullback."""
+    outputs, pullback = torch.func.vjp(function, *primals)
+    zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
+    _, transpose = torch.func.vjp(pullback, zeros)
+    return transpose(tuple(tangents))[0]

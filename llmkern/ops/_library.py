@@ -1,0 +1,33 @@
+"""How an op gets its name: ``llmkern::<op>_<phase>(..., str backend)``.
+
+The implementation is the function of that name in the backend's namespace. Ops carry no autograd of their own: they
+are called inside the ``autograd.Function`` of their file, which supplies every derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import dispatch
+
+_library = torch.library.Library("llmkern", "DEF")
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines ``llmkern::<schema>``; ``fake(*args)`` gives empty results of the right shapes, without the backend.
+
+    Returns the callable op. The schema must end in ``str backend``.
+    """
+    name = schema[: schema.index("(")]
+
+    def run(*args: Any) -> Any:
+        *arguments, backend = args
+        return getattr(dispatch.load(backend), name)(*arguments)
+
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    return getattr(torch.ops.llmkern, name).default

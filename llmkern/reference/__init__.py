@@ -1,0 +1,9 @@
+"""Pure PyTorch: what is right.
+
+Every op in a few readable, differentiable lines, complete in its options. Tests and benchmarks compare with these
+(in fp64), higher derivatives of the kernels run through them, and they serve what no kernel serves.
+"""
+
+from .embedding import embedding, embedding_row_scale
+
+__all__ = ["embedding", "embedding_row_scale"]

@@ -1,0 +1,46 @@
+"""Fixtures that every test has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import llmkern
+from llmkern import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _repeatable_and_poisoned() -> Iterator[None]:
+    """A fixed seed, and `torch.empty` filled with NaN: an element that a kernel forgets to write shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["native", "triton", "torch", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once per backend that this machine has. LLMKERN_TEST_REQUIRE=native,... turns a skip into a
+    failure, so that a missing build cannot pass for a green run."""
+    name = request.param
+    if (reason := dispatch.unavailable(name)) is not None:
+        if name in os.environ.get("LLMKERN_TEST_REQUIRE", "").split(","):
+            pytest.fail(f"{name}: {reason}")
+        pytest.skip(f"{name}: {reason}")
+    with llmkern.backend(name):
+        yield name
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """CUDA for tests marked `gpu` or on the triton backend outside the interpreter, else the CPU."""
+    on_gpu = "gpu" in request.keywords
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
+        on_gpu = on_gpu or os.environ.get("TRITON_INTERPRET") != "1"
+    if on_gpu and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device("cuda" if on_gpu else "cpu")

@@ -1,0 +1,1 @@
+"""Embedding lookup: every backend against the fp64 reference and torch."""
