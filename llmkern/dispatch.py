@@ -49,10 +49,16 @@ def _cpu(*options: str, **kwargs: Any) -> Support:
 # An op's kernels by backend. `torch` and `reference` need no entry: torch serves every option but those listed in
 # TORCH_LACKS, the reference serves everything.
 TABLE: dict[str, dict[str, Support]] = {
+    "cross_entropy": {
+        "native": _cpu("weight", "label_smoothing", "z_loss", "softcap", "logit_scale", "token_weight"),
+    },
+    "nll_loss": {},
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
 }
-TORCH_LACKS: dict[str, frozenset[str]] = {}
+TORCH_LACKS: dict[str, frozenset[str]] = {
+    "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),
+}
 
 
 @dataclass(frozen=True)

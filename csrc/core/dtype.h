@@ -1,5 +1,6 @@
 // Element types as they lie in memory. Arithmetic is done in Accum<T>: fp32, or fp64 for fp64.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -15,6 +16,11 @@ struct f16 {
 enum class DType : int { f32, bf16, f16, f64 };
 
 static inline size_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+static inline double to_double(float x) { return x; }
+static inline double to_double(double x) { return x; }
+static inline double to_double(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+static inline double to_double(f16 x) { return static_cast<double>(std::bit_cast<_Float16>(x.bits)); }
 
 template <class T>
 struct AccumOf {

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional
 
+from .cross_entropy import cross_entropy, nll_loss
 from .embedding import embedding, embedding_bag
 
 if TYPE_CHECKING:
     from torch.nn.functional import *  # noqa: F403
 
-__all__ = ["embedding", "embedding_bag"]
+__all__ = ["cross_entropy", "embedding", "embedding_bag", "nll_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,9 +57,7 @@ def embedding(
         padding_idx = -1
     elif padding_idx < 0:
         padding_idx += weight.shape[0]
-    out = ops.embedding(
-        weight.contiguous(), input.reshape(-1).contiguous(), padding_idx, scale_grad_by_freq, backend
-    )
+    out = ops.embedding(weight.contiguous(), input.reshape(-1).contiguous(), padding_idx, scale_grad_by_freq, backend)
     return out.view(*input.shape, weight.shape[1])
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch.nn
 
 from .. import functional
+from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .embedding import Embedding
 
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
-__all__ = ["Embedding", "functional"]
+__all__ = ["CrossEntropyLoss", "Embedding", "NLLLoss", "functional"]
 
 # So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
 sys.modules[f"{__name__}.functional"] = functional

@@ -4,6 +4,7 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
+from .cross_entropy import cross_entropy
 from .embedding import embedding
 
-__all__ = ["embedding"]
+__all__ = ["cross_entropy", "embedding"]

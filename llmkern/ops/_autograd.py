@@ -72,7 +72,10 @@ def reference_vjp(function: Callable[..., Any], primals: Sequence[Tensor], cotan
 
 
 def reference_vjp_vjp(
-    function: Callable[..., Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], dgrads: Sequence[Tensor]
+    function: Callable[..., Any],
+    primals: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    dgrads: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The backward of a backward: cotangents ``dgrads`` on the gradients give those on primals and cotangents.
 
@@ -93,3 +96,8 @@ def reference_jvp(function: Callable[..., Any], primals: Sequence[Tensor], tange
     zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
     _, transpose = torch.func.vjp(pullback, zeros)
     return transpose(tuple(tangents))[0]
+
+
+def zeros_for_none(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tangents as forward mode gives them (None: not moved), with zeros in place of None."""
+    return tuple(torch.zeros_like(p) if t is None else t for t, p in zip(tangents, primals, strict=True))

@@ -17,9 +17,7 @@ embedding_forward = define(
 embedding_backward = define(
     "embedding_backward(Tensor dout, Tensor indices, SymInt num_weights, int padding_idx, bool scale_grad_by_freq,"
     " str backend) -> Tensor",
-    lambda dout, indices, num_weights, padding_idx, scale_grad_by_freq: dout.new_empty(
-        (num_weights, dout.shape[1])
-    ),
+    lambda dout, indices, num_weights, padding_idx, scale_grad_by_freq: dout.new_empty((num_weights, dout.shape[1])),
 )
 
 
@@ -27,9 +25,7 @@ class EmbeddingFunction(KernelFunction):
     """out[n] = weight[indices[n]]."""
 
     @staticmethod
-    def forward(
-        weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, backend: str
-    ) -> Tensor:
+    def forward(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, backend: str) -> Tensor:
         return embedding_forward(weight, indices, backend)
 
     @staticmethod
@@ -56,7 +52,12 @@ class EmbeddingBackwardFunction(KernelFunction):
 
     @staticmethod
     def forward(
-        dout: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool, backend: str
+        dout: Tensor,
+        indices: Tensor,
+        num_weights: int,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+        backend: str,
     ) -> Tensor:
         return embedding_backward(dout, indices, num_weights, padding_idx, scale_grad_by_freq, backend)
 
@@ -80,9 +81,7 @@ class EmbeddingBackwardFunction(KernelFunction):
         return EmbeddingBackwardFunction.run(ddout.contiguous(), indices, *ctx.options)
 
 
-def embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, backend: str
-) -> Tensor:
+def embedding(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, backend: str) -> Tensor:
     """Rows of ``weight`` (V, D), contiguous, at ``indices`` (N), contiguous: (N, D). ``padding_idx`` < 0: none."""
     if backend == "reference":
         return reference.embedding(weight, indices, padding_idx, scale_grad_by_freq)

@@ -4,6 +4,7 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 (in fp64), higher derivatives of the kernels run through them, and they serve what no kernel serves.
 """
 
+from .cross_entropy import cross_entropy
 from .embedding import embedding, embedding_row_scale
 
-__all__ = ["embedding", "embedding_row_scale"]
+__all__ = ["cross_entropy", "embedding", "embedding_row_scale"]

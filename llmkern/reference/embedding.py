@@ -20,9 +20,7 @@ def embedding_row_scale(
     return scale.unsqueeze(-1)
 
 
-def embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False
-) -> Tensor:
+def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False) -> Tensor:
     """Rows of ``weight`` (V, D) at ``indices`` (N): (N, D). ``padding_idx`` < 0: none.
 
     Padding and frequency act on the gradient alone: the scaled part carries it, the rest is detached.

@@ -33,6 +33,11 @@ typedef int32_t vi32 __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t vu32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t vu16 __attribute__((vector_size(kVectorBytes / 2)));
 
+template <bool B>
+struct Bool {
+  static constexpr bool value = B;
+};
+
 template <class A>
 struct VecOf;
 template <>
@@ -113,6 +118,19 @@ static inline void store(f16* p, vf32 v) {
 #endif
 }
 
+// Past the caches: for a large output that nothing reads soon. p must be aligned to a vector.
+template <class T>
+static inline void store_streaming(T* p, Vec<Accum<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) >= 4) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_as<__m256i>(v));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) >= 4) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_as<__m128i>(v));
+#endif
+  store(p, v);
+}
+
 // Tails: the first n elements only; memory past them is neither read nor written.
 template <class A, class T>
 static inline Vec<A> load(const T* p, int n, A fill) {
@@ -153,10 +171,17 @@ static inline void store_one(T* p, Accum<T> x) {
 
 // --- arithmetic ---------------------------------------------------------------------------------------------
 
-template <class V>
-static inline V max(V a, V b) {
+// a > b ? a : b, lane by lane: b where either is NaN. Compilers do not find the instruction in the expression.
+static inline vf32 max(vf32 a, vf32 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf32>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
   return a > b ? a : b;
+#endif
 }
+static inline vf64 max(vf64 a, vf64 b) { return a > b ? a : b; }
 
 // Fixed trees: the order of a reduction depends on the lane count only.
 template <class A, class V, class F>
@@ -176,14 +201,8 @@ static inline A reduce_max(Vec<A> v) {
   return reduce<A>(v, [](A a, A b) { return a > b ? a : b; });
 }
 
-// exp by Cody-Waite reduction to |r| <= ln2/2 and a degree-6 polynomial; 2^n in two factors, so that results down to
-// the smallest denormal and up to infinity come out right. NaN stays NaN.
-static inline vf32 exp(vf32 x) {
-  x = x < -104.0f ? splat(-104.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vf32 shifted = x * 1.44269504088896341f + magic;
-  const vf32 n = shifted - magic;
+// The polynomial part of exp: e^r for |r| <= ln2/2, r = x - n ln2.
+static inline vf32 exp_reduced(vf32 x, vf32 n) {
   vf32 r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf32 p = splat(1.9875691500e-4f);
@@ -192,10 +211,26 @@ static inline vf32 exp(vf32 x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  return p * r * r + r + 1.0f;
+}
+
+// exp by Cody-Waite reduction and a degree-6 polynomial, times 2^n; results down to the smallest denormal and up to
+// infinity come out right. NaN stays NaN.
+static inline vf32 exp(vf32 x) {
+  x = -max(splat(-89.0f), -max(splat(-104.0f), x));
+#if defined(__AVX512F__)
+  const vf32 n = reinterpret_cast<vf32>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504088896341f), 8));
+  return reinterpret_cast<vf32>(
+      _mm512_scalef_ps(reinterpret_cast<__m512>(exp_reduced(x, n)), reinterpret_cast<__m512>(n)));
+#else
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vf32 shifted = x * 1.44269504088896341f + magic;
+  const vf32 p = exp_reduced(x, shifted - magic);
+  // In two factors: 2^n alone may be no normal number.
   const vi32 k = bits_as<vi32>(shifted) - 0x4b400000;
   const vi32 half = k >> 1;
   return p * bits_as<vf32>((half + 127) << 23) * bits_as<vf32>((k - half + 127) << 23);
+#endif
 }
 
 static inline vf64 exp(vf64 x) {

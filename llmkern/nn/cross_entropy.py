@@ -1,0 +1,53 @@
+"""``CrossEntropyLoss`` and ``NLLLoss``: torch's modules over ``llmkern.functional``."""
+
+from __future__ import annotations
+
+import torch.nn
+from torch import Tensor
+
+from .. import functional as F
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Cross-entropy from logits; see :class:`torch.nn.CrossEntropyLoss`.
+
+    Takes three options more, with neutral defaults: ``z_loss``, ``softcap`` and ``logit_scale``, and a
+    ``token_weight`` at call; see :func:`llmkern.functional.cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            token_weight=token_weight,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """Negative log-likelihood of log-probabilities; see :class:`torch.nn.NLLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
