@@ -51,6 +51,7 @@ def _cpu(*options: str, **kwargs: Any) -> Support:
 TABLE: dict[str, dict[str, Support]] = {
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
+    "mse_loss": {"native": _cpu()},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {}
 

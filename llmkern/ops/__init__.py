@@ -5,5 +5,6 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from .embedding import embedding
+from .mse_loss import mse_loss
 
-__all__ = ["embedding"]
+__all__ = ["embedding", "mse_loss"]

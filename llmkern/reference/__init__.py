@@ -5,5 +5,6 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 """
 
 from .embedding import embedding, embedding_row_scale
+from .mse_loss import mse_loss
 
-__all__ = ["embedding", "embedding_row_scale"]
+__all__ = ["embedding", "embedding_row_scale", "mse_loss"]
