@@ -52,7 +52,8 @@ def compare(tensors: tuple[Tensor, ...], reduction: str) -> None:
     cotangent = cotangent.to(tensors[0].dtype)
     expected = run(theirs, doubles, cotangent.double())
     for a, e, t in zip(run(ours, tensors, cotangent), expected, run(theirs, tensors, cotangent), strict=True):
-        assert_accurate(a, e, t)
+        # The fp64 reference rounds its own sum: against it, fp64 may be off by the square root of the terms.
+        assert_accurate(a, e, t, ulps=64 if a.dtype == torch.float64 else 4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
