@@ -51,6 +51,7 @@ def _cpu(*options: str, **kwargs: Any) -> Support:
 TABLE: dict[str, dict[str, Support]] = {
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
+    "linear_cross_entropy": {},
     "mse_loss": {"native": _cpu()},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {}
@@ -150,13 +151,16 @@ def _obstacle(
     return support.unless(sizes) if support.unless else None
 
 
-def pick(op: str, *tensors: torch.Tensor, options: Iterable[str] = (), **sizes: int) -> str:
+def pick(
+    op: str, *tensors: torch.Tensor, options: Iterable[str] = (), torch_does: str | None = None, **sizes: int
+) -> str:
     """The backend that serves a call of ``op``.
 
     Args:
         op: a key of ``TABLE``.
         tensors: the floating tensors of the call; they must share device and dtype for a kernel to serve them.
         options: names of the options that are in use with other than their neutral values.
+        torch_does: what the caller does on ``"torch"``, where that is not torch's own function; for explain.
         sizes: what a size rule of the table may want to see.
 
     Raises:
@@ -169,6 +173,8 @@ def pick(op: str, *tensors: torch.Tensor, options: Iterable[str] = (), **sizes: 
         if obstacle is None:
             if _trace is not None:
                 reason = "forced" if _forced != "auto" else "first backend that serves this call"
+                if name == "torch" and torch_does is not None:
+                    reason += f": {torch_does}"
                 _trace.append(Choice(op, name, reason, tuple(rejected)))
             return name
         rejected.append((name, obstacle))

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional
 
 from .embedding import embedding, embedding_bag
+from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 
 if TYPE_CHECKING:
     from torch.nn.functional import *  # noqa: F403
 
-__all__ = ["embedding", "embedding_bag", "mse_loss"]
+__all__ = ["embedding", "embedding_bag", "linear_cross_entropy", "mse_loss"]
 
 
 def __getattr__(name: str) -> Any:
