@@ -46,8 +46,8 @@ def _cpu(*options: str, **kwargs: Any) -> Support:
     return Support(frozenset({"cpu"}), _FLOATS, frozenset(options), **kwargs)
 
 
-# An op's kernels by backend. `torch` and `reference` need no entry: torch serves every option but those listed in
-# TORCH_LACKS, the reference serves everything.
+# An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
+# TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
@@ -55,6 +55,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "mse_loss": {"native": _cpu()},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {}
+REFERENCE_LACKS = {"embedding": frozenset({"sparse"}), "embedding_bag": frozenset({"sparse"})}
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,10 @@ def _obstacle(
     name: str, op: str, tensors: tuple[torch.Tensor, ...], options: Iterable[str], sizes: dict[str, int]
 ) -> str | None:
     """Why backend `name` does not serve this call, or None if it does."""
-    if name == "reference":
-        return None
-    if name == "torch":
-        lacks = [o for o in options if o in TORCH_LACKS.get(op, ())]
-        return f"torch has no option {', '.join(lacks)}" if lacks else None
+    if name in ("torch", "reference"):
+        known = TORCH_LACKS if name == "torch" else REFERENCE_LACKS
+        lacks = [o for o in options if o in known.get(op, ())]
+        return f"{name} has no option {', '.join(lacks)}" if lacks else None
     if name not in TABLE[op]:
         return "no kernel for this op yet"
     if (reason := unavailable(name)) is not None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional
 
-from .embedding import embedding, embedding_bag
+from .embedding import embedding
+from .embedding_bag import embedding_bag
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 

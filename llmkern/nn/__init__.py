@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch.nn
 
 from .. import functional
-from .embedding import Embedding
+from .embedding import Embedding, EmbeddingBag
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
 
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
-__all__ = ["Embedding", "LinearCrossEntropyLoss", "MSELoss", "functional"]
+__all__ = ["Embedding", "EmbeddingBag", "LinearCrossEntropyLoss", "MSELoss", "functional"]
 
 # So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
 sys.modules[f"{__name__}.functional"] = functional

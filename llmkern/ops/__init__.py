@@ -5,6 +5,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from .embedding import embedding
+from .embedding_bag import embedding_bag, stands_in_for_torch
 from .mse_loss import mse_loss
 
-__all__ = ["embedding", "mse_loss"]
+__all__ = ["embedding", "embedding_bag", "mse_loss", "stands_in_for_torch"]

@@ -4,7 +4,7 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 (in fp64), higher derivatives of the kernels run through them, and they serve what no kernel serves.
 """
 
-from .embedding import embedding, embedding_row_scale
+from .embedding import embedding, embedding_bag, embedding_row_scale
 from .mse_loss import mse_loss
 
-__all__ = ["embedding", "embedding_row_scale", "mse_loss"]
+__all__ = ["embedding", "embedding_bag", "embedding_row_scale", "mse_loss"]
