@@ -46,8 +46,8 @@ def _cpu(*options: str, **kwargs: Any) -> Support:
     return Support(frozenset({"cpu"}), _FLOATS, frozenset(options), **kwargs)
 
 
-# An op's kernels by backend. `torch` and `reference` need no entry: torch serves every option but those listed in
-# TORCH_LACKS, the reference serves everything.
+# An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
+# TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
     "cross_entropy": {
         "native": _cpu("weight", "label_smoothing", "z_loss", "softcap", "logit_scale", "token_weight"),
@@ -55,10 +55,13 @@ TABLE: dict[str, dict[str, Support]] = {
     "nll_loss": {},
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
+    "linear_cross_entropy": {},
+    "mse_loss": {"native": _cpu()},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),
 }
+REFERENCE_LACKS = {"embedding": frozenset({"sparse"}), "embedding_bag": frozenset({"sparse"})}
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,10 @@ def _obstacle(
     name: str, op: str, tensors: tuple[torch.Tensor, ...], options: Iterable[str], sizes: dict[str, int]
 ) -> str | None:
     """Why backend `name` does not serve this call, or None if it does."""
-    if name == "reference":
-        return None
-    if name == "torch":
-        lacks = [o for o in options if o in TORCH_LACKS.get(op, ())]
-        return f"torch has no option {', '.join(lacks)}" if lacks else None
+    if name in ("torch", "reference"):
+        known = TORCH_LACKS if name == "torch" else REFERENCE_LACKS
+        lacks = [o for o in options if o in known.get(op, ())]
+        return f"{name} has no option {', '.join(lacks)}" if lacks else None
     if name not in TABLE[op]:
         return "no kernel for this op yet"
     if (reason := unavailable(name)) is not None:
@@ -155,13 +157,16 @@ def _obstacle(
     return support.unless(sizes) if support.unless else None
 
 
-def pick(op: str, *tensors: torch.Tensor, options: Iterable[str] = (), **sizes: int) -> str:
+def pick(
+    op: str, *tensors: torch.Tensor, options: Iterable[str] = (), torch_does: str | None = None, **sizes: int
+) -> str:
     """The backend that serves a call of ``op``.
 
     Args:
         op: a key of ``TABLE``.
         tensors: the floating tensors of the call; they must share device and dtype for a kernel to serve them.
         options: names of the options that are in use with other than their neutral values.
+        torch_does: what the caller does on ``"torch"``, where that is not torch's own function; for explain.
         sizes: what a size rule of the table may want to see.
 
     Raises:
@@ -174,6 +179,8 @@ def pick(op: str, *tensors: torch.Tensor, options: Iterable[str] = (), **sizes: 
         if obstacle is None:
             if _trace is not None:
                 reason = "forced" if _forced != "auto" else "first backend that serves this call"
+                if name == "torch" and torch_does is not None:
+                    reason += f": {torch_does}"
                 _trace.append(Choice(op, name, reason, tuple(rejected)))
             return name
         rejected.append((name, obstacle))

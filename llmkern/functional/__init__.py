@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional
 
 from .cross_entropy import cross_entropy, nll_loss
-from .embedding import embedding, embedding_bag
+from .embedding import embedding
+from .embedding_bag import embedding_bag
+from .linear_cross_entropy import linear_cross_entropy
+from .mse_loss import mse_loss
 
 if TYPE_CHECKING:
     from torch.nn.functional import *  # noqa: F403
 
-__all__ = ["cross_entropy", "embedding", "embedding_bag", "nll_loss"]
+__all__ = ["cross_entropy", "embedding", "embedding_bag", "linear_cross_entropy", "mse_loss", "nll_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Embedding lookup and bags, as ``torch.nn.functional`` has them."""
+"""Embedding lookup, as ``torch.nn.functional`` has it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, ops
+
+INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def embedding(
@@ -35,8 +37,8 @@ def embedding(
     Raises:
         IndexError: if an index is outside ``[0, V)``: "index out of range in self".
 
-    The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not saturate,
-    as torch's do.
+    The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
+    saturate, as torch's do.
     """
     options = []
     if padding_idx is not None:
@@ -47,19 +49,27 @@ def embedding(
         options.append("scale_grad_by_freq")
     if sparse:
         options.append("sparse")
-    served = weight.dim() == 2 and input.dtype in (torch.int64, torch.int32) and input.device == weight.device
+    served = weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
     if padding_idx is not None:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
     backend = "torch" if not served else dispatch.pick("embedding", weight, options=options)
-    if backend == "torch" or "max_norm" in options or "sparse" in options:
+    if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if padding_idx is None:
-        padding_idx = -1
-    elif padding_idx < 0:
-        padding_idx += weight.shape[0]
-    out = ops.embedding(weight.contiguous(), input.reshape(-1).contiguous(), padding_idx, scale_grad_by_freq, backend)
+    indices = input.reshape(-1).contiguous()
+    if max_norm is not None:
+        renormalise(weight, indices, max_norm, norm_type)
+    padding_idx = row_number(padding_idx, weight)
+    out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, backend)
     return out.view(*input.shape, weight.shape[1])
 
 
-def embedding_bag(*args, **kwargs):
-    return F.embedding_bag(*args, **kwargs)
+def renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    with torch.no_grad():
+        torch.embedding_renorm_(weight, indices, max_norm, norm_type)
+
+
+def row_number(padding_idx: int | None, weight: Tensor) -> int:
+    """A row number, or -1 for none."""
+    if padding_idx is None:
+        return -1
+    return padding_idx + weight.shape[0] if padding_idx < 0 else padding_idx

@@ -11,12 +11,22 @@ import torch.nn
 
 from .. import functional
 from .cross_entropy import CrossEntropyLoss, NLLLoss
-from .embedding import Embedding
+from .embedding import Embedding, EmbeddingBag
+from .linear_cross_entropy import LinearCrossEntropyLoss
+from .mse_loss import MSELoss
 
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
-__all__ = ["CrossEntropyLoss", "Embedding", "NLLLoss", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "Embedding",
+    "EmbeddingBag",
+    "LinearCrossEntropyLoss",
+    "MSELoss",
+    "NLLLoss",
+    "functional",
+]
 
 # So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
 sys.modules[f"{__name__}.functional"] = functional

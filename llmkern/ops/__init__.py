@@ -6,5 +6,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 
 from .cross_entropy import cross_entropy
 from .embedding import embedding
+from .embedding_bag import embedding_bag, stands_in_for_torch
+from .mse_loss import mse_loss
 
-__all__ = ["cross_entropy", "embedding"]
+__all__ = ["cross_entropy", "embedding", "embedding_bag", "mse_loss", "stands_in_for_torch"]

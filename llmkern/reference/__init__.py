@@ -5,6 +5,7 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 """
 
 from .cross_entropy import cross_entropy
-from .embedding import embedding, embedding_row_scale
+from .embedding import embedding, embedding_bag, embedding_row_scale
+from .mse_loss import mse_loss
 
-__all__ = ["cross_entropy", "embedding", "embedding_row_scale"]
+__all__ = ["cross_entropy", "embedding", "embedding_bag", "embedding_row_scale", "mse_loss"]

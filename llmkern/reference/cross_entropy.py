@@ -4,7 +4,9 @@ With z = cap(logit_scale * x), cap(u) = softcap * tanh(u / softcap), e the label
 
     loss = (1 - e) w[y] (lse - z[y]) + e/V * sum_c w[c] (lse - z[c]) + z_loss * lse^2
 
-Class probabilities t in place of an index y: loss = -sum_c w[c] ((1 - e) t[c] + e/V) log_softmax(z)[c] + z_loss * lse^2.
+Class probabilities t in place of an index y:
+
+    loss = -sum_c w[c] ((1 - e) t[c] + e/V) log_softmax(z)[c] + z_loss * lse^2
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ def cross_entropy(
     else:
         ignored = target == ignore_index
         y = target.masked_fill(ignored, 0)
-        if y.numel() and (y.min() < 0 or y.max() >= V):
-            bad = y[(y < 0) | (y >= V)][0]
-            raise IndexError(f"Target {int(bad)} is out of bounds.")
+        # Under a transform or a compiler no value can be looked at; gather itself stays inside memory.
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            for bad in y[(y < 0) | (y >= V)]:
+                raise IndexError(f"Target {int(bad)} is out of bounds.")
         losses = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         losses = losses if weights is None else losses * weights[y]
         if label_smoothing:
