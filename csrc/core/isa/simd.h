@@ -48,7 +48,7 @@ using Vec = typename VecOf<A>::type;
 
 template <class A>
 static inline Vec<A> splat(A x) {
-  return Vec<A>{} + x;
+  return x - Vec<A>{};
 }
 
 template <class To, class From>
