@@ -28,10 +28,12 @@ constexpr int64_t kMaxDepth = 16 * kDepth;       // of packed B; more goes in se
 constexpr int64_t kBlockBytes = 384 * 1024;      // of packed A
 constexpr int64_t kPanelBytes = 8 << 20;         // of packed B
 constexpr int64_t kBlockCols = 512;              // of a block of C, about
-constexpr int64_t kSlack = 64;                   // elements that packing may write past its end
+constexpr int64_t kSlack = 16;                   // elements that packing may write past its end
 constexpr int64_t kWorkPerThread = 1 << 18;      // multiply-adds that are worth a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t n) { return ceil_div(n, 64) * 64; }
 
 // [0, n) in `count` parts of nearly equal length.
 struct Split {
@@ -65,68 +67,86 @@ struct Problem {
   int64_t ldc;
   bool accumulate;
 
+  Split depths() const { return split(K, kDepth); }
+  int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
+  bool narrow() const { return itemsize(c_dtype) != sizeof(S); }
   char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
 };
 
-// Rows [i0, i1) of columns [j0, j1): packs A, runs the tiles. `packed` is B's panel of columns from `origin`, or null
-// where B is used as it lies. A result that is not of type S is summed in `sums` and converted at the end.
+// Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
 template <class S>
-void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* packed, int64_t origin, S* a,
-           S* sums) {
+struct Sums {
+  const Problem<S>& p;
+  int64_t i0, i1, j0, j1, ld;
+  S* at;
+  bool direct, accumulate;
+
+  Sums(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, S* scratch)
+      : p(p), i0(i0), i1(i1), j0(j0), j1(j1), direct(!p.narrow()) {
+    ld = direct ? p.ldc : j1 - j0;
+    at = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : scratch;
+    accumulate = direct && p.accumulate;
+  }
+  void finish() const {
+    for (int64_t i = i0; !direct && i < i1; ++i)
+      p.kernels.convert(at + (i - i0) * ld, j1 - j0, p.c_at(i, j0), p.c_dtype, p.accumulate);
+  }
+};
+
+// Panels of A, one per (block of k, tile of rows), each with room for what packing writes past its end.
+template <class S>
+struct RowPanels {
+  Split rows;
+  int64_t pitch;
+  S* data;
+
+  RowPanels(const Problem<S>& p, int64_t n, S* data)
+      : rows(split(n, p.kernels.rows)), pitch(round_up(p.kernels.rows * p.depth() + kSlack)), data(data) {}
+  int height(int64_t r) const { return static_cast<int>(rows[r + 1] - rows[r]); }
+  S* panel(int64_t d, int64_t r) const { return data + (d * rows.count + r) * pitch; }
+};
+
+// Rows [i0, i1) of columns [j0, j1), from panels of B that begin at column `origin`.
+template <class S>
+void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
+           S* scratch) {
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
-  const bool direct = itemsize(p.c_dtype) == sizeof(S);
-  S* c = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : sums;
-  const int64_t ldc = direct ? p.ldc : j1 - j0;
-  const Split rows = split(i1 - i0, kernels.rows), depths = split(p.K, kDepth);
+  const Sums<S> sums(p, i0, i1, j0, j1, scratch);
+  const RowPanels<S> A(p, i1 - i0, a);
+  const Split depths = p.depths();
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t k = depths[d], depth = depths[d + 1] - k;
-    const bool accumulate = d > 0 || (direct && p.accumulate);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const int n = static_cast<int>(rows[r + 1] - rows[r]);
-      kernels.pack(p.A, p.M, i0 + rows[r], n, k, depth, n, a + rows[r] * depth);
-    }
-    for (int64_t j = j0; j < j1; j += cols) {
-      const int width = static_cast<int>(std::min(cols, j1 - j));
-      const S* b = packed + (j - origin) * p.K + k * cols;
-      for (int64_t r = 0; r < rows.count; ++r)
-        kernels.tile(static_cast<int>(rows[r + 1] - rows[r]), width, depth, a + rows[r] * depth, b, cols,
-                     c + rows[r] * ldc + (j - j0), ldc, accumulate);
-    }
+    for (int64_t r = 0; r < A.rows.count; ++r)
+      kernels.pack(p.A, p.M, i0 + A.rows[r], A.height(r), k, depth, A.height(r), A.panel(0, r));
+    for (int64_t j = j0; j < j1; j += cols)
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
+                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
+                     d > 0 || sums.accumulate);
   }
-  if (!direct)
-    for (int64_t i = i0; i < i1; ++i)
-      kernels.convert(sums + (i - i0) * ldc, ldc, p.c_at(i, j0), p.c_dtype, p.accumulate);
+  sums.finish();
 }
 
 template <class S>
 void run(const Problem<S>& p) {
   const auto& kernels = p.kernels;
-  const int64_t rows = kernels.rows, cols = kernels.cols;
+  const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S);
   const int threads = threads_for(p.M, p.N, p.K);
-  // Columns whose packed panel fits the budget; whole tiles.
   const int64_t panels = ceil_div(p.N, cols);
-  const int64_t budget = std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * static_cast<int64_t>(sizeof(S))));
-  const Split outer = split(panels, budget);
-  // Blocks of C: small enough for A's pack to stay in L2, and four or more for each thread where there are tiles.
-  const int64_t depth = std::clamp<int64_t>(p.K, 1, kDepth);
-  const int64_t most_rows = std::max<int64_t>(1, kBlockBytes / static_cast<int64_t>(sizeof(S)) / depth / rows) * rows;
+  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
   const int64_t widest = ceil_div(panels, outer.count);
-  int64_t block_rows = std::min(most_rows, ceil_div(p.M, rows) * rows);
-  int64_t block_panels = std::min(widest, kBlockCols / cols);
-  const auto blocks = [&] { return ceil_div(p.M, block_rows) * ceil_div(widest, block_panels); };
-  while (threads > 1 && blocks() < 4 * threads && (block_panels > 4 || block_rows > 4 * rows)) {
-    if (block_panels * cols >= block_rows && block_panels > 4)
-      block_panels = ceil_div(block_panels, 2);
-    else if (block_rows > rows)
-      block_rows = ceil_div(block_rows / rows, 2) * rows;
-    else
-      break;
+  // Blocks of C: A's pack fits L2, and each thread has four or more of them, where there are as many tiles.
+  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
+  int64_t width = std::min(widest, kBlockCols / cols);
+  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads && tiles * width > 4) {
+    int64_t& longer = tiles * rows > width * cols ? tiles : width;
+    longer = ceil_div(longer, 2);
   }
-  const Split row_blocks = split(p.M, block_rows);
-  const int64_t a_size = ceil_div(block_rows * depth + kSlack, 64) * 64;
-  const int64_t sums_size = itemsize(p.c_dtype) == sizeof(S) ? 0 : block_rows * block_panels * cols;
-  const int64_t own = ceil_div(a_size + sums_size, 64) * 64, shared = ceil_div(widest * cols * p.K, 64) * 64 + 64;
+  const Split row_blocks = split(p.M, tiles * rows);
+  const int64_t a_size = tiles * RowPanels<S>(p, 0, nullptr).pitch;
+  const int64_t own = round_up(a_size + (p.narrow() ? tiles * rows * width * cols : 0));
+  const int64_t shared = round_up(widest * cols * p.K);
   S* const packed = workspace<S>(shared + threads * own);
 #pragma omp parallel num_threads(threads)
   {
@@ -139,7 +159,7 @@ void run(const Problem<S>& p) {
         kernels.pack(p.B, p.N, j, static_cast<int>(std::min(cols, p.N - j)), 0, p.K, static_cast<int>(cols),
                      packed + (j - origin) * p.K);
       }
-      const Split col_blocks = split(last - first, block_panels);
+      const Split col_blocks = split(last - first, width);
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < row_blocks.count * col_blocks.count; ++item) {
         const int64_t r = item / col_blocks.count, c = item % col_blocks.count;
@@ -150,14 +170,73 @@ void run(const Problem<S>& p) {
   }
 }
 
+// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 --------------
+
+// Columns [j0, j1). With one tile of rows, B is used where it lies.
+template <class S>
+void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A, S* b, S* scratch) {
+  const auto& kernels = p.kernels;
+  const int64_t cols = kernels.cols;
+  const Sums<S> sums(p, 0, p.M, j0, j1, scratch);
+  const Split depths = p.depths();
+  const bool in_place = A.rows.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
+  for (int64_t d = 0; d < depths.count; ++d) {
+    const int64_t k = depths[d], depth = depths[d + 1] - k;
+    for (int64_t j = j0; j < j1; j += cols) {
+      const int width = static_cast<int>(std::min(cols, j1 - j));
+      const S* from = b;
+      int64_t ldb = cols;
+      if (in_place && width == cols)
+        from = static_cast<const S*>(p.B.data) + k * p.B.ld + j, ldb = p.B.ld;
+      else
+        kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
+                     sums.ld, d > 0 || sums.accumulate);
+    }
+  }
+  sums.finish();
+}
+
+template <class S>
+bool is_flat(const Problem<S>& p) {
+  return p.M * p.K * static_cast<int64_t>(sizeof(S)) <= kBlockBytes;
+}
+
+template <class S>
+void run_flat(const Problem<S>& p) {
+  const auto& kernels = p.kernels;
+  const int threads = threads_for(p.M, p.N, p.K);
+  const int64_t cols = kernels.cols, panels = ceil_div(p.N, cols);
+  const Split depths = p.depths(), blocks = split(panels, std::clamp<int64_t>(panels / (4 * threads), 1, 8));
+  const int64_t a_size = depths.count * split(p.M, kernels.rows).count * RowPanels<S>(p, 0, nullptr).pitch;
+  const int64_t b_size = round_up(p.depth() * cols);
+  const int64_t own = b_size + (p.narrow() ? round_up(p.M * ceil_div(panels, blocks.count) * cols) : 0);
+  S* const packed = workspace<S>(a_size + threads * own);
+  const RowPanels<S> A(p, p.M, packed);
+#pragma omp parallel num_threads(threads)
+  {
+    S* const b = packed + a_size + omp_get_thread_num() * own;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t d = 0; d < depths.count; ++d)
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.pack(p.A, p.M, A.rows[r], A.height(r), depths[d], depths[d + 1] - depths[d], A.height(r),
+                     A.panel(d, r));
+#pragma omp for schedule(dynamic)
+    for (int64_t c = 0; c < blocks.count; ++c)
+      columns(p, blocks[c] * cols, std::min(p.N, blocks[c + 1] * cols), A, b, b + b_size);
+  }
+}
+
 template <class S>
 void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C,
              DType c_dtype, int64_t ldc, bool accumulate) {
   Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
   p.B.transposed = !B.transposed;
+  if (is_flat(p)) return run_flat(p);
   if (K <= kMaxDepth) return run(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
-  const bool narrow = itemsize(c_dtype) != sizeof(S);
+  const bool narrow = p.narrow();
   const Buffer<S> wide(narrow ? M * N : 0);
   if (narrow)
     p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false,
