@@ -25,7 +25,7 @@ struct GemmKernels {
   int rows, cols;  // the largest tile
 
   // One panel: to[k * stride + i] = X[first + i][k0 + k], i < n, k < depth, X the matrix (extent, *), or its
-  // transpose (see Matrix). Columns n..stride are zeroed up to a whole vector; as many elements may be written past
+  // transpose (see Matrix). What is written at n..stride is of no account; up to a vector's worth may be written past
   // the panel's end.
   void (*pack)(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, S* to);
 

@@ -99,24 +99,30 @@ static inline void transpose(Vec<S> (&rows)[kLanes<S>]) {
   }
 }
 
-// Memory runs along k: blocks of L lines by L steps are transposed in registers.
+// Memory runs along k: L lines by L steps are transposed in registers. Lines past the n-th repeat it.
 template <class S, class T>
 void pack_lines(const T* x, int64_t ld, int n, int64_t depth, int stride, S* to) {
   constexpr int L = kLanes<S>;
-  for (int64_t k = 0; k < depth; k += L) {
-    const int steps = depth - k < L ? static_cast<int>(depth - k) : L;
-    for (int i = 0; i < stride; i += L) {
-      Vec<S> block[L];
-      if (steps == L && n - i >= L) {
+  for (int i = 0; i < stride; i += L, to += L) {
+    const T* line[L];
+    for (int l = 0; l < L; ++l) line[l] = x + (i + l < n ? i + l : n - 1) * ld;
+    Vec<S> block[L];
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) {
 #pragma GCC unroll 16
-        for (int line = 0; line < L; ++line) block[line] = load<S>(x + (i + line) * ld + k);
-      } else {
-        for (int line = 0; line < L; ++line)
-          block[line] = i + line < n ? load<S>(x + (i + line) * ld + k, steps, S{}) : Vec<S>{};
+      for (int l = 0; l < L; ++l) {
+        __builtin_prefetch(line[l] + k + 8 * L);
+        block[l] = load<S>(line[l] + k);
       }
       transpose<S>(block);
-      for (int step = 0; step < steps; ++step) store(to + (k + step) * stride + i, block[step]);
+#pragma GCC unroll 16
+      for (int step = 0; step < L; ++step) store(to + (k + step) * stride, block[step]);
     }
+    const int rest = static_cast<int>(depth - k);
+    if (rest == 0) continue;
+    for (int l = 0; l < L; ++l) block[l] = load<S>(line[l] + k, rest, S{});
+    transpose<S>(block);
+    for (int step = 0; step < rest; ++step) store(to + (k + step) * stride, block[step]);
   }
 }
 
