@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "core/elementwise.h"
 #include "core/embedding.h"
 #include "core/gemm.h"
 #include "core/isa.h"
@@ -113,6 +114,20 @@ py::array embedding_backward(const py::array& dout, const py::array& indices, in
   return dweight;
 }
 
+// --- for the tests --------------------------------------------------------------------------------------------
+
+py::array elementwise(const std::string& name, const py::array& x) {
+  require_contiguous(x, 1);
+  require(name == "exp" || name == "sigmoid" || name == "tanh" || name == "copy", "unknown function");
+  const cpu::Unary f = name == "exp"       ? cpu::Unary::exp
+                       : name == "sigmoid" ? cpu::Unary::sigmoid
+                       : name == "tanh"    ? cpu::Unary::tanh
+                                           : cpu::Unary::copy;
+  py::array y(x.dtype(), std::vector<py::ssize_t>{x.shape(0)});
+  LLMKERN_SELECT(elementwise).apply(f, x.data(), x.shape(0), dtype_of(x), y.mutable_data());
+  return y;
+}
+
 // --- the machine ----------------------------------------------------------------------------------------------
 
 py::dict build_info() {
@@ -164,4 +179,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("embedding_forward", &embedding_forward, py::arg("weight"), py::arg("indices"));
   m.def("embedding_backward", &embedding_backward, py::arg("dout"), py::arg("indices"), py::arg("num_weights"),
         py::arg("padding_idx"), py::arg("scale_grad_by_freq"));
+  m.def("_elementwise", &elementwise, py::arg("name"), py::arg("x"));
 }
