@@ -43,7 +43,7 @@ def embedding_bag(
 
     Raises:
         ValueError: if ``offsets`` decreases (on the CPU, outside compiled and transformed functions).
-        RuntimeError: if ``offsets`` does not begin with 0 or ends past ``N``, or an index is not in ``[0, V)``.
+        RuntimeError: if ``offsets`` does not begin with 0 or ends past ``N``, or an index is outside.
 
     Unlike torch's, the gradient can be differentiated again (not with ``sparse`` or ``max_norm``, nor
     compiled), and on the CPU ``scale_grad_by_freq`` divides by the right counts.
@@ -128,6 +128,6 @@ def _is_bag_call(
         return not include_last_offset
     if (offsets[1:] < offsets[:-1]).any():
         raise ValueError(
-            f"embedding_bag: offsets must not decrease, but got {offsets}; each is where a bag begins in input"
+            f"embedding_bag: offsets must not decrease, but got {offsets}; each says where a bag begins"
         )
     return bool(offsets[0] == 0 and offsets[-1] <= input.shape[0])

@@ -71,7 +71,8 @@ class EmbeddingBackwardFunction(KernelFunction):
     def backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         num_weights, padding_idx, scale_grad_by_freq, backend = ctx.options
-        ddout = EmbeddingFunction.run(ddweight.contiguous(), indices, padding_idx, scale_grad_by_freq, backend)
+        # A plain lookup: the scale below carries padding and frequency, in this derivative and in the next.
+        ddout = EmbeddingFunction.run(ddweight.contiguous(), indices, -1, False, backend)
         ddout = ddout * reference.embedding_row_scale(indices, num_weights, padding_idx, scale_grad_by_freq, ddout)
         return ddout, None, None, None, None, None
 

@@ -59,10 +59,10 @@ def embedding_bag(
 ) -> Tensor:
     """The ``"sum"``, ``"mean"`` or ``"max"`` of the rows of each bag: (B, D).
 
-    Bag b holds ``indices[offsets[b] : offsets[b + 1]]``. ``weight`` (V, D), ``indices`` (N), ``offsets`` (B),
-    non-decreasing from 0, or (B + 1) with ``include_last_offset``; without, the last bag ends with ``indices``.
-    ``per_sample_weights`` (N) scales rows. Padding counts as absent; a bag without rows gives zeros. A max goes,
-    with its gradient, to the first of equal rows.
+    Bag b holds ``indices[offsets[b] : offsets[b + 1]]``. ``weight`` (V, D), ``indices`` (N), ``offsets``
+    non-decreasing from 0: (B), the last bag ending with ``indices``, or with ``include_last_offset`` (B + 1).
+    ``per_sample_weights`` (N) scales rows. Padding counts as absent; a bag without rows gives zeros. A max
+    goes, with its gradient, to the first of equal rows.
 
     Raises:
         IndexError: if an index is outside [0, V).

@@ -53,7 +53,7 @@ using Vec = typename VecOf<A>::type;
 
 template <class A>
 static inline Vec<A> splat(A x) {
-  return Vec<A>{} + x;
+  return x - Vec<A>{};
 }
 
 template <class To, class From>
@@ -135,28 +135,46 @@ static inline void store_streaming(T* p, Vec<Accum<T>> v) {
 template <class A, class T>
 static inline Vec<A> load(const T* p, int n, A fill) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return reinterpret_cast<Vec<A>>(
-        _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p));
-#endif
+  if constexpr (sizeof(T) == 8) {
+    return reinterpret_cast<Vec<A>>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (1u << n) - 1, p));
+  } else if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<A>>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (1u << n) - 1, p));
+  } else {
+    T buffer[kLanes<A>];
+    const __mmask16 mask = (1u << n) - 1;
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p);
+    memcpy(buffer, &bits, sizeof bits);
+    const __m512 v = reinterpret_cast<__m512>(load<A>(buffer));
+    return reinterpret_cast<Vec<A>>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, v));
+  }
+#else
   T buffer[kLanes<A>] = {};
   memcpy(buffer, p, n * sizeof(T));
   Vec<A> v = load<A>(buffer);
   for (int i = n; i < kLanes<A>; ++i) v[i] = fill;
   return v;
+#endif
 }
 
 template <class T>
 static inline void store(T* p, Vec<Accum<T>> v, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
-    return;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, (1u << n) - 1, reinterpret_cast<__m512>(v));
+  } else {
+    T buffer[kLanes<Accum<T>>];
+    store(buffer, v);
+    __m256i bits;
+    memcpy(&bits, buffer, sizeof bits);
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
   }
-#endif
+#else
   T buffer[kLanes<Accum<T>>];
   store(buffer, v);
   memcpy(p, buffer, n * sizeof(T));
+#endif
 }
 
 // Scalars, by the same rounding.
@@ -244,19 +262,19 @@ static inline V sigmoid(V x) {
   return 1 / (1 + exp(-x));
 }
 
-// tanh: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would cancel.
+// tanh: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would cancel. The sign, that of -0 too, is put back as a bit.
 static inline vf32 tanh(vf32 x) {
-  const vf32 a = x < 0 ? -x : x;
-  const vf32 z = x * x;
+  const vu32 sign = bits_as<vu32>(x) & 0x80000000u;
+  const vf32 a = bits_as<vf32>(bits_as<vu32>(x) ^ sign);
+  const vf32 z = a * a;
   vf32 p = splat(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  const vf32 small = p * z * x + x;
-  vf32 large = 1 - 2 / (exp(2 * a) + 1);
-  large = x < 0 ? -large : large;
-  return a < 0.625f ? small : large;
+  const vf32 small = p * z * a + a;
+  const vf32 large = 1 - 2 / (exp(2 * a) + 1);
+  return bits_as<vf32>(bits_as<vu32>(a < 0.625f ? small : large) | sign);
 }
 
 static inline vf64 tanh(vf64 x) {

@@ -1,0 +1,278 @@
+// Matrix product. 2 M N K FLOPs; the bar is the machine's FMA peak.
+//
+// B is packed once per block of columns, whole in k, by all threads; then each thread takes blocks of C from a queue,
+// packs the rows of A that it needs and runs tiles of C that stay in registers over a block of k:
+//
+//   for columns of N, up to 8 MB of packed B           (in L3, shared)
+//     for blocks of C                                  (the queue)
+//       for blocks of k, up to 384                     (sums of one block stay in registers)
+//         pack A: rows x k, up to half a megabyte      (in L2, the thread's own)
+//         for panels of B, for panels of A: one tile   (b in L1, a from L2)
+//
+// Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work. Rows and
+// columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Up to one tile of rows, B is used where it lies.
+#include "core/gemm.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "core/memory.h"
+
+namespace llmkern::cpu {
+namespace {
+
+constexpr int64_t kDepth = 384;                  // of a block of k
+constexpr int64_t kMaxDepth = 16 * kDepth;       // of packed B; more goes in several passes
+constexpr int64_t kBlockBytes = 384 * 1024;      // of packed A
+constexpr int64_t kPanelBytes = 8 << 20;         // of packed B
+constexpr int64_t kBlockCols = 512;              // of a block of C, about
+constexpr int64_t kSlack = 16;                   // elements that packing may write past its end
+constexpr int64_t kWorkPerThread = 1 << 18;      // multiply-adds that are worth a thread
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up(int64_t n) { return ceil_div(n, 64) * 64; }
+
+// [0, n) in `count` parts of nearly equal length.
+struct Split {
+  int64_t n, count;
+  int64_t operator[](int64_t i) const { return n * i / count; }
+};
+Split split(int64_t n, int64_t longest) { return {n, std::max<int64_t>(1, ceil_div(n, longest))}; }
+
+// The calling thread's, kept for the next call.
+template <class S>
+S* workspace(int64_t n) {
+  thread_local Buffer<S> buffer(0);
+  thread_local int64_t size = 0;
+  if (n > size) buffer = Buffer<S>(n), size = n;
+  return buffer.get();
+}
+
+int threads_for(int64_t M, int64_t N, int64_t K) {
+  if (omp_in_parallel()) return 1;
+  const double worth = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
+  return static_cast<int>(std::clamp<double>(worth, 1, omp_get_max_threads()));
+}
+
+template <class S>
+struct Problem {
+  const GemmKernels<S>& kernels;
+  int64_t M, N, K;
+  Matrix A, B;  // B as (N, K): its transpose
+  char* C;
+  DType c_dtype;
+  int64_t ldc;
+  bool accumulate;
+
+  Split depths() const { return split(K, kDepth); }
+  int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
+  bool narrow() const { return itemsize(c_dtype) != sizeof(S); }
+  char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
+};
+
+// Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
+template <class S>
+struct Sums {
+  const Problem<S>& p;
+  int64_t i0, i1, j0, j1, ld;
+  S* at;
+  bool direct, accumulate;
+
+  Sums(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, S* scratch)
+      : p(p), i0(i0), i1(i1), j0(j0), j1(j1), direct(!p.narrow()) {
+    ld = direct ? p.ldc : j1 - j0;
+    at = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : scratch;
+    accumulate = direct && p.accumulate;
+  }
+  void finish() const {
+    for (int64_t i = i0; !direct && i < i1; ++i)
+      p.kernels.convert(at + (i - i0) * ld, j1 - j0, p.c_at(i, j0), p.c_dtype, p.accumulate);
+  }
+};
+
+// Panels of A, one per (block of k, tile of rows), each with room for what packing writes past its end.
+template <class S>
+struct RowPanels {
+  Split rows;
+  int64_t pitch;
+  S* data;
+
+  RowPanels(const Problem<S>& p, int64_t n, S* data)
+      : rows(split(n, p.kernels.rows)), pitch(round_up(p.kernels.rows * p.depth() + kSlack)), data(data) {}
+  int height(int64_t r) const { return static_cast<int>(rows[r + 1] - rows[r]); }
+  S* panel(int64_t d, int64_t r) const { return data + (d * rows.count + r) * pitch; }
+};
+
+// Rows [i0, i1) of columns [j0, j1), from panels of B that begin at column `origin`.
+template <class S>
+void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
+           S* scratch) {
+  const auto& kernels = p.kernels;
+  const int64_t cols = kernels.cols;
+  const Sums<S> sums(p, i0, i1, j0, j1, scratch);
+  const RowPanels<S> A(p, i1 - i0, a);
+  const Split depths = p.depths();
+  for (int64_t d = 0; d < depths.count; ++d) {
+    const int64_t k = depths[d], depth = depths[d + 1] - k;
+    for (int64_t r = 0; r < A.rows.count; ++r)
+      kernels.pack(p.A, p.M, i0 + A.rows[r], A.height(r), k, depth, A.height(r), A.panel(0, r));
+    for (int64_t j = j0; j < j1; j += cols)
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
+                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
+                     d > 0 || sums.accumulate);
+  }
+  sums.finish();
+}
+
+template <class S>
+void run(const Problem<S>& p) {
+  const auto& kernels = p.kernels;
+  const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S);
+  const int threads = threads_for(p.M, p.N, p.K);
+  const int64_t panels = ceil_div(p.N, cols);
+  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
+  const int64_t widest = ceil_div(panels, outer.count);
+  // Blocks of C: A's pack fits L2, and each thread has four or more of them, where there are as many tiles.
+  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
+  int64_t width = std::min(widest, kBlockCols / cols);
+  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads && tiles * width > 4) {
+    int64_t& longer = tiles * rows > width * cols ? tiles : width;
+    longer = ceil_div(longer, 2);
+  }
+  const Split row_blocks = split(p.M, tiles * rows);
+  const int64_t a_size = tiles * RowPanels<S>(p, 0, nullptr).pitch;
+  const int64_t own = round_up(a_size + (p.narrow() ? tiles * rows * width * cols : 0));
+  const int64_t shared = round_up(widest * cols * p.K);
+  S* const packed = workspace<S>(shared + threads * own);
+#pragma omp parallel num_threads(threads)
+  {
+    S* const a = packed + shared + omp_get_thread_num() * own;
+    for (int64_t o = 0; o < outer.count; ++o) {
+      const int64_t first = outer[o], last = outer[o + 1], origin = first * cols;
+#pragma omp for schedule(static)
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t j = panel * cols;
+        kernels.pack(p.B, p.N, j, static_cast<int>(std::min(cols, p.N - j)), 0, p.K, static_cast<int>(cols),
+                     packed + (j - origin) * p.K);
+      }
+      const Split col_blocks = split(last - first, width);
+#pragma omp for schedule(dynamic)
+      for (int64_t item = 0; item < row_blocks.count * col_blocks.count; ++item) {
+        const int64_t r = item / col_blocks.count, c = item % col_blocks.count;
+        block(p, row_blocks[r], row_blocks[r + 1], (first + col_blocks[c]) * cols,
+              std::min(p.N, (first + col_blocks[c + 1]) * cols), packed, origin, a, a + a_size);
+      }
+    }
+  }
+}
+
+// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 --------------
+
+// Columns [j0, j1). With one tile of rows, B is used where it lies.
+template <class S>
+void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A, S* b, S* scratch) {
+  const auto& kernels = p.kernels;
+  const int64_t cols = kernels.cols;
+  const Sums<S> sums(p, 0, p.M, j0, j1, scratch);
+  const Split depths = p.depths();
+  const bool in_place = A.rows.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
+  for (int64_t d = 0; d < depths.count; ++d) {
+    const int64_t k = depths[d], depth = depths[d + 1] - k;
+    for (int64_t j = j0; j < j1; j += cols) {
+      const int width = static_cast<int>(std::min(cols, j1 - j));
+      const S* from = b;
+      int64_t ldb = cols;
+      if (in_place && width == cols)
+        from = static_cast<const S*>(p.B.data) + k * p.B.ld + j, ldb = p.B.ld;
+      else
+        kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
+                     sums.ld, d > 0 || sums.accumulate);
+    }
+  }
+  sums.finish();
+}
+
+template <class S>
+bool is_flat(const Problem<S>& p) {
+  return p.M * p.K * static_cast<int64_t>(sizeof(S)) <= kBlockBytes;
+}
+
+template <class S>
+void run_flat(const Problem<S>& p) {
+  const auto& kernels = p.kernels;
+  const int threads = threads_for(p.M, p.N, p.K);
+  const int64_t cols = kernels.cols, panels = ceil_div(p.N, cols);
+  const Split depths = p.depths(), blocks = split(panels, std::clamp<int64_t>(panels / (4 * threads), 1, 8));
+  const int64_t a_size = depths.count * split(p.M, kernels.rows).count * RowPanels<S>(p, 0, nullptr).pitch;
+  const int64_t b_size = round_up(p.depth() * cols);
+  const int64_t own = b_size + (p.narrow() ? round_up(p.M * ceil_div(panels, blocks.count) * cols) : 0);
+  S* const packed = workspace<S>(a_size + threads * own);
+  const RowPanels<S> A(p, p.M, packed);
+#pragma omp parallel num_threads(threads)
+  {
+    S* const b = packed + a_size + omp_get_thread_num() * own;
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t d = 0; d < depths.count; ++d)
+      for (int64_t r = 0; r < A.rows.count; ++r)
+        kernels.pack(p.A, p.M, A.rows[r], A.height(r), depths[d], depths[d + 1] - depths[d], A.height(r),
+                     A.panel(d, r));
+#pragma omp for schedule(dynamic)
+    for (int64_t c = 0; c < blocks.count; ++c)
+      columns(p, blocks[c] * cols, std::min(p.N, blocks[c + 1] * cols), A, b, b + b_size);
+  }
+}
+
+template <class S>
+void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C,
+             DType c_dtype, int64_t ldc, bool accumulate) {
+  Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
+  p.B.transposed = !B.transposed;
+  if (is_flat(p)) return run_flat(p);
+  if (K <= kMaxDepth) return run(p);
+  // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
+  const bool narrow = p.narrow();
+  const Buffer<S> wide(narrow ? M * N : 0);
+  if (narrow)
+    p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false,
+    p.c_dtype = sizeof(S) == 4 ? DType::f32 : DType::f64;
+  const Split passes = split(K, kMaxDepth);
+  for (int64_t d = 0; d < passes.count; ++d) {
+    const int64_t k = passes[d];
+    const auto from = [k](Matrix X, bool along_rows) {
+      const int64_t skip = k * (along_rows ? X.ld : 1) * static_cast<int64_t>(itemsize(X.dtype));
+      X.data = static_cast<const char*>(X.data) + skip;
+      return X;
+    };
+    Problem<S> pass = p;
+    pass.K = passes[d + 1] - k;
+    pass.A = from(p.A, p.A.transposed), pass.B = from(p.B, p.B.transposed);
+    pass.accumulate = d > 0 || p.accumulate;
+    run(pass);
+  }
+  if (narrow)
+    for (int64_t i = 0; i < M; ++i)
+      kernels.convert(wide.get() + i * N, N, static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)),
+                      c_dtype, accumulate);
+}
+
+}  // namespace
+
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate) {
+  const bool wide = A.dtype == DType::f64;
+  if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
+    throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
+  if (M <= 0 || N <= 0) return;
+  const auto& table = LLMKERN_SELECT(gemm);
+  if (wide)
+    gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate);
+  else
+    gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate);
+}
+
+}  // namespace llmkern::cpu

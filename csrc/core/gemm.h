@@ -1,0 +1,48 @@
+// C = A B or C += A B, for any mix of fp32, bf16 and fp16, and for fp64. See gemm.cpp for the idea.
+#pragma once
+#include "core/dtype.h"
+#include "core/isa.h"
+
+namespace llmkern::cpu {
+
+// Row-major with leading dimension ld; transposed: the operand is the transpose of what lies in memory.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t ld;
+  bool transposed;
+};
+
+// C (M, N) = A (M, K) B (K, N), or += if accumulate. C is row-major (ldc). Sums are taken in fp32 (fp64 for f64),
+// for each element in the order of k, in blocks of k that depend on K alone: the same bits for any number of threads.
+// Opens its own parallel region; inside another one it runs on the calling thread.
+// Throws std::invalid_argument if f64 meets another dtype.
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate);
+
+// The inner loops, for sums in S = float or double.
+template <class S>
+struct GemmKernels {
+  int rows, cols;  // the largest tile
+
+  // One panel: to[k * stride + i] = X[first + i][k0 + k], i < n, k < depth, X the matrix (extent, *), or its
+  // transpose (see Matrix). What is written at n..stride is of no account; up to a vector's worth may be written past
+  // the panel's end.
+  void (*pack)(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, S* to);
+
+  // c (rows, cols) = sum over k < depth of a[k * rows + i] b[k * ldb + j], or +=.
+  // Reads b up to a whole vector.
+  void (*tile)(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
+               bool accumulate);
+
+  // to (n) = from (n) in another dtype, or +=.
+  void (*convert)(const S* from, int64_t n, void* to, DType dtype, bool accumulate);
+};
+
+struct GemmTable {
+  GemmKernels<float> f32;
+  GemmKernels<double> f64;
+};
+
+}  // namespace llmkern::cpu
+
+LLMKERN_DECLARE_TABLE(GemmTable, gemm)

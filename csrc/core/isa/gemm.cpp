@@ -1,0 +1,184 @@
+#include "core/gemm.h"
+
+#include "core/isa/simd.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+namespace {
+
+// A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel of a
+// is packed with one vector per k.
+template <class S>
+inline constexpr int kRows = kVectorBytes == 64 ? (sizeof(S) == 4 ? 14 : 8)
+                           : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
+                                                : kLanes<S>;
+template <class S>
+inline constexpr int kVectors = kVectorBytes == 16 || sizeof(S) == 4 ? 2 : 3;
+
+// --- tiles --------------------------------------------------------------------------------------------------
+
+template <class S, int R, int V>
+void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
+  constexpr int L = kLanes<S>;
+  Vec<S> sum[R][V] = {};
+  for (int64_t k = 0; k < depth; ++k, a += R, b += ldb) {
+    Vec<S> row[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) row[v] = load<S>(b + v * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[i][v] += row[v] * a[i];
+  }
+  const int last = cols - (V - 1) * L;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    S* to = c + i * ldc;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      if (v < V - 1 || last == L)
+        store(to + v * L, accumulate ? load<S>(to + v * L) + sum[i][v] : sum[i][v]);
+      else
+        store(to + v * L, accumulate ? load<S>(to + v * L, last, S{}) + sum[i][v] : sum[i][v], last);
+    }
+  }
+}
+
+template <class S>
+using Tile = void (*)(int, int64_t, const S*, const S*, int64_t, S*, int64_t, bool);
+
+// tile<S, rows, vectors> for rows <= R and vectors <= V, found at run time.
+template <class S, int R, int V>
+Tile<S> find_tile(int rows, int vectors) {
+  if constexpr (R > 1)
+    if (rows < R) return find_tile<S, R - 1, V>(rows, vectors);
+  if constexpr (V > 1)
+    if (vectors < V) return find_tile<S, R, V - 1>(rows, vectors);
+  return &tile<S, R, V>;
+}
+
+template <class S>
+void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
+              bool accumulate) {
+  const int vectors = (cols + kLanes<S> - 1) / kLanes<S>;
+  find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, accumulate);
+}
+
+// --- packing ------------------------------------------------------------------------------------------------
+
+// Perfect shuffles: log2(L) rounds of them transpose L vectors.
+template <class V, class I, int L>
+static inline void interleave(V a, V b, V& low, V& high) {
+#if defined(__clang__)
+  for (int i = 0; i < L / 2; ++i)
+    low[2 * i] = a[i], low[2 * i + 1] = b[i], high[2 * i] = a[L / 2 + i], high[2 * i + 1] = b[L / 2 + i];
+#else
+  I low_of, high_of;
+  for (int i = 0; i < L; ++i) low_of[i] = i / 2 + i % 2 * L, high_of[i] = low_of[i] + L / 2;
+  low = __builtin_shuffle(a, b, low_of), high = __builtin_shuffle(a, b, high_of);
+#endif
+}
+
+template <class S>
+static inline void transpose(Vec<S> (&rows)[kLanes<S>]) {
+  constexpr int L = kLanes<S>;
+  typedef long long vi64 __attribute__((vector_size(kVectorBytes)));
+  using Index = decltype([] {
+    if constexpr (sizeof(S) == 4)
+      return vi32{};
+    else
+      return vi64{};
+  }());
+#pragma GCC unroll 8
+  for (int round = 1; round < L; round *= 2) {
+    Vec<S> next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i)
+      interleave<Vec<S>, Index, L>(rows[i], rows[i + L / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// Memory runs along k: L lines by L steps are transposed in registers. Lines past the n-th repeat it.
+template <class S, class T>
+void pack_lines(const T* x, int64_t ld, int n, int64_t depth, int stride, S* to) {
+  constexpr int L = kLanes<S>;
+  for (int i = 0; i < stride; i += L, to += L) {
+    const T* line[L];
+    for (int l = 0; l < L; ++l) line[l] = x + (i + l < n ? i + l : n - 1) * ld;
+    Vec<S> block[L];
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) {
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) {
+        __builtin_prefetch(line[l] + k + 8 * L);
+        block[l] = load<S>(line[l] + k);
+      }
+      transpose<S>(block);
+#pragma GCC unroll 16
+      for (int step = 0; step < L; ++step) store(to + (k + step) * stride, block[step]);
+    }
+    const int rest = static_cast<int>(depth - k);
+    if (rest == 0) continue;
+    for (int l = 0; l < L; ++l) block[l] = load<S>(line[l] + k, rest, S{});
+    transpose<S>(block);
+    for (int step = 0; step < rest; ++step) store(to + (k + step) * stride, block[step]);
+  }
+}
+
+// Memory runs along the panel's rows: a copy. `whole`: reading past n, up to whole vectors, stays in memory.
+template <class S, class T>
+void pack_rows(const T* x, int64_t ld, int n, bool whole, int64_t depth, int stride, S* to) {
+  constexpr int L = kLanes<S>;
+  for (int64_t k = 0; k < depth; ++k, x += ld, to += stride)
+    for (int i = 0; i < stride; i += L) {
+      if (whole || n - i >= L)
+        store(to + i, load<S>(x + i));
+      else
+        store(to + i, n > i ? load<S>(x + i, n - i, S{}) : Vec<S>{});
+    }
+}
+
+template <class S>
+void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, S* to) {
+  constexpr int L = kLanes<S>;
+  visit(X.dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(Accum<T>) == sizeof(S)) {
+      const T* x = static_cast<const T*>(X.data);
+      if (X.transposed)
+        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride, to);
+      else
+        pack_lines(x + first * X.ld + k0, X.ld, n, depth, stride, to);
+    }
+  });
+}
+
+// --- conversion ---------------------------------------------------------------------------------------------
+
+template <class S>
+void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) {
+  constexpr int L = kLanes<S>;
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(Accum<T>) == sizeof(S)) {
+      T* to = static_cast<T*>(out);
+      int64_t i = 0;
+      for (; i + L <= n; i += L) store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
+      const int rest = static_cast<int>(n - i);
+      if (rest == 0) return;
+      const Vec<S> x = load<S>(from + i, rest, S{});
+      store(to + i, accumulate ? load<S>(to + i, rest, S{}) + x : x, rest);
+    }
+  });
+}
+
+template <class S>
+inline constexpr GemmKernels<S> kKernels{kRows<S>,     kVectors<S> * kLanes<S>, &pack<S>,
+                                         &any_tile<S>, &convert<S>};
+
+}  // namespace
+
+extern const GemmTable gemm{kKernels<float>, kKernels<double>};
+
+}  // namespace llmkern::cpu::LLMKERN_ISA

@@ -1,0 +1,179 @@
+"""The house rules that code can check: import directions, one stem per op, file lengths."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llmkern"
+
+# nn -> functional -> ops -> dispatch -> {kernels, native, reference}. A layer may use those that it names; what
+# is not named here (the command line, the root) stands above all: none of them imports it.
+MAY_IMPORT = {
+    "nn": {"functional", "dispatch", "reference"},
+    "functional": {"ops", "dispatch", "reference"},
+    "optim": {"ops", "dispatch", "reference"},
+    "ops": {"dispatch", "reference"},
+    "dispatch": set(),
+    "native": set(),
+    "kernels": set(),
+    "reference": set(),
+    "numpy": {"_openmp", "_native"},
+    "_openmp": {"_native"},
+}
+# Backends that dispatch loads by name, as strings.
+LOADED = {"dispatch": {"native", "kernels", "reference"}}
+
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def module_of(path: Path) -> tuple[str, ...]:
+    """The dotted name, in parts; kernels/ is installed as llmkern.kernels."""
+    parts = (
+        "llmkern",
+        *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts,
+    )
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from runtime_nodes(other)
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def is_submodule(parts: tuple[str, ...]) -> bool:
+    if parts == ("llmkern", "_native"):
+        return True
+    homes = (PACKAGE.joinpath(*parts[1:]), ROOT.joinpath(*parts[1:]) if parts[1:2] == ("kernels",) else None)
+    return any(h is not None and (h.is_dir() or h.with_suffix(".py").exists()) for h in homes)
+
+
+def imports(path: Path, source: str) -> Iterator[tuple[str, ...]]:
+    """Every module of llmkern that the file imports, in parts, relative imports resolved."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path)[:-1]
+    for node in runtime_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple((node.module or "").split(".")) if node.module else ()
+            children = [(*base, alias.name) for alias in node.names]
+            found = [c if base[:1] == ("llmkern",) and is_submodule(c) else base for c in children]
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith(("import_module", "__import__"))
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found = [tuple(str(node.args[0].value).split("."))]
+        else:
+            continue
+        yield from (f for f in found if f[:1] in (("llmkern",), ("kernels",)))
+
+
+def violations(path: Path, source: str) -> list[str]:
+    layer = module_of(path)[1] if len(module_of(path)) > 1 else ""
+    if layer not in MAY_IMPORT:
+        return []
+    allowed = MAY_IMPORT[layer] | {layer}
+    wrong = []
+    for target in imports(path, source):
+        if target[0] == "kernels":
+            wrong.append("kernels is installed as llmkern.kernels")
+        elif len(target) == 1 or target[1] not in allowed:
+            wrong.append(f"{layer} imports {'.'.join(target)}; it may import {', '.join(sorted(allowed))}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path) -> None:
+    assert violations(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("ops/x.py", "from ..functional import embedding"),
+        ("ops/x.py", "from .. import nn"),
+        ("ops/x.py", "import llmkern.functional.embedding"),
+        ("functional/__init__.py", "from .. import nn"),
+        ("dispatch.py", "from . import ops"),
+        ("dispatch.py", "def f():\n    from .ops import x"),
+        ("reference/x.py", "import importlib\nimportlib.import_module('llmkern.ops')"),
+        ("reference/x.py", "import llmkern"),
+        ("nn/x.py", "from ..ops._autograd import KernelFunction"),
+        ("nn/x.py", "import kernels"),
+        ("../kernels/x.py", "from llmkern import dispatch"),
+        ("../kernels/x.py", "from ..reference import embedding"),
+    ],
+)
+def test_a_wrong_import_is_seen(file: str, source: str) -> None:
+    path = PACKAGE / file if not file.startswith("../") else ROOT / file[3:]
+    assert violations(path, source)
+
+
+def test_dispatch_knows_the_backends_by_name_only() -> None:
+    source = (PACKAGE / "dispatch.py").read_text()
+    for backend in LOADED["dispatch"]:
+        assert f'"llmkern.{backend}"' in source
+
+
+def stems() -> list[str]:
+    files = (PACKAGE / "ops").glob("*.py")
+    return sorted(path.stem for path in files if not path.stem.startswith("_"))
+
+
+def test_every_stem_has_its_files() -> None:
+    """Who knows the op knows every path."""
+    missing = []
+    for stem in stems():
+        wanted = [PACKAGE / "reference" / f"{stem}.py", ROOT / "tests" / f"test_{stem}.py"]
+        home = "optim" if stem == "optim" else "functional"
+        if stem != "optim":
+            wanted.append(PACKAGE / home / f"{stem}.py")
+        if (ROOT / "csrc" / "torch" / f"{stem}.cpp").exists():
+            wanted += [ROOT / "csrc" / "core" / f"{stem}{suffix}" for suffix in (".h", ".cpp")]
+        missing += [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+    assert not missing, missing
+
+
+def test_native_files_have_no_strange_stems() -> None:
+    """What is in csrc/torch and kernels/ belongs to an op; a unit in core/isa to a header in core."""
+    known = set(stems())
+    for folder, pattern in ((ROOT / "csrc" / "torch", "*.cpp"), (ROOT / "kernels", "*.py")):
+        for path in folder.glob(pattern):
+            assert path.stem.startswith("_") or path.stem in known, f"{path.name}: no op of this stem"
+    for path in (ROOT / "csrc" / "core" / "isa").glob("*.cpp"):
+        assert (path.parents[1] / f"{path.stem}.h").exists(), (
+            f"core/isa/{path.name} has no core/{path.stem}.h"
+        )
+
+
+def test_core_is_free_of_torch_and_python() -> None:
+    for path in (ROOT / "csrc" / "core").rglob("*"):
+        if path.suffix in (".h", ".cpp"):
+            includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+            assert not [i for i in includes if "torch" in i or "pybind" in i or "Python.h" in i], path.name
+
+
+def test_files_are_short() -> None:
+    """About 400 lines at most: a reader holds one file in the head."""
+    kinds = {"llmkern": "*.py", "kernels": "*.py", "tests": "*.py", "benchmarks": "*.py", "csrc": "*.[hc]*"}
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder, pattern in kinds.items()
+        for path in (ROOT / folder).rglob(pattern)
+        if (count := path.read_text().count("\n")) > 400
+    }
+    assert not long, long

@@ -1,0 +1,339 @@
+"""Embedding bags: torch's way and the reference, against a loop over bags in fp64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import FLOATS, assert_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.common_methods_invocations import op_db
+
+import llmkern
+import llmkern.functional as LF
+import llmkern.nn as lnn
+from llmkern import dispatch, reference
+
+MODES = ("sum", "mean", "max")
+# An empty bag first, in the middle and last; bag 3 repeats a row.
+INDICES, OFFSETS = torch.tensor([1, 4, 1, 5, 0, 0, 2, 1]), torch.tensor([0, 0, 3, 4, 4, 8])
+
+
+@pytest.fixture(autouse=True)
+def _serving_backends_only(request: pytest.FixtureRequest) -> None:
+    if "backend" in request.fixturenames:
+        name = request.getfixturevalue("backend")
+        if name not in ("torch", "reference", *dispatch.TABLE["embedding_bag"]):
+            pytest.skip(f"{name}: no kernel for this op yet")
+
+
+def truth(
+    weight: Tensor, indices: Tensor, ends: list[int], mode: str, samples: Tensor | None, padding_idx: int
+) -> Tensor:
+    """Bag by bag and row by row; differentiable. `ends` has the end of every bag."""
+    bags, begin = [], 0
+    for end in ends:
+        rows = [
+            weight[indices[n]] * (1 if samples is None else samples[n])
+            for n in range(begin, end)
+            if indices[n] != padding_idx
+        ]
+        begin = end
+        if not rows:
+            bags.append(weight.new_zeros(weight.shape[1]))
+        elif mode == "max":
+            bags.append(torch.stack(rows).max(0).values)
+        else:
+            bags.append(sum(rows) / (len(rows) if mode == "mean" else 1))
+    # The sum ties an all-empty call to the weight.
+    return torch.stack(bags) + 0 * weight.sum()
+
+
+def run(function: Any, weight: Tensor, samples: Tensor | None, dout: Tensor) -> list[Tensor]:
+    """The bags and the gradients."""
+    leaves = [t.detach().requires_grad_() for t in (weight, samples) if t is not None]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_values_and_gradients(backend: str, device: torch.device, mode: str, dtype: torch.dtype) -> None:
+    weight, ends = torch.randn(6, 9, device=device).to(dtype), [*OFFSETS[1:].tolist(), len(INDICES)]
+    dout = torch.randn(len(ends), 9, device=device).to(dtype)
+    indices, offsets = INDICES.to(device), OFFSETS.to(device)
+    for padding_idx in (None, 1, -1):
+        for samples in (None, torch.randn(len(INDICES), device=device).to(dtype)):
+            if samples is not None and mode != "sum":
+                continue
+
+            def bags(f: Any, w: Tensor, s: Tensor | None = None, p: int | None = padding_idx) -> Tensor:
+                return f(indices, w, offsets, mode=mode, per_sample_weights=s, padding_idx=p)
+
+            def loop(w: Tensor, s: Tensor | None = None, p: int | None = padding_idx) -> Tensor:
+                return truth(w, indices, ends, mode, s, -1 if p is None else p % 6)
+
+            wide = None if samples is None else samples.double()
+            expected = run(loop, weight.double(), wide, dout.double())
+            theirs = run(lambda *a, b=bags: b(F.embedding_bag, *a), weight, samples, dout)
+            ours = run(lambda *a, b=bags: b(LF.embedding_bag, *a), weight, samples, dout)
+            for a, e, t in zip(ours, expected, theirs, strict=True):
+                assert_accurate(a, e, t)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_dimensional_input_and_last_offset(backend: str, device: torch.device, mode: str) -> None:
+    weight, dout = torch.randn(6, 4, device=device), torch.randn(3, 4, device=device)
+    indices = torch.randint(6, (5, 3), device=device).t()
+    ends = torch.tensor([0, 5, 10, 15], device=device)
+    expected = run(lambda w: F.embedding_bag(indices, w, mode=mode), weight, None, dout)
+    for ours in (
+        run(lambda w: LF.embedding_bag(indices, w, mode=mode), weight, None, dout),
+        run(lambda w: LF.embedding_bag(indices.flatten(), w, ends[:-1], mode=mode), weight, None, dout),
+        run(
+            lambda w: LF.embedding_bag(indices.flatten(), w, ends, mode=mode, include_last_offset=True),
+            weight,
+            None,
+            dout,
+        ),
+        run(lambda w: LF.embedding_bag(indices.int(), w, mode=mode), weight, None, dout),
+    ):
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    samples = torch.randn(3, 5, device=device)
+    torch.testing.assert_close(
+        LF.embedding_bag(indices, weight, mode="sum", per_sample_weights=samples),
+        F.embedding_bag(indices, weight, mode="sum", per_sample_weights=samples),
+    )
+
+
+def test_empty_calls(backend: str, device: torch.device) -> None:
+    weight, nothing = torch.randn(6, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    for mode in MODES:
+        assert LF.embedding_bag(nothing, weight, nothing, mode=mode).shape == (0, 4)
+        bags = LF.embedding_bag(nothing, weight, torch.zeros(3, dtype=torch.int64, device=device), mode=mode)
+        assert torch.equal(bags, torch.zeros(3, 4, device=device))
+
+
+def test_max_goes_to_the_first_of_equal_rows(backend: str, device: torch.device) -> None:
+    weight = torch.tensor([[1.0, 5.0], [3.0, 5.0], [3.0, 2.0]], device=device)
+    indices, offsets = torch.tensor([0, 2, 1, 2], device=device), torch.tensor([0], device=device)
+    _, dweight = run(
+        lambda w: LF.embedding_bag(indices, w, offsets, mode="max"),
+        weight,
+        None,
+        torch.ones(1, 2, device=device),
+    )
+    assert dweight.tolist() == [[0, 1], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_frequency_divides_by_the_right_count(backend: str, mode: str) -> None:
+    """torch's CPU gradient takes the count of another row."""
+    weight, dout = torch.randn(6, 4, dtype=torch.double), torch.randn(6, 4, dtype=torch.double)
+    ours = run(
+        lambda w: LF.embedding_bag(INDICES, w, OFFSETS, mode=mode, scale_grad_by_freq=True),
+        weight,
+        None,
+        dout,
+    )
+    plain = run(lambda w: LF.embedding_bag(INDICES, w, OFFSETS, mode=mode), weight, None, dout)
+    counts = INDICES.bincount(minlength=6).clamp(min=1)[:, None]
+    torch.testing.assert_close(ours[0], plain[0])
+    torch.testing.assert_close(ours[1], plain[1] / counts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    D=st.integers(1, 9),
+    mode=st.sampled_from(MODES),
+    padding=st.integers(-1, 3),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_bags(lengths: list[int], D: int, mode: str, padding: int, last: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, indices = torch.randn(4, D, dtype=torch.double), torch.randint(4, (sum(lengths),))
+    ends = torch.tensor(lengths).cumsum(0)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), ends if last else ends[:-1]])
+    dout = torch.randn(len(lengths), D, dtype=torch.double)
+    expected = run(lambda w: truth(w, indices, ends.tolist(), mode, None, padding), weight, None, dout)
+    keywords = {"mode": mode, "include_last_offset": last, "padding_idx": None if padding < 0 else padding}
+    for name in ("auto", "reference"):
+        with llmkern.backend(name):
+            ours = run(lambda w: LF.embedding_bag(indices, w, offsets, **keywords), weight, None, dout)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives(backend: str, device: torch.device, mode: str) -> None:
+    weight = torch.randn(6, 3, dtype=torch.double, device=device, requires_grad=True)
+    samples = torch.randn(8, dtype=torch.double, device=device, requires_grad=True)
+    indices, offsets = INDICES.to(device), OFFSETS.to(device)
+    for keywords in ({}, {"padding_idx": 1}):
+
+        def bags(w: Tensor, s: Tensor | None = None, keywords: dict[str, Any] = keywords) -> Tensor:
+            return LF.embedding_bag(indices, w, offsets, mode=mode, per_sample_weights=s, **keywords)
+
+        arguments = (weight, samples) if mode == "sum" else (weight,)
+        assert gradcheck(bags, arguments)
+        assert gradgradcheck(bags, arguments)
+    if mode == "sum":
+        assert gradgradcheck(lambda s: bags(weight.detach(), s), samples)
+
+
+def test_second_derivatives_leave_the_first_alone() -> None:
+    """create_graph takes another way through backward; the gradients are the same."""
+    weight, dout = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    for mode in MODES:
+        out = LF.embedding_bag(INDICES, weight, OFFSETS, mode=mode)
+        first = torch.autograd.grad(out, weight, dout, retain_graph=True)[0]
+        again = torch.autograd.grad(out, weight, dout, create_graph=True)[0]
+        assert again.requires_grad
+        assert not first.requires_grad
+        torch.testing.assert_close(first, again)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms_and_compile(backend: str) -> None:
+    weight = torch.randn(6, 4)
+    for mode in MODES:
+        ours, theirs = (
+            lambda w, f=f, mode=mode: f(INDICES, w, OFFSETS, mode=mode)
+            for f in (LF.embedding_bag, F.embedding_bag)
+        )
+        gradient = torch.func.grad(lambda w, f=ours: f(w).sin().sum())(weight)
+        torch.testing.assert_close(gradient, torch.func.grad(lambda w, f=theirs: f(w).sin().sum())(weight))
+        stacked = torch.stack([weight, 2 * weight])
+        torch.testing.assert_close(torch.func.vmap(ours)(stacked), torch.stack([theirs(w) for w in stacked]))
+        torch.compiler.reset()
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        dout = torch.randn(6, 4)
+        for a, b in zip(run(compiled, weight, None, dout), run(theirs, weight, None, dout), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_decreasing_offsets() -> None:
+    weight = torch.randn(6, 4)
+    for bad in ([0, 4, 2], [0, 5, 5, 4]):
+        with pytest.raises(ValueError, match=r"offsets must not decrease, but got tensor\(\[0, "):
+            LF.embedding_bag(INDICES, weight, torch.tensor(bad))
+        with pytest.raises(ValueError, match="offsets must not decrease"):
+            lnn.EmbeddingBag(6, 4)(INDICES, torch.tensor(bad))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offsets": None},
+        {"offsets": torch.tensor([1, 2])},
+        {"offsets": torch.tensor([0, 9])},
+        {"offsets": torch.zeros(1, 1, dtype=torch.int64)},
+        {"offsets": torch.zeros(0, dtype=torch.int64), "include_last_offset": True},
+        {"input": INDICES.reshape(2, 4)},
+        {"input": INDICES.reshape(2, 2, 2)},
+        {"input": INDICES.float()},
+        {"input": INDICES + 1},
+        {"input": INDICES - 1},
+        {"weight": torch.randn(6)},
+        {"mode": "median"},
+        {"mode": "max", "scale_grad_by_freq": True},
+        {"mode": "max", "sparse": True},
+        {"mode": "mean", "per_sample_weights": torch.ones(8)},
+        {"mode": "sum", "per_sample_weights": torch.ones(7)},
+        {"mode": "sum", "per_sample_weights": torch.ones(8).double()},
+        {"padding_idx": 6},
+    ],
+    ids=repr,
+)
+def test_errors_are_torchs(change: dict[str, Any]) -> None:
+    call = {"input": INDICES, "weight": torch.randn(6, 4, requires_grad=True), "offsets": OFFSETS, **change}
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        F.embedding_bag(**call)
+    with pytest.raises(theirs.type) as ours:
+        LF.embedding_bag(**call)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_max_norm_and_sparse_are_torchs() -> None:
+    table, dout = torch.randn(6, 4), torch.randn(6, 4)
+    for keywords in ({"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": 1.0}, {"sparse": True, "mode": "sum"}):
+        ours, theirs = table.clone().requires_grad_(), table.clone().requires_grad_()
+        LF.embedding_bag(INDICES, ours, OFFSETS, **keywords).backward(dout)
+        F.embedding_bag(INDICES, theirs, OFFSETS, **keywords).backward(dout)
+        assert torch.equal(ours, theirs)
+        assert ours.grad.is_sparse == theirs.grad.is_sparse == ("sparse" in keywords)
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad.to_dense())
+        with llmkern.backend("reference"):
+            if "sparse" in keywords:
+                with pytest.raises(dispatch.BackendError, match="reference has no option sparse"):
+                    LF.embedding_bag(INDICES, ours, OFFSETS, **keywords)
+            else:
+                ours, theirs = table.clone(), table.clone()
+                torch.testing.assert_close(
+                    LF.embedding_bag(INDICES, ours, OFFSETS, **keywords),
+                    F.embedding_bag(INDICES, theirs, OFFSETS, **keywords),
+                )
+                assert torch.equal(ours, theirs)
+
+
+def test_reference_ends_with_the_last_offset() -> None:
+    """torch's mean and max count what lies behind the last offset; the reference does not."""
+    weight, ends = torch.randn(6, 4, dtype=torch.double), [2, 5]
+    for mode in MODES:
+        ours = reference.embedding_bag(weight, INDICES, torch.tensor([0, *ends]), mode, None, True)
+        torch.testing.assert_close(ours, truth(weight, INDICES, ends, mode, None, -1))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"mode": "max", "padding_idx": -1},
+        {"mode": "sum", "max_norm": 1.0, "norm_type": 1.0, "scale_grad_by_freq": True},
+        {"mode": "sum", "sparse": True, "include_last_offset": True, "dtype": torch.double},
+    ],
+    ids=repr,
+)
+def test_module_is_torchs(keywords: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    theirs = torch.nn.EmbeddingBag(6, 4, **keywords)
+    torch.manual_seed(3)
+    ours = lnn.EmbeddingBag(6, 4, **keywords)
+    assert isinstance(ours, torch.nn.EmbeddingBag)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert torch.equal(ours.weight, theirs.weight)
+    expected = theirs(INDICES, OFFSETS)
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(module) is lnn.EmbeddingBag
+        torch.testing.assert_close(module(INDICES, OFFSETS), expected)
+    keywords = {k: v for k, v in keywords.items() if k != "dtype"}
+    a, b = (m.EmbeddingBag.from_pretrained(ours.weight.detach().clone(), **keywords) for m in (lnn, torch.nn))
+    assert type(a) is lnn.EmbeddingBag
+    assert repr(a) == repr(b)
+    assert not a.weight.requires_grad
+    torch.testing.assert_close(a(INDICES, OFFSETS), b(INDICES, OFFSETS))
+
+
+def test_torchs_own_samples(backend: str) -> None:
+    # torch has no ModuleInfo of EmbeddingBag.
+    info = next(o for o in op_db if o.name == "nn.functional.embedding_bag")
+    for sample in info.sample_inputs("cpu", torch.float64, requires_grad=True):
+        if backend == "reference" and sample.kwargs.get("sparse"):
+            continue
+        # torch's OpInfo puts the weight first.
+        weight, (indices, *rest) = sample.input.detach(), sample.args
+        torch.testing.assert_close(
+            LF.embedding_bag(indices, weight.clone(), *rest, **sample.kwargs),
+            F.embedding_bag(indices, weight.clone(), *rest, **sample.kwargs),
+        )

@@ -1,0 +1,184 @@
+"""Instruction sets: each keeps to its own namespace, all compute the same, one is chosen by name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import FLOATS
+
+lnp = pytest.importorskip("llmkern.numpy")
+
+from llmkern import _native  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(lnp.__file__).parent
+LIBRARIES = sorted([*PACKAGE.glob("_native*.so"), *PACKAGE.glob("_C_cpu*.so")])
+OBJECTS = sorted(ROOT.glob("build/**/llmkern_isa_*.dir/csrc/core/isa/*.o"))
+ISAS = lnp.build_info()["isas"]
+
+needs_binutils = pytest.mark.skipif(
+    not (shutil.which("objdump") and shutil.which("nm")) or os.uname().machine != "x86_64",
+    reason="needs binutils on x86-64",
+)
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "LLMKERN_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
+
+
+@needs_binutils
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_wide_registers_stay_in_their_namespace(library: Path) -> None:
+    """zmm only in avx512's functions, ymm and VEX encodings only in avx2's and avx512's."""
+    function, wrong, seen = "", set(), set()
+    for line in run("objdump", "-d", "-C", "--no-show-raw-insn", str(library)).splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            function = header[1]
+            continue
+        if not (instruction := re.match(r"\s+[0-9a-f]+:\s+(.*)", line)):
+            continue
+        text = re.sub(r"<.*>|#.*", "", instruction[1])
+        for isa, pattern, owners in (
+            ("avx512", r"%zmm|%k[1-7]\b", ("avx512",)),
+            ("avx2", r"%ymm|^v[a-z]", ("avx2", "avx512")),
+        ):
+            if re.search(pattern, text):
+                seen.add(isa)
+                if not any(f"llmkern::cpu::{owner}::" in function for owner in owners):
+                    wrong.add((function, text))
+    assert seen == {"avx2", "avx512"} & set(ISAS), "the disassembly shows no vector code: is it stripped?"
+    assert not wrong, sorted(wrong)[:10]
+
+
+@needs_binutils
+@pytest.mark.skipif(not OBJECTS, reason="no build folder")
+@pytest.mark.parametrize("isa", ISAS)
+def test_units_share_nothing(isa: str) -> None:
+    """No static initialisers, which would run on any CPU; no function that the linker could share."""
+    objects = [o for o in OBJECTS if f"llmkern_isa_{isa}.dir" in str(o)]
+    assert objects
+    for path in objects:
+        assert ".init_array" not in run("objdump", "-h", str(path)), f"{path.name} has a static initialiser"
+        for line in run("nm", "-C", "--defined-only", str(path)).splitlines():
+            _, kind, name = line.split(" ", 2)
+            shared = kind in "WVu" or kind.isupper()
+            assert not shared or f"llmkern::cpu::{isa}::" in name, f"{path.name} defines {name} for everybody"
+
+
+COMPUTE = """
+import numpy as np, llmkern.numpy as lnp
+from llmkern import _native
+rng = np.random.default_rng(0)
+results = {"isa": np.array(lnp.isa())}
+for dtype in ("float32", "float64", "float16"):
+    a, b = rng.standard_normal((70, 500)).astype(dtype), rng.standard_normal((500, 45)).astype(dtype)
+    results["gemm " + dtype] = lnp.gemm(a, b)
+    results["gemm transposed " + dtype] = lnp.gemm(np.asfortranarray(a), np.asfortranarray(b))
+    indices = rng.integers(0, 9, 70)
+    results["embedding " + dtype] = lnp.embedding_backward(a, indices, 9)
+    x = rng.standard_normal(1003).astype(dtype) * 2
+    for f in ("exp", "sigmoid", "tanh"):
+        results[f + " " + dtype] = _native._elementwise(f, x)
+np.savez(PATH, **results)
+"""
+
+
+def test_all_sets_agree(tmp_path: Path) -> None:
+    results = {}
+    for isa in ISAS:
+        path = tmp_path / f"{isa}.npz"
+        process = python(f"PATH = {str(path)!r}\n{COMPUTE}", isa)
+        if process.returncode != 0:
+            assert f"LLMKERN_CPU_ISA={isa}, but this CPU does not have it" in process.stderr, process.stderr
+            continue
+        results[isa] = dict(np.load(path))
+        assert results[isa].pop("isa") == isa
+    for isa, values in results.items():
+        for name, value in values.items():
+            expected = results["baseline"][name]
+            bound = 20 * np.finfo(value.dtype).eps * np.abs(expected.astype(np.float64)).max()
+            error = np.abs(value.astype(np.float64) - expected.astype(np.float64)).max()
+            assert error <= bound, f"{name} on {isa}: {error:.2e} from baseline"
+
+
+def test_an_unknown_set_is_refused() -> None:
+    process = python("import llmkern.numpy as lnp; lnp.isa()", "sse9")
+    assert process.returncode != 0
+    assert "ValueError: LLMKERN_CPU_ISA=sse9; expected baseline, avx2 or avx512" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "ulps"),
+    [
+        ("exp", -103.9, 88.7, 1.5),
+        ("exp", -1.0, 1.0, 1.5),
+        ("sigmoid", -87.0, 50.0, 3.0),
+        ("tanh", -10.0, 10.0, 2.0),
+        ("tanh", -0.7, 0.7, 2.0),
+        ("tanh", -1e-4, 1e-4, 1.0),
+    ],
+)
+def test_functions_in_ulps(name: str, low: float, high: float, ulps: float) -> None:
+    x = np.random.default_rng(0).uniform(low, high, 500_003).astype(np.float32)
+    y = _native._elementwise(name, x).astype(np.float64)
+    wide = x.astype(np.float64)
+    expected = {"exp": np.exp, "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh}[name](wide)
+    error = np.abs(y - expected) / np.spacing(np.abs(expected.astype(np.float32)))
+    assert error.max() <= ulps, f"{error.max():.2f} ulp at {x[error.argmax()]!r}"
+
+
+def test_functions_at_the_edges() -> None:
+    x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 88.73, -104.1, 1e-40, -1e-40], np.float32)
+    for name, expected in {
+        "exp": [1, 1, np.inf, 0, np.nan, np.inf, 0, 1, 1],
+        "sigmoid": [0.5, 0.5, 1, 0, np.nan, 1, 0, 0.5, 0.5],
+        "tanh": [0.0, -0.0, 1, -1, np.nan, 1, -1, 1e-40, -1e-40],
+    }.items():
+        got = _native._elementwise(name, x)
+        np.testing.assert_array_equal(got, np.array(expected, np.float32), err_msg=name)
+        if name == "tanh":
+            assert np.signbit(got[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_conversion_round_trips(isa: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every 16-bit pattern survives load and store, whole vectors and every tail; NaN stays NaN."""
+    if dtype.itemsize == 2:
+        x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    else:
+        x = torch.cat([torch.randn(1000, dtype=dtype), torch.tensor([0.0, -0.0, torch.inf], dtype=dtype)])
+    bits = x.view(torch.uint16).numpy() if dtype == torch.bfloat16 else x.numpy()
+    np.save(tmp_path / "x.npy", bits)
+    code = f"""
+import numpy as np, llmkern.numpy as lnp
+from llmkern import _native
+x = np.load({str(tmp_path / "x.npy")!r})
+y = np.concatenate([_native._elementwise("copy", x[:n]) for n in (len(x), *range(33))])
+np.save({str(tmp_path / "y.npy")!r}, y)
+"""
+    process = python(code, isa)
+    if process.returncode != 0:
+        assert "this CPU does not have it" in process.stderr, process.stderr
+        pytest.skip(f"no {isa} here")
+    got = np.load(tmp_path / "y.npy")
+    want = np.concatenate([bits, *[bits[:n] for n in range(33)]])
+    as_dtype = lambda array: torch.from_numpy(array).view(dtype)  # noqa: E731
+    nan = as_dtype(want).isnan()
+    assert torch.equal(as_dtype(got).isnan(), nan)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(as_dtype(got).view(integer)[~nan], as_dtype(want).view(integer)[~nan])
