@@ -22,7 +22,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch
+from llmkern import dispatch, reference
 
 TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
 needs_torch = pytest.mark.skipif(not TORCH_HAS_IT, reason="this torch has no linear_cross_entropy")
@@ -295,11 +295,24 @@ def test_unserved_chunking_warns() -> None:
 
 
 def test_chunking_without_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_torch_function", None)
+    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_TORCH_CHUNKS", False)
     x, w, t, _ = problem()
     with pytest.warns(UserWarning, match="``options`` ignored") as record:
         torch.testing.assert_close(LF.linear_cross_entropy(x, w, t, options=object()), composition(x, w, t))
     assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize("shapes", [{}, {"bias": True, "batch": ()}, {"inner": (2,), "bias": True}], ids=repr)
+def test_reference(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, Any]) -> None:
+    """The linear half, with torch's cross_entropy in the place of the reference's."""
+    monkeypatch.setattr(reference, "cross_entropy", F.cross_entropy, raising=False)
+    for dtype in (torch.double, torch.bfloat16):
+        x, w, t, b = problem(**shapes, dtype=dtype)
+        ours = reference.linear_cross_entropy(x, w, t, b, reduction="none")
+        assert ours.dtype == dtype
+        wide = doubled((x, w, t, b))
+        expected = composition(*wide[:3], linear_bias=wide[3], reduction="none")
+        assert_accurate(ours, expected)
 
 
 @pytest.mark.skipif(
