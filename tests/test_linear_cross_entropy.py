@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -397,3 +399,36 @@ def test_module_trains_without_a_warning() -> None:
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_torch_without_the_function() -> None:
+    """torch 2.10 to 2.12, as far as this package can tell."""
+    code = """
+import torch, pickle, copy
+for home in (torch.nn, torch.nn.modules, torch.nn.functional, torch.nn.modules.loss):
+    for name in ("LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "linear_cross_entropy"):
+        if hasattr(home, name):
+            delattr(home, name)
+import llmkern.nn as nn, llmkern.functional as F
+torch.manual_seed(3)
+module = nn.LinearCrossEntropyLoss(5, 7, bias=True, weight=torch.ones(7))
+torch.manual_seed(3)
+linear = torch.nn.Linear(5, 7)
+assert list(module.state_dict()) == ["weight", "linear.weight", "linear.bias"]
+assert torch.equal(module.linear.weight, linear.weight) and torch.equal(module.linear.bias, linear.bias)
+x, t = torch.randn(4, 5), torch.tensor([0, 3, 6, -100])
+expected = torch.nn.functional.cross_entropy(linear(x), t)
+for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    torch.testing.assert_close(m(x, t), expected)
+print(module)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.splitlines()[1]
+        .strip()
+        .startswith("in_features=5, num_classes=7, out_features=(), bias=True")
+    )
