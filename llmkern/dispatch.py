@@ -57,6 +57,14 @@ TABLE: dict[str, dict[str, Support]] = {
     "embedding_bag": {},
     "linear_cross_entropy": {},
     "mse_loss": {"native": _cpu()},
+    "lstm": {"native": _cpu()},
+    "gru": {},
+    "rnn_tanh": {},
+    "rnn_relu": {},
+    "lstm_cell": {},
+    "gru_cell": {},
+    "rnn_tanh_cell": {},
+    "rnn_relu_cell": {},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),

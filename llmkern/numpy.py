@@ -114,9 +114,7 @@ def peak_bandwidth(traffic: str, seconds: float = 0.2) -> float:
     return _native.peak_bandwidth(traffic, seconds)
 
 
-def gemm(
-    a: Array, b: Array, out: Array | None = None, *, accumulate: bool = False, dtype: str | None = None
-) -> Array:
+def gemm(a: Array, b: Array, out: Array | None = None, *, accumulate: bool = False, dtype: str | None = None) -> Array:
     """``a @ b``, or ``out += a @ b``.
 
     Args:
@@ -136,13 +134,9 @@ def gemm(
     M, K = a.shape
     N = b.shape[1]
     if b.shape[0] != K:
-        raise ValueError(
-            f"gemm: got a {a.shape} and b {b.shape}, expected b ({K}, N): a's columns are b's rows"
-        )
+        raise ValueError(f"gemm: got a {a.shape} and b {b.shape}, expected b ({K}, N): a's columns are b's rows")
     if a.dtype != b.dtype:
-        raise ValueError(
-            f"gemm: got a {a.dtype} and b {b.dtype}, expected one dtype; convert one with astype"
-        )
+        raise ValueError(f"gemm: got a {a.dtype} and b {b.dtype}, expected one dtype; convert one with astype")
     if out is None:
         if accumulate:
             raise ValueError("gemm: got accumulate=True and no out, expected an array to add to; pass out")
@@ -173,9 +167,7 @@ def embedding_forward(weight: Array, indices: Array, *, dtype: str | None = None
         IndexError: if an index is outside [0, V).
         ValueError: for shapes or dtypes that do not fit, saying which.
     """
-    return _native.embedding_forward(
-        np.ascontiguousarray(_floating(weight, "weight", 2, dtype)), _indices(indices)
-    )
+    return _native.embedding_forward(np.ascontiguousarray(_floating(weight, "weight", 2, dtype)), _indices(indices))
 
 
 def embedding_backward(

@@ -155,9 +155,7 @@ def test_native_files_have_no_strange_stems() -> None:
         for path in folder.glob(pattern):
             assert path.stem.startswith("_") or path.stem in known, f"{path.name}: no op of this stem"
     for path in (ROOT / "csrc" / "core" / "isa").glob("*.cpp"):
-        assert (path.parents[1] / f"{path.stem}.h").exists(), (
-            f"core/isa/{path.name} has no core/{path.stem}.h"
-        )
+        assert (path.parents[1] / f"{path.stem}.h").exists(), f"core/isa/{path.name} has no core/{path.stem}.h"
 
 
 def test_core_is_free_of_torch_and_python() -> None:

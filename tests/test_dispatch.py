@@ -17,9 +17,7 @@ import llmkern.nn as lnn
 from llmkern import dispatch
 
 KERNEL_BACKENDS = ("native", "triton")
-needs_native = pytest.mark.skipif(
-    dispatch.unavailable("native") is not None, reason="needs the native library"
-)
+needs_native = pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="needs the native library")
 
 
 @pytest.mark.parametrize("op", dispatch.TABLE)
@@ -52,9 +50,7 @@ def test_backends_load_or_say_why(name: str) -> None:
 
 def test_unknown_backend_name() -> None:
     unknown = llmkern.backend("cudnn")
-    with pytest.raises(
-        ValueError, match=r"llmkern.backend: unknown backend 'cudnn'; expected one of auto, native"
-    ):
+    with pytest.raises(ValueError, match=r"llmkern.backend: unknown backend 'cudnn'; expected one of auto, native"):
         unknown.__enter__()
 
 

@@ -38,9 +38,7 @@ def _serving_backends_only(request: pytest.FixtureRequest) -> None:
             pytest.skip(f"{name}: no kernel for this op yet")
 
 
-def run(
-    function: Callable[..., Tensor], indices: Tensor, weight: Tensor, dout: Tensor, **keywords: Any
-) -> Any:
+def run(function: Callable[..., Tensor], indices: Tensor, weight: Tensor, dout: Tensor, **keywords: Any) -> Any:
     """The rows and the weight's gradient."""
     weight = weight.detach().requires_grad_()
     out = function(indices, weight, **keywords)
@@ -59,9 +57,7 @@ def truth(indices: Tensor, weight: Tensor, dout: Tensor, padding_idx: int = -1, 
 
 @pytest.mark.parametrize("index_dtype", INDICES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_values_and_gradients(
-    backend: str, device: torch.device, dtype: torch.dtype, index_dtype: torch.dtype
-) -> None:
+def test_values_and_gradients(backend: str, device: torch.device, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     for V, D, N in SIZES:
         weight = torch.randn(V, D, device=device).to(dtype)
         indices = torch.randint(V, (N,), device=device).to(index_dtype)
@@ -74,9 +70,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("by_freq", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 0, 3, -1, -6])
-def test_padding_and_frequency(
-    backend: str, device: torch.device, padding_idx: int | None, by_freq: bool
-) -> None:
+def test_padding_and_frequency(backend: str, device: torch.device, padding_idx: int | None, by_freq: bool) -> None:
     V, D = 6, 5
     weight, indices = torch.randn(V, D, device=device), torch.randint(V, (4, 9), device=device)
     dout = torch.randn(4, 9, D, device=device)
@@ -130,9 +124,7 @@ def test_sparse_gradients_are_torchs() -> None:
     explanation = llmkern.explain(LF.embedding, indices, weight, sparse=True)
     assert explanation.backends == ("torch",)
     dout = torch.randn(4, 3)
-    ours, theirs = (
-        run(f, indices, weight, dout, sparse=True, padding_idx=2)[1] for f in (LF.embedding, F.embedding)
-    )
+    ours, theirs = (run(f, indices, weight, dout, sparse=True, padding_idx=2)[1] for f in (LF.embedding, F.embedding))
     assert ours.is_sparse
     assert torch.equal(ours._indices(), theirs._indices())
     assert torch.equal(ours._values(), theirs._values())
@@ -210,9 +202,7 @@ def test_backward_kernel_checks_indices_before_it_writes() -> None:
     """autograd never passes such indices down; a caller of the op may."""
     for bad in (-1, 6, 2**40):
         with pytest.raises(IndexError, match="index out of range in self"):
-            torch.ops.llmkern.embedding_backward(
-                torch.randn(3, 4), torch.tensor([0, bad, 1]), 6, -1, False, "native"
-            )
+            torch.ops.llmkern.embedding_backward(torch.randn(3, 4), torch.tensor([0, bad, 1]), 6, -1, False, "native")
     with pytest.raises(ValueError, match="expected dout"):
         torch.ops.llmkern.embedding_backward(torch.randn(2, 4), torch.zeros(3).long(), 6, -1, False, "native")
     with pytest.raises(ValueError, match="contiguous"):
@@ -245,9 +235,7 @@ def test_errors_are_torchs(change: dict[str, Any]) -> None:
 def test_derivatives(backend: str, device: torch.device) -> None:
     weight = torch.randn(5, 3, dtype=torch.double, device=device, requires_grad=True)
     indices = torch.tensor([[0, 3, 3], [4, 3, 0]], device=device)
-    assert gradcheck(
-        lambda w: LF.embedding(indices, w), weight, check_forward_ad=True, check_batched_grad=True
-    )
+    assert gradcheck(lambda w: LF.embedding(indices, w), weight, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(lambda w: LF.embedding(indices, w), weight)
     # With padding or frequency the backward is no derivative of the forward, but has its own.
     for keywords in ({"padding_idx": 3}, {"scale_grad_by_freq": True}):
@@ -256,9 +244,7 @@ def test_derivatives(backend: str, device: torch.device) -> None:
         dout = torch.randn(2, 3, 3, dtype=torch.double, device=device, requires_grad=True)
 
         def pullback(dout: Tensor, keywords: dict[str, Any] = keywords) -> Tensor:
-            return torch.autograd.grad(
-                LF.embedding(indices, weight, **keywords), weight, dout, create_graph=True
-            )[0]
+            return torch.autograd.grad(LF.embedding(indices, weight, **keywords), weight, dout, create_graph=True)[0]
 
         assert gradcheck(pullback, dout)
         assert gradgradcheck(pullback, dout)

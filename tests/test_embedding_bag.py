@@ -208,8 +208,7 @@ def test_function_transforms_and_compile(backend: str) -> None:
     weight = torch.randn(6, 4)
     for mode in MODES:
         ours, theirs = (
-            lambda w, f=f, mode=mode: f(INDICES, w, OFFSETS, mode=mode)
-            for f in (LF.embedding_bag, F.embedding_bag)
+            lambda w, f=f, mode=mode: f(INDICES, w, OFFSETS, mode=mode) for f in (LF.embedding_bag, F.embedding_bag)
         )
         gradient = torch.func.grad(lambda w, f=ours: f(w).sin().sum())(weight)
         torch.testing.assert_close(gradient, torch.func.grad(lambda w, f=theirs: f(w).sin().sum())(weight))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch
+from llmkern import dispatch, reference
 
 TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
 needs_torch = pytest.mark.skipif(not TORCH_HAS_IT, reason="this torch has no linear_cross_entropy")
@@ -285,11 +287,24 @@ def test_unserved_chunking_warns() -> None:
 
 
 def test_chunking_without_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_torch_function", None)
+    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_TORCH_CHUNKS", False)
     x, w, t, _ = problem()
     with pytest.warns(UserWarning, match="``options`` ignored") as record:
         torch.testing.assert_close(LF.linear_cross_entropy(x, w, t, options=object()), composition(x, w, t))
     assert record[0].filename == __file__
+
+
+@pytest.mark.parametrize("shapes", [{}, {"bias": True, "batch": ()}, {"inner": (2,), "bias": True}], ids=repr)
+def test_reference(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, Any]) -> None:
+    """The linear half, with torch's cross_entropy in the place of the reference's."""
+    monkeypatch.setattr(reference, "cross_entropy", F.cross_entropy, raising=False)
+    for dtype in (torch.double, torch.bfloat16):
+        x, w, t, b = problem(**shapes, dtype=dtype)
+        ours = reference.linear_cross_entropy(x, w, t, b, reduction="none")
+        assert ours.dtype == dtype
+        wide = doubled((x, w, t, b))
+        expected = composition(*wide[:3], linear_bias=wide[3], reduction="none")
+        assert_accurate(ours, expected)
 
 
 @pytest.mark.skipif("cross_entropy" not in dispatch.TABLE, reason="cross_entropy has no options of its own yet")
@@ -372,3 +387,30 @@ def test_module_trains_without_a_warning() -> None:
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_torch_without_the_function() -> None:
+    """torch 2.10 to 2.12, as far as this package can tell."""
+    code = """
+import torch, pickle, copy
+for home in (torch.nn, torch.nn.modules, torch.nn.functional, torch.nn.modules.loss):
+    for name in ("LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "linear_cross_entropy"):
+        if hasattr(home, name):
+            delattr(home, name)
+import llmkern.nn as nn, llmkern.functional as F
+torch.manual_seed(3)
+module = nn.LinearCrossEntropyLoss(5, 7, bias=True, weight=torch.ones(7))
+torch.manual_seed(3)
+linear = torch.nn.Linear(5, 7)
+assert list(module.state_dict()) == ["weight", "linear.weight", "linear.bias"]
+assert torch.equal(module.linear.weight, linear.weight) and torch.equal(module.linear.bias, linear.bias)
+x, t = torch.randn(4, 5), torch.tensor([0, 3, 6, -100])
+expected = torch.nn.functional.cross_entropy(linear(x), t)
+for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    torch.testing.assert_close(m(x, t), expected)
+print(module)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].strip().startswith("in_features=5, num_classes=7, out_features=(), bias=True")

@@ -70,9 +70,7 @@ def test_embedding_backward_has_the_ops_bits(
     native = pytest.importorskip("llmkern.native")
     dout = torch.randn(301, 33).to(dtype)
     indices = torch.randint(0, 50, (301,))
-    out = lnp.embedding_backward(
-        bits(dout), indices.numpy(), 50, padding_idx, scale_grad_by_freq, dtype=name_of(dtype)
-    )
+    out = lnp.embedding_backward(bits(dout), indices.numpy(), 50, padding_idx, scale_grad_by_freq, dtype=name_of(dtype))
     padding = -1 if padding_idx is None else padding_idx % 50
     expected = native.embedding_backward(dout, indices, 50, padding, scale_grad_by_freq)
     assert np.array_equal(out, bits(expected))
@@ -156,7 +154,5 @@ def test_without_a_runtime_the_error_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(_openmp, "_is_global", lambda: False)
     monkeypatch.setattr(_openmp, "_of_torch", lambda: iter(()))
     monkeypatch.setattr(_openmp, "_SYSTEM", ("libnothing.so",))
-    with pytest.raises(
-        ImportError, match=r"needs an OpenMP runtime, and none was found; install one.*libnothing"
-    ):
+    with pytest.raises(ImportError, match=r"needs an OpenMP runtime, and none was found; install one.*libnothing"):
         _openmp.load_openmp()

@@ -13,11 +13,27 @@ from .embedding import embedding
 from .embedding_bag import embedding_bag
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
+from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 
 if TYPE_CHECKING:
     from torch.nn.functional import *  # noqa: F403
 
-__all__ = ["cross_entropy", "embedding", "embedding_bag", "linear_cross_entropy", "mse_loss", "nll_loss"]
+__all__ = [
+    "cross_entropy",
+    "embedding",
+    "embedding_bag",
+    "gru",
+    "gru_cell",
+    "linear_cross_entropy",
+    "lstm",
+    "lstm_cell",
+    "mse_loss",
+    "nll_loss",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .embedding import Embedding, EmbeddingBag
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
+from .rnn import GRU, GRUCell, LSTM, LSTMCell, RNN, RNNCell
 
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
@@ -22,9 +23,15 @@ __all__ = [
     "CrossEntropyLoss",
     "Embedding",
     "EmbeddingBag",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
+    "RNN",
+    "RNNCell",
     "functional",
 ]
 

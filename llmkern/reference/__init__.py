@@ -6,6 +6,17 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 
 from .cross_entropy import cross_entropy
 from .embedding import embedding, embedding_bag, embedding_row_scale
+from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
+from .rnn import rnn, rnn_step
 
-__all__ = ["cross_entropy", "embedding", "embedding_bag", "embedding_row_scale", "mse_loss"]
+__all__ = [
+    "cross_entropy",
+    "embedding",
+    "embedding_bag",
+    "embedding_row_scale",
+    "linear_cross_entropy",
+    "mse_loss",
+    "rnn",
+    "rnn_step",
+]

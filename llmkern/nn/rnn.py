@@ -1,0 +1,237 @@
+"""``RNN``, ``LSTM``, ``GRU`` and their cells: torch's modules over ``llmkern.functional``.
+
+The layers extend ``RNNBase`` rather than torch's classes, because the compiler refuses a subclass of those under
+``fullgraph=True``. ``RNNBase`` keeps parameters, initialisation, state_dict, representation and most checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional as F
+
+_PROJ_SIZE_ERROR = "proj_size argument is only supported for LSTM, not RNN or GRU"
+
+
+class _Layers(torch.nn.RNNBase):
+    """What the three have in common: states in, states out, packed, unbatched or neither."""
+
+    _function: str
+    # The words of torch's messages, which differ between its classes.
+    _dim_error: str
+    _states = ("hx",)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        if not torch.compiler.is_compiling():
+            self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(self._dim_error.format(input.dim()))
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        states = None if hx is None else self._as_tuple(hx)
+        if states is not None:
+            self._check_state_dims(states, batched)
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            states = states and tuple(state.unsqueeze(1) for state in states)
+        if states is None:
+            states = self._zeros(input, input.size(batch_dim))
+        self.check_forward_args(input, self._as_given(states), None)
+        output, *finals = getattr(F, self._function)(
+            input,
+            self._as_given(states),
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        if not batched:
+            output, finals = output.squeeze(batch_dim), [state.squeeze(1) for state in finals]
+        return output, self._as_given(tuple(finals))
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            states = self._zeros(data, int(batch_sizes[0]))
+        else:
+            states = self._permuted(self._as_tuple(hx), sorted_indices)
+        self.check_forward_args(data, self._as_given(states), batch_sizes)
+        output, *finals = getattr(F, self._function)(
+            data,
+            batch_sizes,
+            self._as_given(states),
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self._as_given(self._permuted(tuple(finals), unsorted_indices))
+
+    def _as_tuple(self, hx: Any) -> tuple[Tensor, ...]:
+        return tuple(hx) if len(self._states) == 2 else (hx,)
+
+    def _as_given(self, states: tuple[Tensor, ...]) -> Any:
+        return states if len(self._states) == 2 else states[0]
+
+    @staticmethod
+    def _permuted(states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
+        return states if permutation is None else tuple(state.index_select(1, permutation) for state in states)
+
+    def _zeros(self, like: Tensor, batch: int) -> tuple[Tensor, ...]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: len(self._states)]
+        return tuple(torch.zeros(layers, batch, width, dtype=like.dtype, device=like.device) for width in widths)
+
+    def _check_state_dims(self, states: tuple[Tensor, ...], batched: bool) -> None:
+        wanted, kind = (3, "batched") if batched else (2, "unbatched")
+        if all(state.dim() == wanted for state in states):
+            return
+        got = ", ".join(f"{state.dim()}-D" for state in states)
+        got = f"({got}) tensors" if len(states) == 2 else f"{got} tensor"
+        raise RuntimeError(
+            f"For {kind} {wanted}-D input, {' and '.join(self._states)} should also be {wanted}-D but got {got}"
+        )
+
+
+class RNN(_Layers):
+    """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs."""
+
+    _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(_PROJ_SIZE_ERROR)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+    @property
+    def _function(self) -> str:  # type: ignore[override]
+        return self.mode.lower()
+
+
+class LSTM(_Layers):
+    """Long short-term memory; see :class:`torch.nn.LSTM`. Same arguments, inputs and outputs.
+
+    Dense sequences on the CPU run natively: a whole sequence in one parallel region, cell states in fp32.
+    """
+
+    _function = "lstm"
+    _dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
+    _states = ("hx", "cx")
+
+    # Of the pair (h, c), which RNNBase does not know.
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_Layers):
+    """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs."""
+
+    _function = "gru"
+    _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError(_PROJ_SIZE_ERROR)
+        super().__init__("GRU", *args, **kwargs)
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """One step: checks of torch's class, then ``llmkern.functional``."""
+
+    _states = ("hidden",)
+
+    @property
+    def _function(self) -> str:
+        raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        name = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        pair = len(self._states) == 2
+        states = None if hx is None else tuple(hx) if pair else (hx,)
+        for label, state in zip(self._states, states or (), strict=False):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{name}: Expected {label} to be 1D or 2D, got {state.dim()}D instead")
+        batched = input.dim() == 2
+        if not batched:
+            input = input.unsqueeze(0)
+            states = states and tuple(state.unsqueeze(0) for state in states)
+        if states is None:
+            zeros = torch.zeros(input.size(0), self.hidden_size, dtype=input.dtype, device=input.device)
+            states = (zeros, zeros) if pair else (zeros,)
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        out = getattr(F, self._function)(input, states if pair else states[0], *weights)
+        if batched:
+            return out
+        return (out[0].squeeze(0), out[1].squeeze(0)) if pair else out.squeeze(0)
+
+
+class RNNCell(_Cell):
+    """One step of an Elman network; see :class:`torch.nn.RNNCell`."""
+
+    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _function(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}_cell"
+
+
+class LSTMCell(_Cell):
+    """One step of an LSTM; see :class:`torch.nn.LSTMCell`."""
+
+    _states = ("hx[0]", "hx[1]")
+    _function = "lstm_cell"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+
+class GRUCell(_Cell):
+    """One step of a GRU; see :class:`torch.nn.GRUCell`."""
+
+    _function = "gru_cell"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
