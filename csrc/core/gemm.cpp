@@ -10,13 +10,14 @@
 //         for panels of B, for panels of A: one tile   (b in L1, a from L2)
 //
 // Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work. Rows and
-// columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Up to one tile of rows, B is used where it lies.
+// columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Few rows take other ways, below.
 #include "core/gemm.h"
 
 #include <omp.h>
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "core/memory.h"
 
@@ -182,11 +183,12 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
   const bool in_place = A.rows.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t k = depths[d], depth = depths[d + 1] - k;
-    for (int64_t j = j0; j < j1; j += cols) {
-      const int width = static_cast<int>(std::min(cols, j1 - j));
+    for (int64_t j = j0, step; j < j1; j += step) {
+      step = in_place && p.M == 1 && j1 - j >= kernels.wide ? kernels.wide : cols;
+      const int width = static_cast<int>(std::min(step, j1 - j));
       const S* from = b;
       int64_t ldb = cols;
-      if (in_place && width == cols)
+      if (in_place && width == step)
         from = static_cast<const S*>(p.B.data) + k * p.B.ld + j, ldb = p.B.ld;
       else
         kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
@@ -196,6 +198,27 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
     }
   }
   sums.finish();
+}
+
+// A row or few, and B's columns in one piece each: inner products, nothing is packed but a's rows.
+template <class S>
+void run_dots(const Problem<S>& p) {
+  const auto& kernels = p.kernels;
+  const int threads = threads_for(p.M, p.N, p.K);
+  const Split blocks = split(p.N, std::clamp<int64_t>(p.N / (4 * threads) / 16 * 16, 16, 1024));
+  const int64_t pitch = round_up(p.K + kSlack), longest = ceil_div(p.N, blocks.count);
+  const int64_t own = p.narrow() ? round_up(p.M * longest) : 0;
+  S* const a = workspace<S>(p.M * pitch + threads * own);
+  for (int64_t i = 0; i < p.M; ++i) kernels.pack(p.A, p.M, i, 1, 0, p.K, 1, a + i * pitch);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t c = 0; c < blocks.count; ++c) {
+    const int64_t j0 = blocks[c], j1 = blocks[c + 1];
+    const Sums<S> sums(p, 0, p.M, j0, j1, a + p.M * pitch + omp_get_thread_num() * own);
+    const char* b = static_cast<const char*>(p.B.data) + j0 * p.B.ld * static_cast<int64_t>(itemsize(p.B.dtype));
+    kernels.dots(static_cast<int>(p.M), j1 - j0, p.K, a, pitch, b, p.B.dtype, p.B.ld, sums.at, sums.ld,
+                 sums.accumulate);
+    sums.finish();
+  }
 }
 
 template <class S>
@@ -233,6 +256,7 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
              DType c_dtype, int64_t ldc, bool accumulate) {
   Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
   p.B.transposed = !B.transposed;
+  if (M <= kDotRows && !p.B.transposed) return run_dots(p);
   if (is_flat(p)) return run_flat(p);
   if (K <= kMaxDepth) return run(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
@@ -268,6 +292,12 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_
   if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
     throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
   if (M <= 0 || N <= 0) return;
+  if (N == 1 && ldc == 1) {
+    // A column is a row of the transposed product.
+    std::swap(M, N), std::swap(A, B);
+    A.transposed = !A.transposed, B.transposed = !B.transposed;
+    ldc = N;
+  }
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
     gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate);
