@@ -5,18 +5,19 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel of a
-// is packed with one vector per k.
+// A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel
+// of a is packed with one vector per k.
 template <class S>
-inline constexpr int kRows = kVectorBytes == 64 ? (sizeof(S) == 4 ? 14 : 8)
-                           : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
-                                                : kLanes<S>;
+inline constexpr int kRows = kVectorBytes == 64   ? (sizeof(S) == 4 ? 14 : 8)
+                             : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
+                                                  : kLanes<S>;
 template <class S>
 inline constexpr int kVectors = kVectorBytes == 16 || sizeof(S) == 4 ? 2 : 3;
 // Of the only row of a: reads as much of each row of b as it can.
 inline constexpr int kWide = 8;
 
-// --- tiles --------------------------------------------------------------------------------------------------
+// --- tiles
+// --------------------------------------------------------------------------------------------------
 
 template <class S, int R, int V>
 void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
@@ -66,7 +67,8 @@ void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t
   find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, accumulate);
 }
 
-// --- packing ------------------------------------------------------------------------------------------------
+// --- packing
+// ------------------------------------------------------------------------------------------------
 
 // Perfect shuffles: log2(L) rounds of them transpose L vectors.
 template <class V, class I, int L>
@@ -150,17 +152,19 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       const T* x = static_cast<const T*>(X.data);
       if (X.transposed)
-        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride, to);
+        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride,
+                  to);
       else
         pack_lines(x + first * X.ld + k0, X.ld, n, depth, stride, to);
     }
   });
 }
 
-// --- inner products ------------------------------------------------------------------------------------------
+// --- inner products
+// ------------------------------------------------------------------------------------------
 
-// c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across lanes and are
-// brought together by one transposition per row.
+// c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across
+// lanes and are brought together by one transposition per row.
 template <class S, int R, class T>
 void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S>* c) {
   constexpr int L = kLanes<S>, kLines = L < 4 ? L : 4;
@@ -192,8 +196,8 @@ void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S
 }
 
 template <class S>
-void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
-          S* c, int64_t ldc, bool accumulate) {
+void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype,
+          int64_t ldb, S* c, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>;
   visit(dtype, [&](auto t) {
     using T = decltype(t);
@@ -203,22 +207,25 @@ void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const
         const int n = lines - j < L ? static_cast<int>(lines - j) : L;
         const T* line[L];
         for (int l = 0; l < L; ++l) line[l] = x + (j + (l < n ? l : n - 1)) * ldb;
-        Vec<S> y[kDotRows];
-        const auto product = rows == 1   ? &dots_of<S, 1, T>
-                             : rows == 2 ? &dots_of<S, 2, T>
-                             : rows == 3 ? &dots_of<S, 3, T>
-                                         : &dots_of<S, 4, T>;
-        product(line, depth, a, lda, y);
-        for (int i = 0; i < rows; ++i) {
-          S* to = c + i * ldc + j;
-          store(to, accumulate ? load<S>(to, n, S{}) + y[i] : y[i], n);
+        for (int i = 0; i < rows; i += 4) {
+          const auto product = rows - i == 1   ? &dots_of<S, 1, T>
+                               : rows - i == 2 ? &dots_of<S, 2, T>
+                               : rows - i == 3 ? &dots_of<S, 3, T>
+                                               : &dots_of<S, 4, T>;
+          Vec<S> y[4];
+          product(line, depth, a + i * lda, lda, y);
+          for (int r = 0; r < 4 && i + r < rows; ++r) {
+            S* to = c + (i + r) * ldc + j;
+            store(to, accumulate ? load<S>(to, n, S{}) + y[r] : y[r], n);
+          }
         }
       }
     }
   });
 }
 
-// --- conversion ---------------------------------------------------------------------------------------------
+// --- conversion
+// ---------------------------------------------------------------------------------------------
 
 template <class S>
 void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) {
@@ -228,7 +235,8 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       T* to = static_cast<T*>(out);
       int64_t i = 0;
-      for (; i + L <= n; i += L) store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
+      for (; i + L <= n; i += L)
+        store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
       const int rest = static_cast<int>(n - i);
       if (rest == 0) return;
       const Vec<S> x = load<S>(from + i, rest, S{});
@@ -239,7 +247,7 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
 
 template <class S>
 inline constexpr GemmKernels<S> kKernels{
-    kRows<S>, kVectors<S> * kLanes<S>, kWide * kLanes<S>, &pack<S>, &any_tile<S>, &dots<S>, &convert<S>};
+    kRows<S>, kVectors<S>* kLanes<S>, kWide* kLanes<S>, &pack<S>, &any_tile<S>, &dots<S>, &convert<S>};
 
 }  // namespace
 
