@@ -49,8 +49,7 @@ void require_contiguous(const py::array& x, int ndim) {
   require((x.flags() & py::array::c_style) != 0, "expected a C-contiguous array");
 }
 
-// --- products
-// -------------------------------------------------------------------------------------------------
+// --- products ---
 
 cpu::Matrix matrix_of(const py::array& x) {
   require(x.ndim() == 2, "expected a matrix");
@@ -75,8 +74,7 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
   cpu::gemm(M, N, K, A, B, data, dtype, N, accumulate);
 }
 
-// --- embedding
-// ------------------------------------------------------------------------------------------------
+// --- embedding ---
 
 cpu::Indices indices_of(const py::array& x) {
   require_contiguous(x, 1);
@@ -118,8 +116,7 @@ py::array embedding_backward(const py::array& dout, const py::array& indices, in
   return dweight;
 }
 
-// --- for the tests
-// --------------------------------------------------------------------------------------------
+// --- for the tests ---
 
 py::array elementwise(const std::string& name, const py::array& x) {
   require_contiguous(x, 1);
@@ -133,8 +130,7 @@ py::array elementwise(const std::string& name, const py::array& x) {
   return y;
 }
 
-// --- the machine
-// ----------------------------------------------------------------------------------------------
+// --- the machine ---
 
 py::dict build_info() {
   std::vector<std::string> isas;

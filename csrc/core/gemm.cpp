@@ -5,7 +5,7 @@
 //
 //   for columns of N, up to 8 MB of packed B           (in L3, shared)
 //     for blocks of C                                  (the queue)
-//       for blocks of k, up to 384                     (sums of one block stay in registers)
+//       for blocks of k, up to 256                     (sums of one block stay in registers)
 //         pack A: rows x k, up to half a megabyte      (in L2, the thread's own)
 //         for panels of B, for panels of A: one tile   (b in L1, a from L2)
 //
@@ -24,8 +24,9 @@
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384;              // of a block of k
-constexpr int64_t kMaxDepth = 16 * kDepth;   // of packed B; more goes in several passes
+constexpr int64_t kDepth = 256;              // of a block of k: a panel of B fits L1, sums stay short
+constexpr int64_t kDotDepth = 1024;          // the same for inner products, whose sums are spread over lanes
+constexpr int64_t kMaxDepth = 24 * kDepth;   // of packed B; more goes in several passes
 constexpr int64_t kBlockBytes = 384 * 1024;  // of packed A
 constexpr int64_t kPanelBytes = 8 << 20;     // of packed B
 constexpr int64_t kBlockCols = 512;          // of a block of C, about
@@ -177,8 +178,7 @@ void run(const Problem<S>& p) {
   }
 }
 
-// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1
-// --------------
+// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 ---
 
 // Columns [j0, j1). With one tile of rows, B is used where it lies.
 template <class S>
@@ -215,16 +215,19 @@ void run_dots(const Problem<S>& p) {
   const Split blocks = split(p.N, std::clamp<int64_t>(p.N / (4 * threads) / 16 * 16, 16, 1024));
   const int64_t pitch = round_up(p.K + kSlack), longest = ceil_div(p.N, blocks.count);
   const int64_t own = p.narrow() ? round_up(p.M * longest) : 0;
+  const Split depths = split(p.K, kDotDepth);
   S* const a = workspace<S>(p.M * pitch + threads * own);
   for (int64_t i = 0; i < p.M; ++i) kernels.pack(p.A, p.M, i, 1, 0, p.K, 1, a + i * pitch);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t c = 0; c < blocks.count; ++c) {
     const int64_t j0 = blocks[c], j1 = blocks[c + 1];
     const Sums<S> sums(p, 0, p.M, j0, j1, a + p.M * pitch + omp_get_thread_num() * own);
-    const char* b =
-        static_cast<const char*>(p.B.data) + j0 * p.B.ld * static_cast<int64_t>(itemsize(p.B.dtype));
-    kernels.dots(static_cast<int>(p.M), j1 - j0, p.K, a, pitch, b, p.B.dtype, p.B.ld, sums.at, sums.ld,
-                 sums.accumulate);
+    for (int64_t d = 0; d < depths.count; ++d) {
+      const int64_t k = depths[d], skip = (j0 * p.B.ld + k) * static_cast<int64_t>(itemsize(p.B.dtype));
+      kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k, pitch,
+                   static_cast<const char*>(p.B.data) + skip, p.B.dtype, p.B.ld, sums.at, sums.ld,
+                   d > 0 || sums.accumulate);
+    }
     sums.finish();
   }
 }

@@ -16,8 +16,7 @@ inline constexpr int kVectors = kVectorBytes == 16 || sizeof(S) == 4 ? 2 : 3;
 // Of the only row of a: reads as much of each row of b as it can.
 inline constexpr int kWide = 8;
 
-// --- tiles
-// --------------------------------------------------------------------------------------------------
+// --- tiles ---
 
 template <class S, int R, int V>
 void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
@@ -67,8 +66,7 @@ void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t
   find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, accumulate);
 }
 
-// --- packing
-// ------------------------------------------------------------------------------------------------
+// --- packing ---
 
 // Perfect shuffles: log2(L) rounds of them transpose L vectors.
 template <class V, class I, int L>
@@ -160,8 +158,7 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
   });
 }
 
-// --- inner products
-// ------------------------------------------------------------------------------------------
+// --- inner products ---
 
 // c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across
 // lanes and are brought together by one transposition per row.
@@ -224,8 +221,7 @@ void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const
   });
 }
 
-// --- conversion
-// ---------------------------------------------------------------------------------------------
+// --- conversion ---
 
 template <class S>
 void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) {
