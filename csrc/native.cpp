@@ -1,7 +1,7 @@
 // `_native`: what the build and the machine are, and the core's kernels on NumPy arrays.
 //
-// Arrays come from llmkern/numpy.py, which checks shapes and dtypes and speaks to the user; what memory safety depends
-// on is checked again here.
+// Arrays come from llmkern/numpy.py, which checks shapes and dtypes and speaks to the user; what memory
+// safety depends on is checked again here.
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -49,7 +49,7 @@ void require_contiguous(const py::array& x, int ndim) {
   require((x.flags() & py::array::c_style) != 0, "expected a C-contiguous array");
 }
 
-// --- products -------------------------------------------------------------------------------------------------
+// --- products ---
 
 cpu::Matrix matrix_of(const py::array& x) {
   require(x.ndim() == 2, "expected a matrix");
@@ -66,18 +66,20 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
   const cpu::Matrix A = matrix_of(a), B = matrix_of(b);
   require_contiguous(out, 2);
   const int64_t M = a.shape(0), N = b.shape(1), K = a.shape(1);
-  require(b.shape(0) == K && out.shape(0) == M && out.shape(1) == N, "expected a (M, K), b (K, N) and out (M, N)");
+  require(b.shape(0) == K && out.shape(0) == M && out.shape(1) == N,
+          "expected a (M, K), b (K, N) and out (M, N)");
   const DType dtype = dtype_of(out);
   void* const data = out.mutable_data();
   const py::gil_scoped_release release;
   cpu::gemm(M, N, K, A, B, data, dtype, N, accumulate);
 }
 
-// --- embedding ------------------------------------------------------------------------------------------------
+// --- embedding ---
 
 cpu::Indices indices_of(const py::array& x) {
   require_contiguous(x, 1);
-  require(x.dtype().kind() == 'i' && (x.itemsize() == 4 || x.itemsize() == 8), "indices: expected int32 or int64");
+  require(x.dtype().kind() == 'i' && (x.itemsize() == 4 || x.itemsize() == 8),
+          "indices: expected int32 or int64");
   return {x.data(), x.itemsize() == 8};
 }
 
@@ -114,7 +116,7 @@ py::array embedding_backward(const py::array& dout, const py::array& indices, in
   return dweight;
 }
 
-// --- for the tests --------------------------------------------------------------------------------------------
+// --- for the tests ---
 
 py::array elementwise(const std::string& name, const py::array& x) {
   require_contiguous(x, 1);
@@ -128,7 +130,7 @@ py::array elementwise(const std::string& name, const py::array& x) {
   return y;
 }
 
-// --- the machine ----------------------------------------------------------------------------------------------
+// --- the machine ---
 
 py::dict build_info() {
   std::vector<std::string> isas;
@@ -147,7 +149,10 @@ double peak_bandwidth(const std::string& traffic, double seconds) {
   if (!read && !copy && traffic != "stream")
     throw std::invalid_argument("unknown traffic '" + traffic + "'; expected read, copy or stream");
   const py::gil_scoped_release release;
-  return cpu::peak_bandwidth(read ? cpu::Traffic::read : copy ? cpu::Traffic::copy : cpu::Traffic::stream, seconds);
+  return cpu::peak_bandwidth(read   ? cpu::Traffic::read
+                             : copy ? cpu::Traffic::copy
+                                    : cpu::Traffic::stream,
+                             seconds);
 }
 
 double peak_flops(const std::string& dtype, double seconds) {
@@ -157,7 +162,8 @@ double peak_flops(const std::string& dtype, double seconds) {
 }
 
 void set_num_threads(int n) {
-  if (n < 1) throw std::invalid_argument("set_num_threads: got " + std::to_string(n) + ", expected 1 or more");
+  if (n < 1)
+    throw std::invalid_argument("set_num_threads: got " + std::to_string(n) + ", expected 1 or more");
   omp_set_num_threads(n);
 }
 
@@ -167,17 +173,22 @@ void set_num_threads(int n) {
 PYBIND11_MODULE(_native, m) {
   using namespace llmkern;
   m.doc() = "llmkern's native core: instruction set, build facts, threads, probes, NumPy entry points.";
-  m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); }, "The instruction set selected for this process.");
+  m.def(
+      "isa", [] { return cpu::isa_name(cpu::selected_isa()); },
+      "The instruction set selected for this process.");
   m.def("build_info", &build_info, "Version, compiler, the instruction sets built and the one selected.");
   m.def("num_threads", &omp_get_max_threads, "Threads of the next parallel region of the calling thread.");
-  m.def("set_num_threads", &set_num_threads, py::arg("n"), "The same as torch.set_num_threads, without torch.");
+  m.def("set_num_threads", &set_num_threads, py::arg("n"),
+        "The same as torch.set_num_threads, without torch.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds") = 0.2,
-        "Measured GF/s of FMAs (bfloat16: dot products) on all threads. ValueError, with the reason, if the CPU has none.");
+        "Measured GF/s of FMAs (bfloat16: dot products) on all threads. ValueError, with the reason, if the "
+        "CPU has none.");
   m.def("peak_bandwidth", &peak_bandwidth, py::arg("traffic"), py::arg("seconds") = 0.2,
-        "Measured GB/s on all threads: 'read', 'copy' (read and written bytes), or 'stream' (stores past the caches).");
+        "Measured GB/s on all threads: 'read', 'copy' (read and written bytes), or 'stream' (stores past the "
+        "caches).");
   m.def("gemm", &gemm, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("accumulate"));
   m.def("embedding_forward", &embedding_forward, py::arg("weight"), py::arg("indices"));
-  m.def("embedding_backward", &embedding_backward, py::arg("dout"), py::arg("indices"), py::arg("num_weights"),
-        py::arg("padding_idx"), py::arg("scale_grad_by_freq"));
+  m.def("embedding_backward", &embedding_backward, py::arg("dout"), py::arg("indices"),
+        py::arg("num_weights"), py::arg("padding_idx"), py::arg("scale_grad_by_freq"));
   m.def("_elementwise", &elementwise, py::arg("name"), py::arg("x"));
 }

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llmkern"
 
-# nn -> functional -> ops -> dispatch -> {kernels, native, reference}. A layer may use those that it names; what
+# nn -> functional -> ops -> dispatch -> {kernels, native, reference}. A layer may use what it names; what
 # is not named here (the command line, the root) stands above all: none of them imports it.
 MAY_IMPORT = {
     "nn": {"functional", "dispatch", "reference"},

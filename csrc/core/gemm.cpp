@@ -1,35 +1,37 @@
 // Matrix product. 2 M N K FLOPs; the bar is the machine's FMA peak.
 //
-// B is packed once per block of columns, whole in k, by all threads; then each thread takes blocks of C from a queue,
-// packs the rows of A that it needs and runs tiles of C that stay in registers over a block of k:
+// B is packed once per block of columns, whole in k, by all threads; then each thread takes blocks of C from
+// a queue, packs the rows of A that it needs and runs tiles of C that stay in registers over a block of k:
 //
 //   for columns of N, up to 8 MB of packed B           (in L3, shared)
 //     for blocks of C                                  (the queue)
-//       for blocks of k, up to 384                     (sums of one block stay in registers)
+//       for blocks of k, up to 256                     (sums of one block stay in registers)
 //         pack A: rows x k, up to half a megabyte      (in L2, the thread's own)
 //         for panels of B, for panels of A: one tile   (b in L1, a from L2)
 //
-// Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work. Rows and
-// columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Up to one tile of rows, B is used where it lies.
+// Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work.
+// Rows and columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Few rows take other ways, below.
 #include "core/gemm.h"
 
 #include <omp.h>
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "core/memory.h"
 
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384;                  // of a block of k
-constexpr int64_t kMaxDepth = 16 * kDepth;       // of packed B; more goes in several passes
-constexpr int64_t kBlockBytes = 384 * 1024;      // of packed A
-constexpr int64_t kPanelBytes = 8 << 20;         // of packed B
-constexpr int64_t kBlockCols = 512;              // of a block of C, about
-constexpr int64_t kSlack = 16;                   // elements that packing may write past its end
-constexpr int64_t kWorkPerThread = 1 << 18;      // multiply-adds that are worth a thread
+constexpr int64_t kDepth = 256;              // of a block of k: a panel of B fits L1, sums stay short
+constexpr int64_t kDotDepth = 1024;          // the same for inner products, whose sums are spread over lanes
+constexpr int64_t kMaxDepth = 24 * kDepth;   // of packed B; more goes in several passes
+constexpr int64_t kBlockBytes = 384 * 1024;  // of packed A
+constexpr int64_t kPanelBytes = 8 << 20;     // of packed B
+constexpr int64_t kBlockCols = 512;          // of a block of C, about
+constexpr int64_t kSlack = 16;               // elements that packing may write past its end
+constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds that are worth a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +55,8 @@ S* workspace(int64_t n) {
 
 int threads_for(int64_t M, int64_t N, int64_t K) {
   if (omp_in_parallel()) return 1;
-  const double worth = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
+  const double worth =
+      static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
   return static_cast<int>(std::clamp<double>(worth, 1, omp_get_max_threads()));
 }
 
@@ -70,7 +73,9 @@ struct Problem {
   Split depths() const { return split(K, kDepth); }
   int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
   bool narrow() const { return itemsize(c_dtype) != sizeof(S); }
-  char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
+  char* c_at(int64_t i, int64_t j) const {
+    return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype));
+  }
 };
 
 // Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
@@ -108,8 +113,8 @@ struct RowPanels {
 
 // Rows [i0, i1) of columns [j0, j1), from panels of B that begin at column `origin`.
 template <class S>
-void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
-           S* scratch) {
+void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels,
+           int64_t origin, S* a, S* scratch) {
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
   const Sums<S> sums(p, i0, i1, j0, j1, scratch);
@@ -122,8 +127,8 @@ void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, 
     for (int64_t j = j0; j < j1; j += cols)
       for (int64_t r = 0; r < A.rows.count; ++r)
         kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
-                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
-                     d > 0 || sums.accumulate);
+                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0),
+                     sums.ld, d > 0 || sums.accumulate);
   }
   sums.finish();
 }
@@ -134,12 +139,15 @@ void run(const Problem<S>& p) {
   const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S);
   const int threads = threads_for(p.M, p.N, p.K);
   const int64_t panels = ceil_div(p.N, cols);
-  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
+  const Split outer =
+      split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
   const int64_t widest = ceil_div(panels, outer.count);
   // Blocks of C: A's pack fits L2, and each thread has four or more of them, where there are as many tiles.
-  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
+  int64_t tiles =
+      std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
   int64_t width = std::min(widest, kBlockCols / cols);
-  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads && tiles * width > 4) {
+  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads &&
+         tiles * width > 4) {
     int64_t& longer = tiles * rows > width * cols ? tiles : width;
     longer = ceil_div(longer, 2);
   }
@@ -170,7 +178,7 @@ void run(const Problem<S>& p) {
   }
 }
 
-// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 --------------
+// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 ---
 
 // Columns [j0, j1). With one tile of rows, B is used where it lies.
 template <class S>
@@ -182,20 +190,52 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
   const bool in_place = A.rows.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
   for (int64_t d = 0; d < depths.count; ++d) {
     const int64_t k = depths[d], depth = depths[d + 1] - k;
-    for (int64_t j = j0; j < j1; j += cols) {
-      const int width = static_cast<int>(std::min(cols, j1 - j));
+    for (int64_t j = j0, step; j < j1; j += step) {
+      step = in_place && p.M == 1 && j1 - j >= kernels.wide ? kernels.wide : cols;
+      const int width = static_cast<int>(std::min(step, j1 - j));
       const S* from = b;
       int64_t ldb = cols;
-      if (in_place && width == cols)
+      if (in_place && width == step)
         from = static_cast<const S*>(p.B.data) + k * p.B.ld + j, ldb = p.B.ld;
       else
         kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
       for (int64_t r = 0; r < A.rows.count; ++r)
-        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
-                     sums.ld, d > 0 || sums.accumulate);
+        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb,
+                     sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld, d > 0 || sums.accumulate);
     }
   }
   sums.finish();
+}
+
+// A row or few, and B's columns in one piece each: inner products, nothing is packed but a's rows.
+template <class S>
+void run_dots(const Problem<S>& p) {
+  const auto& kernels = p.kernels;
+  const int threads = threads_for(p.M, p.N, p.K);
+  const Split blocks = split(p.N, std::clamp<int64_t>(p.N / (4 * threads) / 16 * 16, 16, 1024));
+  const int64_t pitch = round_up(p.K + kSlack), longest = ceil_div(p.N, blocks.count);
+  const int64_t own = p.narrow() ? round_up(p.M * longest) : 0;
+  const Split depths = split(p.K, kDotDepth);
+  S* const a = workspace<S>(p.M * pitch + threads * own);
+  for (int64_t i = 0; i < p.M; ++i) kernels.pack(p.A, p.M, i, 1, 0, p.K, 1, a + i * pitch);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t c = 0; c < blocks.count; ++c) {
+    const int64_t j0 = blocks[c], j1 = blocks[c + 1];
+    const Sums<S> sums(p, 0, p.M, j0, j1, a + p.M * pitch + omp_get_thread_num() * own);
+    for (int64_t d = 0; d < depths.count; ++d) {
+      const int64_t k = depths[d], skip = (j0 * p.B.ld + k) * static_cast<int64_t>(itemsize(p.B.dtype));
+      kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k, pitch,
+                   static_cast<const char*>(p.B.data) + skip, p.B.dtype, p.B.ld, sums.at, sums.ld,
+                   d > 0 || sums.accumulate);
+    }
+    sums.finish();
+  }
+}
+
+// Packing B costs more than reading it once for every four rows: up to so many.
+template <class S>
+bool is_short(const Problem<S>& p) {
+  return !p.B.transposed && p.M <= (p.K < 512 ? 8 : 24);
 }
 
 template <class S>
@@ -233,6 +273,7 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
              DType c_dtype, int64_t ldc, bool accumulate) {
   Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
   p.B.transposed = !B.transposed;
+  if (is_short(p)) return run_dots(p);
   if (is_flat(p)) return run_flat(p);
   if (K <= kMaxDepth) return run(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
@@ -257,17 +298,26 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   }
   if (narrow)
     for (int64_t i = 0; i < M; ++i)
-      kernels.convert(wide.get() + i * N, N, static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)),
-                      c_dtype, accumulate);
+      kernels.convert(wide.get() + i * N, N,
+                      static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)), c_dtype,
+                      accumulate);
 }
 
 }  // namespace
 
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate) {
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc,
+          bool accumulate) {
   const bool wide = A.dtype == DType::f64;
   if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
-    throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
+    throw std::invalid_argument(
+        "gemm: float64 cannot be mixed with other dtypes; convert the operands first");
   if (M <= 0 || N <= 0) return;
+  if (N == 1 && ldc == 1) {
+    // A column is a row of the transposed product.
+    std::swap(M, N), std::swap(A, B);
+    A.transposed = !A.transposed, B.transposed = !B.transposed;
+    ldc = N;
+  }
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
     gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate);

@@ -1,6 +1,6 @@
-// Peaks by measurement. Compute: chains of FMAs in registers, as many as hide the latency. Memory: each thread passes
-// over its own part of a buffer far larger than the last-level cache, on huge pages. The machine may be shared, so
-// time is cut into slices and the best one counts.
+// Peaks by measurement. Compute: chains of FMAs in registers, as many as hide the latency. Memory: each
+// thread passes over its own part of a buffer far larger than the last-level cache, on huge pages. The
+// machine may be shared, so time is cut into slices and the best one counts.
 #include "core/probe.h"
 
 #include <omp.h>
@@ -57,7 +57,8 @@ double peak_flops(DType dtype, double seconds) {
   const auto& kernels = LLMKERN_SELECT(probe);
   if (dtype == DType::f32) return fma_rate(kernels.fma_f32, seconds);
   if (dtype == DType::f64) return fma_rate(kernels.fma_f64, seconds);
-  if (dtype != DType::bf16) throw std::invalid_argument("peak_flops: no CPU arithmetic in float16; it runs in float32");
+  if (dtype != DType::bf16)
+    throw std::invalid_argument("peak_flops: no CPU arithmetic in float16; it runs in float32");
 #if defined(__x86_64__)
   const bool here = __builtin_cpu_supports("avx512bf16");
 #else

@@ -1,5 +1,6 @@
-// Makes fork() work: libgomp's pool does not survive into a child, whose first parallel region would wait for it for
-// ever. The pool of a thread that forks is given up before, and comes back with the next region, on both sides.
+// Makes fork() work: libgomp's pool does not survive into a child, whose first parallel region would wait for
+// it for ever. The pool of a thread that forks is given up before, and comes back with the next region, on
+// both sides.
 #include "core/threads.h"
 
 #if defined(__unix__)

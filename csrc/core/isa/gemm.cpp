@@ -5,16 +5,18 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel of a
-// is packed with one vector per k.
+// A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel
+// of a is packed with one vector per k.
 template <class S>
-inline constexpr int kRows = kVectorBytes == 64 ? (sizeof(S) == 4 ? 14 : 8)
-                           : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
-                                                : kLanes<S>;
+inline constexpr int kRows = kVectorBytes == 64   ? (sizeof(S) == 4 ? 14 : 8)
+                             : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
+                                                  : kLanes<S>;
 template <class S>
 inline constexpr int kVectors = kVectorBytes == 16 || sizeof(S) == 4 ? 2 : 3;
+// Of the only row of a: reads as much of each row of b as it can.
+inline constexpr int kWide = 8;
 
-// --- tiles --------------------------------------------------------------------------------------------------
+// --- tiles ---
 
 template <class S, int R, int V>
 void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
@@ -59,11 +61,12 @@ Tile<S> find_tile(int rows, int vectors) {
 template <class S>
 void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
               bool accumulate) {
+  if (cols == kWide * kLanes<S>) return tile<S, 1, kWide>(cols, depth, a, b, ldb, c, ldc, accumulate);
   const int vectors = (cols + kLanes<S> - 1) / kLanes<S>;
   find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, accumulate);
 }
 
-// --- packing ------------------------------------------------------------------------------------------------
+// --- packing ---
 
 // Perfect shuffles: log2(L) rounds of them transpose L vectors.
 template <class V, class I, int L>
@@ -147,14 +150,78 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       const T* x = static_cast<const T*>(X.data);
       if (X.transposed)
-        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride, to);
+        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride,
+                  to);
       else
         pack_lines(x + first * X.ld + k0, X.ld, n, depth, stride, to);
     }
   });
 }
 
-// --- conversion ---------------------------------------------------------------------------------------------
+// --- inner products ---
+
+// c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across
+// lanes and are brought together by one transposition per row.
+template <class S, int R, class T>
+void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S>* c) {
+  constexpr int L = kLanes<S>, kLines = L < 4 ? L : 4;
+  Vec<S> sum[R][L];
+  for (int l = 0; l < L; l += kLines) {
+    Vec<S> part[R][kLines] = {};
+    const auto add = [&](int64_t k, auto load_at) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) {
+        const Vec<S> x = load_at(line[l + j] + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) part[i][j] += x * load_at(a + i * lda + k);
+      }
+    };
+    int64_t k = 0;
+    for (; k + L <= depth; k += L) add(k, [](const auto* p) { return load<S>(p); });
+    const int rest = static_cast<int>(depth - k);
+    if (rest > 0) add(k, [rest](const auto* p) { return load<S>(p, rest, S{}); });
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j) sum[i][l + j] = part[i][j];
+  }
+  for (int i = 0; i < R; ++i) {
+    transpose<S>(sum[i]);
+    c[i] = sum[i][0];
+    for (int l = 1; l < L; ++l) c[i] += sum[i][l];
+  }
+}
+
+template <class S>
+void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype,
+          int64_t ldb, S* c, int64_t ldc, bool accumulate) {
+  constexpr int L = kLanes<S>;
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(Accum<T>) == sizeof(S)) {
+      const T* x = static_cast<const T*>(b);
+      for (int64_t j = 0; j < lines; j += L) {
+        const int n = lines - j < L ? static_cast<int>(lines - j) : L;
+        const T* line[L];
+        for (int l = 0; l < L; ++l) line[l] = x + (j + (l < n ? l : n - 1)) * ldb;
+        for (int i = 0; i < rows; i += 4) {
+          const auto product = rows - i == 1   ? &dots_of<S, 1, T>
+                               : rows - i == 2 ? &dots_of<S, 2, T>
+                               : rows - i == 3 ? &dots_of<S, 3, T>
+                                               : &dots_of<S, 4, T>;
+          Vec<S> y[4];
+          product(line, depth, a + i * lda, lda, y);
+          for (int r = 0; r < 4 && i + r < rows; ++r) {
+            S* to = c + (i + r) * ldc + j;
+            store(to, accumulate ? load<S>(to, n, S{}) + y[r] : y[r], n);
+          }
+        }
+      }
+    }
+  });
+}
+
+// --- conversion ---
 
 template <class S>
 void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) {
@@ -164,7 +231,8 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       T* to = static_cast<T*>(out);
       int64_t i = 0;
-      for (; i + L <= n; i += L) store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
+      for (; i + L <= n; i += L)
+        store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
       const int rest = static_cast<int>(n - i);
       if (rest == 0) return;
       const Vec<S> x = load<S>(from + i, rest, S{});
@@ -174,8 +242,8 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
 }
 
 template <class S>
-inline constexpr GemmKernels<S> kKernels{kRows<S>,     kVectors<S> * kLanes<S>, &pack<S>,
-                                         &any_tile<S>, &convert<S>};
+inline constexpr GemmKernels<S> kKernels{
+    kRows<S>, kVectors<S>* kLanes<S>, kWide* kLanes<S>, &pack<S>, &any_tile<S>, &dots<S>, &convert<S>};
 
 }  // namespace
 
