@@ -12,11 +12,13 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def assert_accurate(actual: Tensor, expected: Tensor, torch_result: Tensor | None = None, ulps: float = 4) -> None:
+def assert_accurate(
+    actual: Tensor, expected: Tensor, torch_result: Tensor | None = None, ulps: float = 4, scale: float = 0
+) -> None:
     """`actual` against `expected` (fp64); `torch_result` is torch's own result in `actual`'s dtype.
 
     NaN and infinities must stand where the reference has them. Without `torch_result` the bound is the rounding term
-    alone.
+    alone. `scale`: the size of the terms of a sum whose result may be smaller than they are.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if torch_result is not None:
@@ -29,7 +31,7 @@ def assert_accurate(actual: Tensor, expected: Tensor, torch_result: Tensor | Non
     got, want = got[finite], want[finite]
     if not got.numel():
         return
-    bound = ulps * torch.finfo(actual.dtype).eps * float(want.abs().max())
+    bound = ulps * torch.finfo(actual.dtype).eps * max(scale, float(want.abs().max()))
     if actual.dtype == torch.float64:
         # The reference rounds too: by a few ulps of the numbers on the way, which are of order 1.
         bound += 16 * torch.finfo(torch.float64).eps

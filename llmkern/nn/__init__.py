@@ -14,23 +14,23 @@ from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .embedding import Embedding, EmbeddingBag
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
-from .rnn import GRU, GRUCell, LSTM, LSTMCell, RNN, RNNCell
+from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "CrossEntropyLoss",
     "Embedding",
     "EmbeddingBag",
-    "GRU",
     "GRUCell",
-    "LSTM",
     "LSTMCell",
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
-    "RNN",
     "RNNCell",
     "functional",
 ]

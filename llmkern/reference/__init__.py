@@ -5,7 +5,8 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 """
 
 from .cross_entropy import cross_entropy
-from .embedding import embedding, embedding_bag, embedding_row_scale
+from .embedding import embedding, embedding_row_scale
+from .embedding_bag import embedding_bag
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .rnn import rnn, rnn_step

@@ -1,0 +1,354 @@
+"""Recurrent layers: values, gradients, options and errors against torch's, kernels against the fp64 reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from checks import FLOATS, assert_accurate
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import llmkern
+import llmkern.nn as nn
+from llmkern import ops, reference
+from llmkern.dispatch import BackendError
+
+CLASSES = ["LSTM", "GRU", "RNN"]
+NATIVE = llmkern.dispatch.unavailable("native") is None
+
+
+def _pair(name: str, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, Any]:
+    """Our module and torch's, with the same parameters."""
+    torch.manual_seed(3)
+    theirs = getattr(torch.nn, name)(*args, **kwargs).to(dtype)
+    ours = getattr(nn, name)(*args, **kwargs).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    """y and the final states, as a flat list."""
+    y, states = outputs
+    y = y.data if isinstance(y, PackedSequence) else y
+    return [y, *(states if isinstance(states, tuple) else (states,))]
+
+
+def _results(module: Any, x: Any, states: Any) -> list[Tensor]:
+    """Outputs, and gradients of inputs, states and parameters for random cotangents on every output."""
+    data = x.data if isinstance(x, PackedSequence) else x
+    data = data.detach().clone().requires_grad_()
+    x = x._replace(data=data) if isinstance(x, PackedSequence) else data
+    leaves = [data]
+    if states is not None:
+        given = [s.detach().clone().requires_grad_() for s in (states if isinstance(states, tuple) else (states,))]
+        leaves += given
+        states = tuple(given) if isinstance(states, tuple) else given[0]
+    outputs = _flat(module(x, states))
+    g = torch.Generator().manual_seed(5)
+    cotangents = [torch.randn(out.shape, generator=g).to(out.dtype) for out in outputs]
+    grads = torch.autograd.grad(outputs, [*leaves, *module.parameters()], cotangents)
+    return [out.detach() for out in outputs] + list(grads)
+
+
+def _states(name: str, layers: int, B: int, H: int, P: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    h = torch.randn(layers, B, P or H).to(dtype)
+    return (h, torch.randn(layers, B, H).to(dtype)) if name == "LSTM" else h
+
+
+def _compare(ours: Any, theirs: Any, x: Any, states: Any) -> None:
+    got, own = _results(ours, x, states), _results(theirs, x, states)
+    wide = (
+        states
+        if states is None
+        else tuple(s.double() for s in states)
+        if isinstance(states, tuple)
+        else states.double()
+    )
+    right = _results(theirs.double(), x.double(), wide)
+    for a, b, c in zip(got, right, own, strict=True):
+        assert_accurate(a, b, c)
+
+
+# Units: less than a vector, a vector and one more, several and a tail; batch rows: less and more than one block of 6.
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("T", "B", "I", "H"), [(1, 1, 1, 1), (3, 3, 5, 17), (2, 17, 130, 3), (4, 7, 3, 130)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_lstm_kernel(backend: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, bias: bool) -> None:
+    ours, theirs = _pair("LSTM", I, H, bias=bias, dtype=dtype)
+    _compare(ours, theirs, torch.randn(T, B, I).to(dtype), _states("LSTM", 1, B, H, dtype=dtype))
+
+
+OPTIONS = [
+    {},
+    {"num_layers": 3},
+    {"bidirectional": True},
+    {"bidirectional": True, "num_layers": 2, "bias": False},
+    {"batch_first": True},
+    {"batch_first": True, "bidirectional": True},
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_states", [True, False])
+@pytest.mark.parametrize("where", ["auto", "reference"])
+def test_options(name: str, options: dict[str, Any], with_states: bool, where: str) -> None:
+    ours, theirs = _pair(name, 5, 7, **options)
+    layers = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    x = torch.randn(3, 4, 5) if options.get("batch_first") else torch.randn(4, 3, 5)
+    with llmkern.backend(where):
+        _compare(ours, theirs, x, _states(name, layers, 3, 7) if with_states else None)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("where", ["auto", "reference"])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bidirectional": True}], ids=str)
+def test_unbatched(name: str, where: str, options: dict[str, Any]) -> None:
+    ours, theirs = _pair(name, 5, 7, **options)
+    states = _states(name, 2 if options.get("bidirectional") else 1, 1, 7)
+    states = tuple(s[:, 0] for s in states) if isinstance(states, tuple) else states[:, 0]
+    with llmkern.backend(where):
+        _compare(ours, theirs, torch.randn(4, 5), states)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("where", ["auto", "reference"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_projection(where: str, options: dict[str, Any]) -> None:
+    ours, theirs = _pair("LSTM", 5, 7, proj_size=3, **options)
+    layers = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    with llmkern.backend(where):
+        _compare(ours, theirs, torch.randn(4, 3, 5), _states("LSTM", layers, 3, 7, 3))
+
+
+# Repeated lengths, a length of 1, an unsorted batch.
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("lengths", [[5, 3, 3, 1], [2, 5, 1, 5]])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("with_states", [True, False])
+@pytest.mark.parametrize("where", ["auto", "reference"])
+def test_packed(name: str, lengths: list[int], options: dict[str, Any], with_states: bool, where: str) -> None:
+    ours, theirs = _pair(name, 5, 7, **options)
+    layers = 4 if options else 1
+    packed = pack_padded_sequence(torch.randn(5, 4, 5), torch.tensor(lengths), enforce_sorted=lengths[0] == 5)
+    with llmkern.backend(where):
+        _compare(ours, theirs, packed, _states(name, layers, 4, 7) if with_states else None)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_dropout_between_layers(name: str) -> None:
+    x = torch.randn(4, 3, 5)
+    for p, train in ((1.0, True), (0.5, False)):
+        ours, theirs = (m.train(train) for m in _pair(name, 5, 7, num_layers=2, dropout=p))
+        for got, want in zip(_flat(ours(x)), _flat(theirs(x)), strict=True):
+            torch.testing.assert_close(got, want)
+    ours, _ = _pair(name, 5, 7, num_layers=2, dropout=0.5)
+    assert not torch.equal(ours(x)[0], ours(x)[0])
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
+        getattr(nn, name)(5, 7, dropout=0.5)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("where", ["auto", "reference"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_cells(name: str, bias: bool, where: str, batched: bool) -> None:
+    ours, theirs = _pair(name, 5, 7, bias=bias)
+    x, pair = torch.randn(3, 5) if batched else torch.randn(5), name == "LSTMCell"
+    h = torch.randn(3, 7) if batched else torch.randn(7)
+    with llmkern.backend(where):
+        for hx in (None, (h, h.cos()) if pair else h):
+            got, want = (module(x, hx) for module in (ours, theirs))
+            for a, b in zip(got, want, strict=True) if pair else [(got, want)]:
+                torch.testing.assert_close(a, b)
+    relu, torchs = _pair("RNNCell", 5, 7, nonlinearity="relu")
+    torch.testing.assert_close(relu(x), torchs(x))
+
+
+def test_relu_layers() -> None:
+    _compare(*_pair("RNN", 5, 7, 2, "relu"), torch.randn(4, 3, 5), torch.randn(2, 3, 7))
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_reference_differentiates(mode: str, reverse: bool, packed: bool) -> None:
+    G = {"lstm": 4, "gru": 3}.get(mode, 1)
+    shapes = [(4, 2) if packed else (2, 2, 2), (2, 3), (2, 3), (G * 3, 2), (G * 3, 3), (G * 3,), (G * 3,)]
+    x, hx, cx, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    sizes = torch.tensor([2, 1, 1]) if packed else None
+
+    def function(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, sizes, mode, reverse)
+        return outputs if mode == "lstm" else outputs[:2]
+
+    assert torch.autograd.gradcheck(function, (x, hx, cx, *weights))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_op_differentiates(backend: str, reverse: bool, biases: bool) -> None:
+    if backend in ("torch", "triton"):
+        pytest.skip("not a backend of the op itself")
+    shapes = [(3, 2, 2), (2, 3), (2, 3), (12, 2), (12, 3), (12,), (12,)][: 7 if biases else 5]
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        full = (*tensors, *[None] * (7 - len(tensors)))
+        return ops.rnn(*full, None, None, "lstm", reverse, backend)
+
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_frozen_weights_and_inputs() -> None:
+    ours, theirs = _pair("LSTM", 5, 7)
+    x = torch.randn(4, 3, 5)
+    for frozen in ("weight_hh_l0", "bias_ih_l0", "weight_ih_l0"):
+        for module in (ours, theirs):
+            module.zero_grad()
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name != frozen)
+            module(x)[0].sin().sum().backward()
+            assert getattr(module, frozen).grad is None
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    for module in (ours, theirs):
+        module.requires_grad_(False)
+    y, z = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(*(torch.autograd.grad(m(v)[0].sin().sum(), v)[0] for m, v in ((ours, y), (theirs, z))))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    ours, _ = _pair("LSTM", 19, 33, dtype=dtype)
+    x, states = torch.randn(5, 13, 19).to(dtype), _states("LSTM", 1, 13, 33, dtype=dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(_results(ours, x, states))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_expanded_and_strided_inputs(name: str) -> None:
+    ours, theirs = _pair(name, 5, 7)
+    for x in (torch.randn(4, 1, 5).expand(4, 3, 5), torch.randn(8, 3, 10)[::2, :, ::2]):
+        for got, want in zip(_flat(ours(x)), _flat(theirs(x)), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_weight_norm_and_tied_weights() -> None:
+    ours, theirs = _pair("LSTM", 7, 7)
+    for module in (ours, theirs):
+        torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, 7)
+    for got, want in zip(_results(ours, x, None), _results(theirs, x, None), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_truncated_backpropagation() -> None:
+    ours, theirs = _pair("LSTM", 5, 7)
+    x = torch.randn(8, 3, 5)
+    losses = []
+    for module in (ours, theirs):
+        state = None
+        for part in x.split(4):
+            y, state = module(part, state)
+            (y**2).mean().backward()
+            state = tuple(s.detach() for s in state)
+        losses.append([p.grad for p in module.parameters()])
+    for got, want in zip(*losses, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms() -> None:
+    ours, theirs = _pair("LSTM", 3, 4, dtype=torch.float64)
+    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    got, want = (torch.func.grad(lambda x, m=m: m(x)[0].sin().sum())(x) for m in (ours, theirs))
+    torch.testing.assert_close(got, want)
+    batch = torch.randn(4, 3, 2, 3, dtype=torch.float64)
+    each = torch.stack([theirs(one)[0] for one in batch])
+    torch.testing.assert_close(torch.func.vmap(lambda x: ours(x)[0])(batch), each)
+
+
+def test_compiled_in_one_graph() -> None:
+    ours, _ = _pair("LSTM", 5, 7, num_layers=2)
+    x = torch.randn(4, 3, 5)
+    eager = _results(ours, x, None)
+    compiled = torch.compile(lambda x, hx: ours(x, hx), fullgraph=True)
+    compiled.parameters = ours.parameters  # type: ignore[attr-defined]
+    for got, want in zip(_results(compiled, x, None), eager, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_autocast_takes_torchs_path() -> None:
+    ours, theirs = _pair("LSTM", 5, 7)
+    x = torch.randn(4, 3, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(_flat(ours(x)), _flat(theirs(x)), strict=True):
+            assert got.dtype == want.dtype
+            torch.testing.assert_close(got, want)
+        assert llmkern.explain(ours, x).backends == ("torch",)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+def test_explain() -> None:
+    lstm, gru = nn.LSTM(5, 7), nn.GRU(5, 7)
+    x = torch.randn(4, 3, 5)
+    assert llmkern.explain(lstm, x).backends == ("native",)
+    told = llmkern.explain(gru, x)
+    assert told.backends == ("torch",)
+    assert "no kernel for this op yet" in str(told)
+    packed = llmkern.explain(lstm, pack_padded_sequence(x, torch.tensor([4, 2, 1])))
+    assert packed.backends == ("torch",)
+    assert "packed sequences" in str(packed)
+    with llmkern.backend("native"), pytest.raises(BackendError, match="gru: backend 'native' was forced"):
+        gru(x)
+
+
+def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
+    if not NATIVE:
+        pytest.skip("no native build")
+    good = [torch.zeros(s) for s in ((2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,))]
+    from llmkern import native
+
+    native.rnn_forward(*good, None, None, "lstm", False, True)
+    for index in range(1, 7):
+        bad = list(good)
+        bad[index] = torch.zeros([n + 1 for n in good[index].shape])
+        with pytest.raises(ValueError, match="expected shape"):
+            native.rnn_forward(*bad, None, None, "lstm", False, True)
+    with pytest.raises(ValueError, match="mode lstm, got gru"):
+        native.rnn_forward(*good, None, None, "gru", False, True)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:dropout option adds")
+@pytest.mark.parametrize("name", [*CLASSES, "LSTMCell", "GRUCell", "RNNCell"])
+def test_torchs_own_samples(name: str) -> None:
+    common = pytest.importorskip("torch.testing._internal.common_modules")
+    infos = [info for info in common.module_db if info.module_cls.__name__ == name]
+    count = 0
+    for info, train in itertools.product(infos, (True, False)):
+        for sample in info.module_inputs_func(info, "cpu", torch.float32, requires_grad=True, training=train):
+            build, call = sample.constructor_input, sample.forward_input
+            torch.manual_seed(1)
+            ours = getattr(nn, name)(*build.args, **build.kwargs).train(train)
+            theirs = getattr(torch.nn, name)(*build.args, **build.kwargs).train(train)
+            theirs.load_state_dict(ours.state_dict())
+            results = []
+            for module in (ours, theirs):
+                torch.manual_seed(2)
+                results.append(torch.utils._pytree.tree_leaves(module(*call.args, **call.kwargs)))
+            torch.testing.assert_close(*results, msg=lambda text, s=sample: f"{s.desc}: {text}")
+            count += 1
+    assert count > 0
