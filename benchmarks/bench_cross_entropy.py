@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 
 def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
@@ -44,7 +44,14 @@ def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
 
     sizes = {"N": N, "V": V}
     case = Case(
-        "cross_entropy", name, ("forward", "forward+backward"), cost, setup, sizes, quick=quick, exact=N * V < 2e8
+        "cross_entropy",
+        name,
+        ("forward", "forward+backward"),
+        cost,
+        setup,
+        sizes,
+        quick=quick,
+        exact=N * V < 2e8,
     )
     return case
 
@@ -58,3 +65,7 @@ CASES = [
     _case(1280, 10000, quick=True),
     _case(1280, 10000, "smoothing"),
 ]
+
+
+def test_cross_entropy(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

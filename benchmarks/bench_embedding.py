@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 
 def indices_of(kind: str, V: int, N: int, generator: torch.Generator) -> torch.Tensor:
@@ -49,9 +49,7 @@ def _case(V: int, D: int, N: int, kind: str = "uniform", quick: bool = False) ->
         return run
 
     sizes = {"V": V, "D": D, "N": N}
-    case = Case(
-        "embedding", name, ("forward", "forward+backward"), cost, setup, sizes, quick=quick, exact=V * D < 5e7
-    )
+    case = Case("embedding", name, ("forward", "forward+backward"), cost, setup, sizes, quick=quick, exact=V * D < 5e7)
     return case
 
 
@@ -115,3 +113,7 @@ CASES = [
     *(_step(*s, sparse) for s in ((32000, 512, 8192), (128256, 2048, 8192)) for sparse in (False, True)),
     *(_bag(mode) for mode in ("sum", "mean", "max")),
 ]
+
+
+def test_embedding(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

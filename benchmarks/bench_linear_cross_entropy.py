@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 
 def _case(N: int, H: int, V: int, ignored: float = 0.0, quick: bool = False) -> Case:
@@ -67,3 +67,7 @@ CASES = [
     _case(1280, 128, 10000, quick=True),
     _case(1280, 128, 10000, 0.5),
 ]
+
+
+def test_linear_cross_entropy(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

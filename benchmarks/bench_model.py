@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 
 def _case(name: str, V: int, D: int, hidden: tuple[int, ...], T: int, B: int, quick: bool = False) -> Case:
@@ -52,3 +52,7 @@ CASES = [
     _case("model/article", 10000, 256, (128, 128), 32, 64, quick=True),
     _case("model/lm", 32000, 512, (512, 512), 70, 32),
 ]
+
+
+def test_model(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 
 def _case(N: int, D: int, quick: bool = False) -> Case:
@@ -35,3 +35,7 @@ def _case(N: int, D: int, quick: bool = False) -> Case:
 
 
 CASES = [_case(4096, 1024, quick=True), _case(8192, 4096)]
+
+
+def test_mse_loss(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

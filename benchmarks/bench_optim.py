@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 # The tensors of the language model of bench_model: embedding, two LSTM layers, head.
 LM = ((32000, 512), *(((2048, 512), (2048, 512), (2048,), (2048,)) * 2), (32000, 512), (32000,))
@@ -42,3 +42,7 @@ def _case(optimizer: str, quick: bool = False, **options: Any) -> Case:
 
 
 CASES = [_case("Adam", quick=True), _case("AdamW"), _case("SGD", momentum=0.9), _case("Adagrad")]
+
+
+def test_optim(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost
+from .suite import Case, Cost, Run, measure
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
@@ -22,9 +22,7 @@ def _weights(kind: str, I: int, H: int, layers: int, directions: int, P: int) ->
     return total
 
 
-def _case(
-    kind: str, T: int, B: int, I: int, H: int, layers: int = 1, variant: str = "", quick: bool = False
-) -> Case:
+def _case(kind: str, T: int, B: int, I: int, H: int, layers: int = 1, variant: str = "", quick: bool = False) -> Case:
     name = f"{kind.lower()}/{T}x{B}x{I}x{H}x{layers}" + (f"/{variant}" if variant else "")
     directions = 2 if variant == "bidirectional" else 1
     P = H // 2 if variant == "proj" else 0
@@ -130,3 +128,7 @@ CASES = [
     _steps("lstm/decode/1x1x512x512", "LSTM", 100, 1, 512, 512, ("forward",)),
     _steps("lstmcell/decode/1x1x512x512", "LSTMCell", 100, 1, 512, 512, ("forward",)),
 ]
+
+
+def test_rnn(benchmark: Any, run: Run, implementation: str) -> None:
+    measure(benchmark, run, implementation)

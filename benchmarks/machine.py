@@ -78,3 +78,33 @@ def floor(cost: Cost, dtype: str, limits: dict[str, float]) -> tuple[float, str]
     compute = cost.flops / (peak * 1e9)
     traffic = cost.reads / (limits["read"] * 1e9) + cost.writes / (limits["store"] * 1e9)
     return (compute, "flops") if compute >= traffic else (traffic, "bytes")
+
+
+def limits(device: str = "cpu") -> dict[str, float]:
+    """The machine's ceilings, measured now: GF/s by dtype; GB/s of reading, copying and streaming stores."""
+    return _gpu_limits() if device == "cuda" else _cpu_limits()
+
+
+def _gpu_limits() -> dict[str, float]:
+    import torch
+
+    def seconds(call: Any, repeat: int = 20) -> float:
+        call()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        best = float("inf")
+        for _ in range(5):
+            begin.record()
+            for _ in range(repeat):
+                call()
+            end.record()
+            torch.cuda.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1e3 / repeat)
+        return best
+
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+        found[name] = 2 * 8192**3 / seconds(lambda a=a: a @ a, 5) / 1e9
+    source, target = (torch.empty(1 << 30, device="cuda", dtype=torch.uint8) for _ in range(2))
+    found["copy"] = found["read"] = found["store"] = 2 * (1 << 30) / seconds(lambda: target.copy_(source)) / 1e9
+    return found

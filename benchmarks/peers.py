@@ -36,9 +36,15 @@ class TorchShaped(Implementation):
     """torch and llmkern: the case's own code over one namespace or the other."""
 
     def __init__(self, root: str) -> None:
+        import torch
+
         self.ns = namespace(root)
+        self.threads = torch.get_num_threads()
 
     def setup(self, run: Run, device: str) -> Callable[[], dict[str, Any]]:
+        import torch
+
+        torch.set_num_threads(run.case.threads or self.threads)
         return run.case.setup(self.ns, run.phase, device, torch_dtype(run.dtype))
 
     def wait(self, results: dict[str, Any]) -> None:

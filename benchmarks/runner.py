@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import machine, peers
-from .suite import Run
+from .suite import ITEMSIZE, Run
 
 OURS = "llmkern"
 
@@ -96,6 +96,7 @@ class Row:
     sizes: dict[str, Any]
     flops: float
     bytes: float
+    scaling: tuple[str, str, float] | None = None
     floor: float | None = None
     bound: str | None = None
     results: dict[str, Measurement] = field(default_factory=dict)
@@ -156,11 +157,20 @@ class Runner:
             yield self.row(run)
 
     def row(self, run: Run) -> Row:
-        cost = run.case.cost(run.phase, _itemsize(run.dtype))
+        cost = run.case.cost(run.phase, ITEMSIZE[run.dtype])
         row = Row(
-            run.id, run.case.op, run.case.name, run.dtype, run.phase, run.case.sizes, cost.flops, cost.reads + cost.writes
+            id=run.id,
+            op=run.case.op,
+            case=run.case.name,
+            dtype=run.dtype,
+            phase=run.phase,
+            sizes=run.case.sizes,
+            flops=cost.flops,
+            bytes=cost.reads + cost.writes,
+            scaling=run.case.scaling,
         )
-        if floor := machine.floor(cost, run.dtype, self.limits):
+        # The limits hold for all threads.
+        if run.case.threads is None and (floor := machine.floor(cost, run.dtype, self.limits)):
             row.floor, row.bound = floor
         prints: dict[str, dict[str, list[float]]] = {}
         for name in self.plan.implementations:
@@ -235,10 +245,6 @@ class Runner:
 
 
 _TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}
-
-
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:

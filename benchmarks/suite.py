@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-OPS = ("cross_entropy", "linear_cross_entropy", "rnn", "embedding", "mse_loss", "optim", "model")
+OPS = ("cross_entropy", "linear_cross_entropy", "rnn", "embedding", "mse_loss", "optim", "model", "scaling")
 PHASES = ("forward", "forward+backward", "step")
 DTYPES = ("fp32", "bf16", "fp16")
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -47,6 +47,7 @@ class Case:
             arguments that runs the phase once and returns the named results to compare, as a dict of tensors.
         quick: whether it belongs to the quick set.
         exact: whether an fp64 reference of it fits into memory and patience; else torch in fp32 stands in.
+        scaling: ``(curve, axis, value)`` of a point on a scaling curve.
         threads: run with this many threads instead of all.
     """
 
@@ -59,7 +60,8 @@ class Case:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     quick: bool = False
     exact: bool = True
-    scaling: str | None = None
+    scaling: tuple[str, str, float] | None = None
+    threads: int | None = None
 
     def seed(self) -> int:
         return zlib.crc32(self.name.encode())
@@ -161,3 +163,14 @@ def namespace(name: str) -> SimpleNamespace:
         optim=importlib.import_module(f"{name}.optim"),
         root=root,
     )
+
+
+def measure(benchmark: Any, run: Run, implementation: str) -> None:
+    """The body of every test under pytest-benchmark. ``extra_info`` carries what the case must compute and move."""
+    from . import peers
+
+    call = peers.load(implementation).setup(run, "cpu")
+    cost = run.case.cost(run.phase, ITEMSIZE[run.dtype])
+    benchmark.group = run.id
+    benchmark.extra_info.update(flops=cost.flops, bytes=cost.reads + cost.writes, sizes=run.case.sizes)
+    benchmark(call)
