@@ -85,6 +85,14 @@ def limits(device: str = "cpu") -> dict[str, float]:
     return _gpu_limits() if device == "cuda" else _cpu_limits()
 
 
+def _cpu_limits() -> dict[str, float]:
+    try:
+        from llmkern import _native
+    except ImportError:
+        return {}
+    return dict(_native.measure_peaks())
+
+
 def _gpu_limits() -> dict[str, float]:
     import torch
 
