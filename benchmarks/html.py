@@ -17,19 +17,21 @@ _STYLE = """
   img { background: #fff; border-radius: 4px; }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
-       max-width: 1180px; padding: 1.5rem 1rem 4rem; }
+       max-width: 1320px; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 .environment { font-size: .82rem; opacity: .8; white-space: pre-line; margin: 0 0 .8rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th, td { padding: .28rem .45rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 .ahead { color: var(--good); } .behind { color: var(--bad); font-weight: 600; }
-img { max-width: 100%; height: auto; display: block; margin: .6rem 0; }
+img { width: 100%; max-width: 1000px; height: auto; display: block; margin: .6rem 0; }
 details { font-size: .82rem; margin-top: .5rem; }
-@media (max-width: 640px) { th:first-child, td:first-child { position: static; white-space: normal; min-width: 11rem; } }
+@media (max-width: 640px) {
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8.5rem; max-width: 8.5rem; }
+}
 """
 
 # A click on a heading sorts by the cells' data-value, numbers as numbers.
@@ -58,8 +60,8 @@ def write_page(path: Path, files: list[tuple[dict[str, Any], dict[str, float], l
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>llmkern benchmarks</title><style>{_STYLE}</style></head>
 <body><h1>llmkern benchmarks</h1>
-<p class="environment">Ratios are a peer's time over llmkern's in the same run: above 1 llmkern is faster. "Of limit" is the
-least time that the machine's measured limits allow, over llmkern's time. Click a heading to sort.</p>
+<p>Ratios are a peer's time over llmkern's in the same run: above 1 llmkern is faster. "Of limit" is the least
+time that the machine's measured limits allow, over llmkern's time. Click a heading to sort.</p>
 {sections}<script>{_SCRIPT}</script></body></html>
 """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,6 @@ def _values(row: Row, peers: list[str]) -> list[Any]:
 
 def _kinds(row: Row, peers: list[str]) -> list[str]:
     ratios = [row.results[p].ratio if p in row.results else None for p in peers]
-    kinds = ["" if r is None else "ahead" if r >= 1 else "behind" for r in ratios]
+    kinds = ["" if r is None else "ahead" if round(r, 2) >= 1 else "behind" for r in ratios]
     match = row.results[report.OURS].match
     return ["", "", *kinds, "", "", "behind" if match is False else ""]

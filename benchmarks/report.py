@@ -101,7 +101,7 @@ def ratio_text(measurement: Measurement | None) -> str:
         return "–"
     if measurement.ratio is None:
         return "failed" if measurement.reason else "–"
-    mark = "" if measurement.ratio >= 1 else " ▼"
+    mark = "" if round(measurement.ratio, 2) >= 1 else " ▼"
     return f"{measurement.ratio:.2f}×{mark}"
 
 
@@ -140,7 +140,7 @@ def print_table(console: Console, environment: dict[str, Any], limits: dict[str,
     for i, title in enumerate(header(peers)):
         table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        behind = row.best is not None and row.best[1] < 1
+        behind = row.best is not None and round(row.best[1], 2) < 1
         table.add_row(*cells(row, peers), style="yellow" if behind else None)
     console.print(table)
     console.print("Ratios are a peer's time over ours; ▼ and yellow: the peer is faster.", style="dim")
