@@ -10,6 +10,7 @@ Submodules load on first use, so that ``llmkern.numpy`` works without torch.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,6 +19,11 @@ __all__ = ["backend", "explain", "functional", "nn", "numpy", "optim", "referenc
 if TYPE_CHECKING:
     from . import functional, nn, numpy, optim, reference
     from .dispatch import backend, explain
+
+# In a checkout, `llmkern.kernels` and `llmkern.benchmarks` are folders beside this one; an installation maps them.
+_checkout = Path(__file__).parent.parent
+if (_checkout / "pyproject.toml").exists():
+    __path__.append(str(_checkout))
 
 _HOME = {"backend": "dispatch", "explain": "dispatch"}
 _SUBMODULES = {"dispatch", "functional", "kernels", "native", "nn", "numpy", "ops", "optim", "reference"}
