@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -86,11 +87,19 @@ def limits(device: str = "cpu") -> dict[str, float]:
 
 
 def _cpu_limits() -> dict[str, float]:
+    import torch  # noqa: F401  (brings the OpenMP library that the probes run on)
+
     try:
         from llmkern import _native
     except ImportError:
         return {}
-    return dict(_native.measure_peaks())
+    found = {"fp32": _native.peak_flops("float32")}
+    # Without a unit for it, bf16 runs at the fp32 rate at best.
+    with contextlib.suppress(ValueError):
+        found["bf16"] = _native.peak_flops("bfloat16")
+    for name, traffic in (("read", "read"), ("copy", "copy"), ("store", "stream")):
+        found[name] = _native.peak_bandwidth(traffic)
+    return found
 
 
 def _gpu_limits() -> dict[str, float]:
