@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch
+from llmkern import dispatch, reference
 
 TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
 needs_torch = pytest.mark.skipif(not TORCH_HAS_IT, reason="this torch has no linear_cross_entropy")
@@ -52,7 +54,9 @@ def composition(
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.reshape(-1, features), bias)
     logits = logits.reshape(*input.shape[:-1], classes, *inner)
-    return F.cross_entropy(logits, target, ignore_index=-100 if ignore_index is None else ignore_index, **keywords)
+    return F.cross_entropy(
+        logits, target, ignore_index=-100 if ignore_index is None else ignore_index, **keywords
+    )
 
 
 def problem(
@@ -82,7 +86,9 @@ def problem(
     )
 
 
-def run(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...], **keywords: Any) -> list[Tensor]:
+def run(
+    function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...], **keywords: Any
+) -> list[Tensor]:
     """The loss and every gradient, for a cotangent that is the same in each call of one shape."""
     arguments = tuple(a if a is None else a.detach().requires_grad_(a.requires_grad) for a in arguments)
     x, w, t, b = arguments
@@ -132,7 +138,9 @@ def test_values_and_gradients(backend: str, device: torch.device, case: str, dty
 def test_any_rank(backend: str, device: torch.device) -> None:
     for inner in ((), (2,)):
         for probabilities in (False, True):
-            x, w, t, b = problem((2, 3, 4), inner=inner, bias=True, probabilities=probabilities, device=device)
+            x, w, t, b = problem(
+                (2, 3, 4), inner=inner, bias=True, probabilities=probabilities, device=device
+            )
             flat = (x.detach().flatten(0, 2).requires_grad_(), w, t.flatten(0, 2), b)
             for reduction in ("none", "mean", "sum"):
                 ours = run(LF.linear_cross_entropy, (x, w, t, b), reduction=reduction)
@@ -206,7 +214,9 @@ def test_derivatives(backend: str, device: torch.device) -> None:
         x, w, t, b = problem(**{"batch": (2,), "features": 2, "classes": 3, **shapes}, device=device)
         arguments = (x, w, b)
 
-        def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor = t, keywords: dict[str, Any] = keywords) -> Tensor:
+        def loss(
+            x: Tensor, w: Tensor, b: Tensor, t: Tensor = t, keywords: dict[str, Any] = keywords
+        ) -> Tensor:
             return LF.linear_cross_entropy(x, w, t, linear_bias=b, **keywords)
 
         assert gradcheck(loss, arguments, check_forward_ad=True)
@@ -280,19 +290,36 @@ def test_unserved_chunking_warns() -> None:
     with pytest.warns(UserWarning, match="``options`` ignored") as theirs:
         expected = F.linear_cross_entropy(x, w, t, options=options, label_smoothing=0.1)
     with pytest.warns(UserWarning, match="``options`` ignored") as ours:
-        torch.testing.assert_close(LF.linear_cross_entropy(x, w, t, options=options, label_smoothing=0.1), expected)
+        torch.testing.assert_close(
+            LF.linear_cross_entropy(x, w, t, options=options, label_smoothing=0.1), expected
+        )
     assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
 
 
 def test_chunking_without_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_torch_function", None)
+    monkeypatch.setattr(sys.modules["llmkern.functional.linear_cross_entropy"], "_TORCH_CHUNKS", False)
     x, w, t, _ = problem()
     with pytest.warns(UserWarning, match="``options`` ignored") as record:
         torch.testing.assert_close(LF.linear_cross_entropy(x, w, t, options=object()), composition(x, w, t))
     assert record[0].filename == __file__
 
 
-@pytest.mark.skipif("cross_entropy" not in dispatch.TABLE, reason="cross_entropy has no options of its own yet")
+@pytest.mark.parametrize("shapes", [{}, {"bias": True, "batch": ()}, {"inner": (2,), "bias": True}], ids=repr)
+def test_reference(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, Any]) -> None:
+    """The linear half, with torch's cross_entropy in the place of the reference's."""
+    monkeypatch.setattr(reference, "cross_entropy", F.cross_entropy, raising=False)
+    for dtype in (torch.double, torch.bfloat16):
+        x, w, t, b = problem(**shapes, dtype=dtype)
+        ours = reference.linear_cross_entropy(x, w, t, b, reduction="none")
+        assert ours.dtype == dtype
+        wide = doubled((x, w, t, b))
+        expected = composition(*wide[:3], linear_bias=wide[3], reduction="none")
+        assert_accurate(ours, expected)
+
+
+@pytest.mark.skipif(
+    "cross_entropy" not in dispatch.TABLE, reason="cross_entropy has no options of its own yet"
+)
 @pytest.mark.parametrize(
     "own",
     [{"z_loss": 0.1}, {"softcap": 2.0}, {"logit_scale": 0.5}, {"token_weight": torch.rand(2, 3)}],
@@ -372,3 +399,36 @@ def test_module_trains_without_a_warning() -> None:
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_torch_without_the_function() -> None:
+    """torch 2.10 to 2.12, as far as this package can tell."""
+    code = """
+import torch, pickle, copy
+for home in (torch.nn, torch.nn.modules, torch.nn.functional, torch.nn.modules.loss):
+    for name in ("LinearCrossEntropyLoss", "LinearCrossEntropyOptions", "linear_cross_entropy"):
+        if hasattr(home, name):
+            delattr(home, name)
+import llmkern.nn as nn, llmkern.functional as F
+torch.manual_seed(3)
+module = nn.LinearCrossEntropyLoss(5, 7, bias=True, weight=torch.ones(7))
+torch.manual_seed(3)
+linear = torch.nn.Linear(5, 7)
+assert list(module.state_dict()) == ["weight", "linear.weight", "linear.bias"]
+assert torch.equal(module.linear.weight, linear.weight) and torch.equal(module.linear.bias, linear.bias)
+x, t = torch.randn(4, 5), torch.tensor([0, 3, 6, -100])
+expected = torch.nn.functional.cross_entropy(linear(x), t)
+for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    torch.testing.assert_close(m(x, t), expected)
+print(module)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.splitlines()[1]
+        .strip()
+        .startswith("in_features=5, num_classes=7, out_features=(), bias=True")
+    )

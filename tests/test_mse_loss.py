@@ -160,6 +160,9 @@ def test_weight(backend: str, device: torch.device) -> None:
         )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+    taller = torch.randn(2, 4, 5, dtype=torch.double, device=device)
+    with pytest.warns(UserWarning, match="Using a target size"):
+        torch.testing.assert_close(LF.mse_loss(x, taller, weight=w), F.mse_loss(x, taller, weight=w))
     half = [a.detach().half() for a in (x, t)]
     assert LF.mse_loss(*half, weight=w.float()).dtype == F.mse_loss(*half, weight=w.float()).dtype
 

@@ -1,10 +1,11 @@
 // Squared error: (x - t)^2, summed or not, and its gradient 2 * (x - t) * g.
 //
-// Traffic. Sum: reads 2N elements. Elementwise: reads 2N, writes N. Backward: reads 2N (3N with elementwise g), writes
-// N for each gradient that is wanted. Three FLOPs an element, so all run at memory speed in one pass.
+// Traffic. Sum: reads 2N. Elementwise: reads 2N, writes N. Backward: reads 2N (3N with elementwise g),
+// writes N for each gradient that is wanted. Three FLOPs an element, so all run at memory speed in one pass.
 //
-// The sum is taken over chunks of a fixed size, each in fp32 (fp64 for fp64) over a fixed number of lanes; the chunks'
-// sums are added in fp64, in order. So the bits depend neither on the number of threads nor on who took which chunk.
+// The sum is taken over chunks of a fixed size, each in fp32 (fp64 for fp64) over a fixed number of lanes;
+// the chunks' sums are added in fp64, in order. So the bits depend neither on the number of threads nor on
+// who took which chunk.
 #include "core/mse_loss.h"
 
 #include <algorithm>
@@ -22,7 +23,9 @@ const void* at(const void* p, int64_t i, DType dtype) {
   return p ? static_cast<const char*>(p) + i * static_cast<int64_t>(itemsize(dtype)) : nullptr;
 }
 
-void* at(void* p, int64_t i, DType dtype) { return const_cast<void*>(at(static_cast<const void*>(p), i, dtype)); }
+void* at(void* p, int64_t i, DType dtype) {
+  return const_cast<void*>(at(static_cast<const void*>(p), i, dtype));
+}
 
 }  // namespace
 
@@ -48,8 +51,8 @@ void mse_loss_forward(const void* input, const void* target, DType dtype, int64_
   });
 }
 
-void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t N,
-                       void* dinput, void* dtarget) {
+void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype,
+                       int64_t N, void* dinput, void* dtarget) {
   const auto& kernels = LLMKERN_SELECT(mse_loss);
   parallel_for(N, kGrain, [&](int64_t i, int64_t end) {
     kernels.backward(at(dloss, i, dtype), dsum, at(input, i, dtype), at(target, i, dtype), dtype, end - i,

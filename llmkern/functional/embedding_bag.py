@@ -60,7 +60,10 @@ def embedding_bag(
     served = served and not (mode == "max" and (scale_grad_by_freq or sparse))
     floats = [weight] if per_sample_weights is None else [weight, per_sample_weights]
     backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=options)
-    if not served or (backend == "torch" and not ops.stands_in_for_torch(sparse, max_norm)):
+    ours = served and (
+        backend != "torch" or ops.stands_in_for_torch(weight, per_sample_weights, sparse, max_norm)
+    )
+    if not ours:
         return F.embedding_bag(
             input,
             weight,
@@ -126,8 +129,8 @@ def _is_bag_call(
         return True
     if offsets.numel() == 0:
         return not include_last_offset
-    if (offsets[1:] < offsets[:-1]).any():
+    if not (offsets[1:] >= offsets[:-1]).all():
         raise ValueError(
             f"embedding_bag: offsets must not decrease, but got {offsets}; each says where a bag begins"
         )
-    return bool(offsets[0] == 0 and offsets[-1] <= input.shape[0])
+    return offsets[0].item() == 0 and offsets[-1].item() <= input.shape[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch, functional
 
-_torch_function = getattr(F, "linear_cross_entropy", None)
+_TORCH_CHUNKS = hasattr(F, "linear_cross_entropy")
 
 
 def linear_cross_entropy(
@@ -67,28 +67,23 @@ def linear_cross_entropy(
         rows = math.prod(batch)
         input, target = input.reshape(rows, in_features), target.reshape(rows, *target.shape[len(batch) :])
         token_weight = None if token_weight is None else token_weight.reshape(rows, *out_features)
-    extras: dict[str, Any] = {}
-    if z_loss != 0.0:
-        extras["z_loss"] = z_loss
-    if softcap is not None:
-        extras["softcap"] = softcap
-    if logit_scale != 1.0:
-        extras["logit_scale"] = logit_scale
-    if token_weight is not None:
-        extras["token_weight"] = token_weight
-    chunked = options is not None and _can_chunk(extras)
-    floats = [input, linear_weight] + [linear_bias] * (linear_bias is not None)
-    used = [*extras, *["options"] * chunked, *["label_smoothing"] * (label_smoothing != 0.0)]
-    composed = "torch's linear, then cross_entropy"
-    backend = dispatch.pick("linear_cross_entropy", *floats, options=used, torch_does=None if chunked else composed)
-    common = {
-        "weight": weight,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
+    own: dict[str, Any] = {
+        "z_loss": z_loss or None,
+        "softcap": softcap,
+        "logit_scale": None if logit_scale == 1.0 else logit_scale,
+        "token_weight": token_weight,
     }
+    extras = {name: value for name, value in own.items() if value is not None}
+    common: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
+    chunked = options is not None and _can_chunk(extras)
+    backend = dispatch.pick(
+        "linear_cross_entropy",
+        *(t for t in (input, linear_weight, linear_bias) if t is not None),
+        options=[*extras, *["options"] * chunked],
+        torch_does=None if chunked else "torch's linear, then cross_entropy",
+    )
     if chunked and backend == "torch":
-        assert _torch_function is not None
-        loss = _torch_function(
+        loss = F.linear_cross_entropy(
             input,
             linear_weight,
             target,
@@ -108,7 +103,7 @@ def linear_cross_entropy(
 
 def _can_chunk(extras: dict[str, Any]) -> bool:
     """Whether torch's chunked function knows the call; what torch itself cannot chunk, it says itself."""
-    if _torch_function is not None and not extras:
+    if _TORCH_CHUNKS and not extras:
         return True
     reason = f"it does not know {', '.join(extras)}" if extras else f"torch {torch.__version__} has none"
     warnings.warn(f"linear_cross_entropy: ``options`` ignored; chunked path: {reason}.", stacklevel=3)
@@ -122,7 +117,9 @@ def _check(
     if input.dim() < 1:
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
-        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
     batch, in_features = input.shape[:-1], input.shape[-1]
     if in_features != linear_weight.shape[-1]:
         raise RuntimeError(

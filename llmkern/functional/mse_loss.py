@@ -58,11 +58,12 @@ def mse_loss(
             stacklevel=2,
         )
         x, t = torch.broadcast_tensors(x, t)
-        weight = None if weight is None else weight.expand_as(x)
     dtype = torch.promote_types(x.dtype, t.dtype)
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
-    loss = ops.mse_loss(x.contiguous(), t.contiguous(), reduction != "none", weight, backend)
+    # As in torch, the mean divides by the sum of the weights as they were given, not as they were broadcast.
+    factors = None if weight is None else weight.expand_as(x)
+    loss = ops.mse_loss(x.contiguous(), t.contiguous(), reduction != "none", factors, backend)
     if reduction == "mean":
         loss = loss / (x.numel() if weight is None else weight.to(loss.dtype).sum())
     return loss.to(dtype)

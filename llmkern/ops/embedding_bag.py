@@ -36,7 +36,7 @@ class EmbeddingBagFunction(Function):
         sparse: bool,
     ) -> Tensor:
         ctx.options = mode, include_last_offset, padding_idx, scale_grad_by_freq, sparse
-        out, *tables = torch.ops.aten._embedding_bag(
+        out, *tables = torch._embedding_bag(
             weight,
             indices,
             offsets,
@@ -59,7 +59,7 @@ class EmbeddingBagFunction(Function):
             return *_reference_gradients(dout, weight, samples, indices, offsets, ctx.options), *[None] * 7
         dweight = dsamples = None
         if need_weight:
-            dweight = torch.ops.aten._embedding_bag_backward(
+            dweight = torch.ops.aten._embedding_bag_backward.default(
                 dout,
                 indices,
                 offsets,
@@ -74,7 +74,7 @@ class EmbeddingBagFunction(Function):
                 padding_idx,
             )
         if need_samples:
-            dsamples = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            dsamples = torch.ops.aten._embedding_bag_per_sample_weights_backward.default(
                 dout, weight, indices, offsets, bag, _MODES[mode], padding_idx
             )
         return dweight, dsamples, *[None] * 7
@@ -139,12 +139,16 @@ def embedding_bag(
     )
 
 
-def stands_in_for_torch(sparse: bool, max_norm: float | None) -> bool:
+def stands_in_for_torch(
+    weight: Tensor, per_sample_weights: Tensor | None, sparse: bool, max_norm: float | None
+) -> bool:
     """Whether :func:`embedding_bag` is to take the place of torch's function: in plain eager autograd.
 
     Compiled and transformed calls, sparse gradients, and tables that are renormalised, perhaps again before
     this call's backward, take torch's own way.
     """
-    if not torch.is_grad_enabled() or sparse or max_norm is not None or torch.compiler.is_compiling():
+    if sparse or max_norm is not None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if not weight.requires_grad and (per_sample_weights is None or not per_sample_weights.requires_grad):
         return False
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0

@@ -4,8 +4,8 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 (in fp64), higher derivatives of the kernels run through them, and they serve what no kernel serves.
 """
 
-from .cross_entropy import cross_entropy
 from .embedding import embedding, embedding_bag, embedding_row_scale
+from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 
-__all__ = ["cross_entropy", "embedding", "embedding_bag", "embedding_row_scale", "mse_loss"]
+__all__ = ["embedding", "embedding_bag", "embedding_row_scale", "linear_cross_entropy", "mse_loss"]
