@@ -166,7 +166,10 @@ def ratios(both: list[Runner]) -> list[float]:
 def peak_memory(name: str, settings: Settings) -> int | None:
     """Bytes that a few training steps need above what is there when the imports are done, in a process of its own."""
     command = [sys.executable, "-m", "llmkern", "demo-peak", name, "--device", settings.device]
-    result = subprocess.run(command + ["--bf16"] * settings.bf16, capture_output=True, text=True, check=False)
+    # `-m` looks into the working folder first: there this very package must be.
+    home = Path(__file__).parents[2]
+    command += ["--bf16"] * settings.bf16
+    result = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     return int(json.loads(result.stdout)["bytes"]) if result.returncode == 0 else None
 
 
