@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
     try:
         native = load_native()
         isa, compiler = native.isa(), native.build_info()["compiler"]
-    except ImportError:
+    except (ImportError, ValueError):  # not built, or LLMKERN_CPU_ISA names what is not there
         isa = compiler = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
