@@ -72,8 +72,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLLMKERN_TORCH_INCLUDE={include or ''}",
         ]  # fmt: skip
-        if shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if ninja := shutil.which("ninja"):
+            # Named, because a cache from an earlier isolated build names a ninja that is gone.
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         try:
             import pybind11
 

@@ -1,0 +1,74 @@
+# The whole workflow; every target sets up what it needs in .venv.
+#
+#   make demo    train one model with torch.nn and with llmkern.nn (ARGS="--epochs 2 --bf16" passes options on)
+#   make test    the test suite (ARGS="-k lstm" passes options on)
+#   make bench   the benchmark suite's quick part, FULL=1 for all of it
+#   make lint    ruff, clang-format, mypy
+#   make wheel   a wheel and an sdist in dist/
+#   make dev     an editable install with everything that tests and lint need
+#   make clean   remove .venv and every build product
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# What the native libraries are made of, and what else a plain install copies.
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+SOURCES := $(NATIVE) $(shell find llmkern kernels -name '*.py' 2>/dev/null)
+
+.PHONY: demo test bench lint wheel dev clean
+
+# The console script, not `python -m`: that would import the source tree, not what was installed.
+demo: $(VENV)/.demo
+	$(BIN)/llmkern demo $(ARGS)
+
+test: $(VENV)/.test
+	LLMKERN_TEST_REQUIRE=native $(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m llmkern bench $(if $(FULL),,--quick) $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/mypy
+
+wheel: $(VENV)/.wheel
+	rm -rf dist
+	LLMKERN_BUILD=require $(BIN)/python -m build --outdir dist
+
+dev: $(VENV)/.test $(VENV)/.lint
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info llmkern/*.so llmkern/_build_info.json
+
+# --- .venv, one stamp per step --------------------------------------------------------------------------------------
+$(VENV)/.torch-$(TORCH):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "llmkern needs Python 3.10 or later")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==$(TORCH)
+	rm -f $(VENV)/.torch-* $(VENV)/.demo $(VENV)/.test
+	touch $@
+
+# A plain and an editable install replace each other, and so do their stamps.
+$(VENV)/.demo: $(VENV)/.torch-$(TORCH) $(SOURCES)
+	LLMKERN_BUILD=require $(PIP) install '.[demo]'
+	rm -f $(VENV)/.test
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch-$(TORCH) $(NATIVE)
+	LLMKERN_BUILD=require $(PIP) install -e '.[test]'
+	rm -f $(VENV)/.demo
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch-$(TORCH) pyproject.toml
+	$(PIP) install $$($(BIN)/python -c 'import re, pathlib; \
+	  print(*re.findall(r"\"(.+?)\"", re.search(r"^lint = (.*)", pathlib.Path("pyproject.toml").read_text(), re.M)[1]))')
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.torch-$(TORCH)
+	$(PIP) install build
+	touch $@
