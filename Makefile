@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What the native libraries are made of, and what else a plain install copies.
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-SOURCES := $(NATIVE) $(shell find llmkern kernels -name '*.py' 2>/dev/null)
+SOURCES := $(NATIVE) $(shell find llmkern kernels benchmarks -name '*.py' 2>/dev/null)
 
 .PHONY: demo test bench lint wheel dev clean
 

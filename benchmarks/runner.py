@@ -60,7 +60,7 @@ class Process:
         try:
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError as error:
+        except (BrokenPipeError, ValueError) as error:
             raise WorkerError("the process has ended") from error
         return self._read()
 

@@ -66,8 +66,7 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
   const cpu::Matrix A = matrix_of(a), B = matrix_of(b);
   require_contiguous(out, 2);
   const int64_t M = a.shape(0), N = b.shape(1), K = a.shape(1);
-  require(b.shape(0) == K && out.shape(0) == M && out.shape(1) == N,
-          "expected a (M, K), b (K, N) and out (M, N)");
+  require(b.shape(0) == K && out.shape(0) == M && out.shape(1) == N, "expected a (M, K), b (K, N) and out (M, N)");
   const DType dtype = dtype_of(out);
   void* const data = out.mutable_data();
   const py::gil_scoped_release release;
@@ -78,8 +77,7 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
 
 cpu::Indices indices_of(const py::array& x) {
   require_contiguous(x, 1);
-  require(x.dtype().kind() == 'i' && (x.itemsize() == 4 || x.itemsize() == 8),
-          "indices: expected int32 or int64");
+  require(x.dtype().kind() == 'i' && (x.itemsize() == 4 || x.itemsize() == 8), "indices: expected int32 or int64");
   return {x.data(), x.itemsize() == 8};
 }
 
@@ -98,8 +96,8 @@ py::array embedding_forward(const py::array& weight, const py::array& indices) {
   return out;
 }
 
-py::array embedding_backward(const py::array& dout, const py::array& indices, int64_t num_weights,
-                             int64_t padding_idx, bool scale_grad_by_freq) {
+py::array embedding_backward(const py::array& dout, const py::array& indices, int64_t num_weights, int64_t padding_idx,
+                             bool scale_grad_by_freq) {
   require_contiguous(dout, 2);
   const cpu::Indices at = indices_of(indices);
   const DType dtype = dtype_of(dout);
@@ -149,10 +147,7 @@ double peak_bandwidth(const std::string& traffic, double seconds) {
   if (!read && !copy && traffic != "stream")
     throw std::invalid_argument("unknown traffic '" + traffic + "'; expected read, copy or stream");
   const py::gil_scoped_release release;
-  return cpu::peak_bandwidth(read   ? cpu::Traffic::read
-                             : copy ? cpu::Traffic::copy
-                                    : cpu::Traffic::stream,
-                             seconds);
+  return cpu::peak_bandwidth(read ? cpu::Traffic::read : copy ? cpu::Traffic::copy : cpu::Traffic::stream, seconds);
 }
 
 double peak_flops(const std::string& dtype, double seconds) {
@@ -162,8 +157,7 @@ double peak_flops(const std::string& dtype, double seconds) {
 }
 
 void set_num_threads(int n) {
-  if (n < 1)
-    throw std::invalid_argument("set_num_threads: got " + std::to_string(n) + ", expected 1 or more");
+  if (n < 1) throw std::invalid_argument("set_num_threads: got " + std::to_string(n) + ", expected 1 or more");
   omp_set_num_threads(n);
 }
 
@@ -173,13 +167,10 @@ void set_num_threads(int n) {
 PYBIND11_MODULE(_native, m) {
   using namespace llmkern;
   m.doc() = "llmkern's native core: instruction set, build facts, threads, probes, NumPy entry points.";
-  m.def(
-      "isa", [] { return cpu::isa_name(cpu::selected_isa()); },
-      "The instruction set selected for this process.");
+  m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); }, "The instruction set selected for this process.");
   m.def("build_info", &build_info, "Version, compiler, the instruction sets built and the one selected.");
   m.def("num_threads", &omp_get_max_threads, "Threads of the next parallel region of the calling thread.");
-  m.def("set_num_threads", &set_num_threads, py::arg("n"),
-        "The same as torch.set_num_threads, without torch.");
+  m.def("set_num_threads", &set_num_threads, py::arg("n"), "The same as torch.set_num_threads, without torch.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds") = 0.2,
         "Measured GF/s of FMAs (bfloat16: dot products) on all threads. ValueError, with the reason, if the "
         "CPU has none.");
@@ -188,7 +179,7 @@ PYBIND11_MODULE(_native, m) {
         "caches).");
   m.def("gemm", &gemm, py::arg("a"), py::arg("b"), py::arg("out"), py::arg("accumulate"));
   m.def("embedding_forward", &embedding_forward, py::arg("weight"), py::arg("indices"));
-  m.def("embedding_backward", &embedding_backward, py::arg("dout"), py::arg("indices"),
-        py::arg("num_weights"), py::arg("padding_idx"), py::arg("scale_grad_by_freq"));
+  m.def("embedding_backward", &embedding_backward, py::arg("dout"), py::arg("indices"), py::arg("num_weights"),
+        py::arg("padding_idx"), py::arg("scale_grad_by_freq"));
   m.def("_elementwise", &elementwise, py::arg("name"), py::arg("x"));
 }

@@ -1,8 +1,8 @@
 // Cross-entropy from logits, by rows.
 //
-// Traffic: the forward reads the N*V logits once from memory; with the gradient it also writes N*V once. A row (V = 32,000
-// in fp32: 128 KB) stays in the L2 cache while three sweeps pass over it: maximum, exponentials (kept in a scratch row)
-// and their sum, gradient. One exp per element. torch makes 8-9 passes over memory for the same.
+// Traffic: the forward reads the N*V logits once from memory; with the gradient it also writes N*V once. A row (V =
+// 32,000 in fp32: 128 KB) stays in the L2 cache while three sweeps pass over it: maximum, exponentials (kept in a
+// scratch row) and their sum, gradient. One exp per element. torch makes 8-9 passes over memory for the same.
 //
 // The gradient in the forward is a bet on the gradient that will come back: functional knows the reduction, and so the
 // factor of each row. ops/cross_entropy.py takes the result if the bet was right and calls the backward kernel, which
@@ -39,16 +39,17 @@ template <class F>
 void for_rows(const CrossEntropy& op, const int64_t* target, const F& f) {
   constexpr int64_t kGrainElements = 16 * 1024;
   std::atomic<int64_t> bad{op.ignore_index};
-  parallel_for(op.N, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, op.V)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = target[i];
-      if (y != op.ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(op.V)) {
-        bad.store(y, std::memory_order_relaxed);
-        return;
-      }
-    }
-    f(begin, end);
-  });
+  parallel_for(op.N, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, op.V)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t y = target[i];
+                   if (y != op.ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(op.V)) {
+                     bad.store(y, std::memory_order_relaxed);
+                     return;
+                   }
+                 }
+                 f(begin, end);
+               });
   if (bad != op.ignore_index) throw std::out_of_range("Target " + std::to_string(bad) + " is out of bounds.");
 }
 
@@ -64,7 +65,8 @@ void cross_entropy_forward(const CrossEntropy& op, const void* logits, const int
     const Buffer<char> scratch(scale ? op.V * accum : 0);
     for (int64_t i = begin; i < end; ++i) {
       char* const dx = scale ? static_cast<char*>(dlogits) + i * row : nullptr;
-      char *const loss_i = static_cast<char*>(loss) + i * accum, *const stats_i = static_cast<char*>(stats) + 2 * i * accum;
+      char *const loss_i = static_cast<char*>(loss) + i * accum, *const stats_i =
+                                                                     static_cast<char*>(stats) + 2 * i * accum;
       if (target[i] == op.ignore_index) {
         std::memset(loss_i, 0, accum);
         const double ignored[2] = {0, 1};
@@ -93,8 +95,8 @@ void cross_entropy_backward(const CrossEntropy& op, const void* dloss, const voi
         std::memset(dx, 0, row);
       else
         kernels.backward(op, static_cast<const char*>(logits) + i * row, target[i], weights,
-                         static_cast<const char*>(dloss) + i * accum, static_cast<const char*>(stats) + 2 * i * accum, dx,
-                         stream);
+                         static_cast<const char*>(dloss) + i * accum, static_cast<const char*>(stats) + 2 * i * accum,
+                         dx, stream);
     }
   });
 }

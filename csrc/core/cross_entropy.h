@@ -15,10 +15,10 @@ struct CrossEntropy {
   double label_smoothing, z_loss, softcap, logit_scale;  // softcap 0: none
 };
 
-// loss (N) and stats (N, 2), in Accum: stats holds max(z) and sum(exp(z - max)) of each row, so that lse = max + log(sum).
-// With scale (N, Accum) not null, dlogits (N, V) = scale * dloss/dlogits is written in the same pass over
-// the row. Ignored rows give loss 0, gradient 0 and stats (0, 1).
-// Throws std::out_of_range, with torch's text, if a target is neither ignore_index nor in [0, V).
+// loss (N) and stats (N, 2), in Accum: stats holds max(z) and sum(exp(z - max)) of each row, so that lse = max +
+// log(sum). With scale (N, Accum) not null, dlogits (N, V) = scale * dloss/dlogits is written in the same pass over the
+// row. Ignored rows give loss 0, gradient 0 and stats (0, 1). Throws std::out_of_range, with torch's text, if a target
+// is neither ignore_index nor in [0, V).
 void cross_entropy_forward(const CrossEntropy& op, const void* logits, const int64_t* target, const void* scale,
                            void* loss, void* stats, void* dlogits);
 

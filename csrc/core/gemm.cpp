@@ -55,8 +55,7 @@ S* workspace(int64_t n) {
 
 int threads_for(int64_t M, int64_t N, int64_t K) {
   if (omp_in_parallel()) return 1;
-  const double worth =
-      static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
+  const double worth = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
   return static_cast<int>(std::clamp<double>(worth, 1, omp_get_max_threads()));
 }
 
@@ -73,9 +72,7 @@ struct Problem {
   Split depths() const { return split(K, kDepth); }
   int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
   bool narrow() const { return itemsize(c_dtype) != sizeof(S); }
-  char* c_at(int64_t i, int64_t j) const {
-    return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype));
-  }
+  char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
 };
 
 // Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
@@ -113,8 +110,8 @@ struct RowPanels {
 
 // Rows [i0, i1) of columns [j0, j1), from panels of B that begin at column `origin`.
 template <class S>
-void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels,
-           int64_t origin, S* a, S* scratch) {
+void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
+           S* scratch) {
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
   const Sums<S> sums(p, i0, i1, j0, j1, scratch);
@@ -127,8 +124,8 @@ void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, 
     for (int64_t j = j0; j < j1; j += cols)
       for (int64_t r = 0; r < A.rows.count; ++r)
         kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
-                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0),
-                     sums.ld, d > 0 || sums.accumulate);
+                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
+                     d > 0 || sums.accumulate);
   }
   sums.finish();
 }
@@ -139,15 +136,12 @@ void run(const Problem<S>& p) {
   const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S);
   const int threads = threads_for(p.M, p.N, p.K);
   const int64_t panels = ceil_div(p.N, cols);
-  const Split outer =
-      split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
+  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
   const int64_t widest = ceil_div(panels, outer.count);
   // Blocks of C: A's pack fits L2, and each thread has four or more of them, where there are as many tiles.
-  int64_t tiles =
-      std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
+  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
   int64_t width = std::min(widest, kBlockCols / cols);
-  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads &&
-         tiles * width > 4) {
+  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads && tiles * width > 4) {
     int64_t& longer = tiles * rows > width * cols ? tiles : width;
     longer = ceil_div(longer, 2);
   }
@@ -200,8 +194,8 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
       else
         kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
       for (int64_t r = 0; r < A.rows.count; ++r)
-        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb,
-                     sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld, d > 0 || sums.accumulate);
+        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
+                     sums.ld, d > 0 || sums.accumulate);
     }
   }
   sums.finish();
@@ -269,8 +263,8 @@ void run_flat(const Problem<S>& p) {
 }
 
 template <class S>
-void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C,
-             DType c_dtype, int64_t ldc, bool accumulate) {
+void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype,
+             int64_t ldc, bool accumulate) {
   Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
   p.B.transposed = !B.transposed;
   if (is_short(p)) return run_dots(p);
@@ -298,19 +292,16 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   }
   if (narrow)
     for (int64_t i = 0; i < M; ++i)
-      kernels.convert(wide.get() + i * N, N,
-                      static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)), c_dtype,
-                      accumulate);
+      kernels.convert(wide.get() + i * N, N, static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)),
+                      c_dtype, accumulate);
 }
 
 }  // namespace
 
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc,
-          bool accumulate) {
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate) {
   const bool wide = A.dtype == DType::f64;
   if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
-    throw std::invalid_argument(
-        "gemm: float64 cannot be mixed with other dtypes; convert the operands first");
+    throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
   if (M <= 0 || N <= 0) return;
   if (N == 1 && ldc == 1) {
     // A column is a row of the transposed product.

@@ -17,8 +17,7 @@ struct Matrix {
 // f64), in an order that depends on the sizes alone: the same bits for any number of threads. Opens its own
 // parallel region; inside another one it runs on the calling thread. Throws std::invalid_argument if f64
 // meets another dtype.
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc,
-          bool accumulate);
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate);
 
 // The inner loops, for sums in S = float or double.
 template <class S>
@@ -37,8 +36,8 @@ struct GemmKernels {
                bool accumulate);
 
   // c (rows, lines) = inner products of rows of a with lines of b (lines, depth), of dtype, or +=.
-  void (*dots)(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype,
-               int64_t ldb, S* c, int64_t ldc, bool accumulate);
+  void (*dots)(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
+               S* c, int64_t ldc, bool accumulate);
 
   // to (n) = from (n) in another dtype, or +=.
   void (*convert)(const S* from, int64_t n, void* to, DType dtype, bool accumulate);

@@ -28,8 +28,7 @@ Isa choose() {
       throw std::invalid_argument(std::string("LLMKERN_CPU_ISA=") + wanted + ", but this CPU does not have it");
     }
   }
-  throw std::invalid_argument(std::string("LLMKERN_CPU_ISA=") + wanted +
-                              "; expected baseline, avx2 or avx512");
+  throw std::invalid_argument(std::string("LLMKERN_CPU_ISA=") + wanted + "; expected baseline, avx2 or avx512");
 }
 
 }  // namespace
@@ -39,8 +38,6 @@ Isa selected_isa() {
   return isa;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
-}
+const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
 
 }  // namespace llmkern::cpu

@@ -17,21 +17,20 @@ const char* isa_name(Isa isa);
 
 // Declares `table` in the namespace of every instruction set that was built.
 #if defined(__x86_64__)
-#define LLMKERN_DECLARE_TABLE(Type, table)   \
-  namespace llmkern::cpu::baseline {         \
-  extern const Type table;                   \
-  }                                          \
-  namespace llmkern::cpu::avx2 {             \
-  extern const Type table;                   \
-  }                                          \
-  namespace llmkern::cpu::avx512 {           \
-  extern const Type table;                   \
+#define LLMKERN_DECLARE_TABLE(Type, table) \
+  namespace llmkern::cpu::baseline {       \
+  extern const Type table;                 \
+  }                                        \
+  namespace llmkern::cpu::avx2 {           \
+  extern const Type table;                 \
+  }                                        \
+  namespace llmkern::cpu::avx512 {         \
+  extern const Type table;                 \
   }
-#define LLMKERN_SELECT(table)                                                          \
-  (::llmkern::cpu::selected_isa() == ::llmkern::cpu::Isa::avx512                       \
-       ? ::llmkern::cpu::avx512::table                                                 \
-       : ::llmkern::cpu::selected_isa() == ::llmkern::cpu::Isa::avx2 ? ::llmkern::cpu::avx2::table \
-                                                                     : ::llmkern::cpu::baseline::table)
+#define LLMKERN_SELECT(table)                                                                    \
+  (::llmkern::cpu::selected_isa() == ::llmkern::cpu::Isa::avx512 ? ::llmkern::cpu::avx512::table \
+   : ::llmkern::cpu::selected_isa() == ::llmkern::cpu::Isa::avx2 ? ::llmkern::cpu::avx2::table   \
+                                                                 : ::llmkern::cpu::baseline::table)
 #else
 #define LLMKERN_DECLARE_TABLE(Type, table) \
   namespace llmkern::cpu::baseline {       \

@@ -23,9 +23,7 @@ const void* at(const void* p, int64_t i, DType dtype) {
   return p ? static_cast<const char*>(p) + i * static_cast<int64_t>(itemsize(dtype)) : nullptr;
 }
 
-void* at(void* p, int64_t i, DType dtype) {
-  return const_cast<void*>(at(static_cast<const void*>(p), i, dtype));
-}
+void* at(void* p, int64_t i, DType dtype) { return const_cast<void*>(at(static_cast<const void*>(p), i, dtype)); }
 
 }  // namespace
 
@@ -51,8 +49,8 @@ void mse_loss_forward(const void* input, const void* target, DType dtype, int64_
   });
 }
 
-void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype,
-                       int64_t N, void* dinput, void* dtarget) {
+void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t N,
+                       void* dinput, void* dtarget) {
   const auto& kernels = LLMKERN_SELECT(mse_loss);
   parallel_for(N, kGrain, [&](int64_t i, int64_t end) {
     kernels.backward(at(dloss, i, dtype), dsum, at(input, i, dtype), at(target, i, dtype), dtype, end - i,

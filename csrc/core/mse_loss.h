@@ -13,15 +13,15 @@ void mse_loss_forward(const void* input, const void* target, DType dtype, int64_
 
 // dinput[i] = 2 * (input[i] - target[i]) * g and dtarget[i] = -dinput[i]; either may be null.
 // g is dloss[i], of `dtype`, or, with dloss null, dsum for every i.
-void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype,
-                       int64_t N, void* dinput, void* dtarget);
+void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t N,
+                       void* dinput, void* dtarget);
 
 // The same on one range of elements.
 struct MseLossKernels {
   double (*sum)(const void* input, const void* target, DType dtype, int64_t n);
   void (*forward)(const void* input, const void* target, DType dtype, int64_t n, void* out);
-  void (*backward)(const void* dloss, double dsum, const void* input, const void* target, DType dtype,
-                   int64_t n, void* dinput, void* dtarget);
+  void (*backward)(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t n,
+                   void* dinput, void* dtarget);
 };
 
 }  // namespace llmkern::cpu

@@ -19,9 +19,7 @@ namespace {
 constexpr int64_t kBytes = int64_t{192} << 20;  // of each buffer
 constexpr int64_t kRounds = 1 << 18;            // of FMAs in one slice: about a millisecond
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // The shortest time of one slice, run by all threads at once, f(thread, threads), within about `seconds`.
 template <class F>
@@ -57,8 +55,7 @@ double peak_flops(DType dtype, double seconds) {
   const auto& kernels = LLMKERN_SELECT(probe);
   if (dtype == DType::f32) return fma_rate(kernels.fma_f32, seconds);
   if (dtype == DType::f64) return fma_rate(kernels.fma_f64, seconds);
-  if (dtype != DType::bf16)
-    throw std::invalid_argument("peak_flops: no CPU arithmetic in float16; it runs in float32");
+  if (dtype != DType::bf16) throw std::invalid_argument("peak_flops: no CPU arithmetic in float16; it runs in float32");
 #if defined(__x86_64__)
   const bool here = __builtin_cpu_supports("avx512bf16");
 #else

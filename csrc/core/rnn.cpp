@@ -1,10 +1,11 @@
 // LSTM layers: a whole sequence in one parallel region.
 //
-// FLOPs, forward: 2 T B 4H (I + H); backward twice that. The input projection x W_ih^T is one GEMM over all of time, and
-// so are, at the end, dx, dW_ih and dW_hh. What remains is the time loop: h W_hh^T forward and dgates W_hh backward.
+// FLOPs, forward: 2 T B 4H (I + H); backward twice that. The input projection x W_ih^T is one GEMM over all of time,
+// and so are, at the end, dx, dW_ih and dW_hh. What remains is the time loop: h W_hh^T forward and dgates W_hh
+// backward.
 //
-// Batch rows never meet in the loop, so each thread takes its rows through all T steps and no barrier is needed. W_hh is
-// packed once per call into panels [H / L][k][4 gates][L]: the four gates of L units end in registers together, and
+// Batch rows never meet in the loop, so each thread takes its rows through all T steps and no barrier is needed. W_hh
+// is packed once per call into panels [H / L][k][4 gates][L]: the four gates of L units end in registers together, and
 // sigmoid, tanh, c and h follow without a store in between. The backward's panels hold four vectors of units instead,
 // and the same loop multiplies both. Cells, h and dgates are carried in fp32 (fp64 for fp64) inside the sequence.
 #include "core/rnn.h"
@@ -96,9 +97,8 @@ void lstm_backward(const Lstm& op, const void* dy, const void* dhy, const void* 
       kernels.sum_rows(sum.get(), D, 1, G * H, begin, end, out.dweight_hh);
     });
   if (out.dbias)
-    parallel_for(G, 64, [&](int64_t begin, int64_t end) {
-      kernels.sum_rows(dgates.get(), D, T * B, G, begin, end, out.dbias);
-    });
+    parallel_for(
+        G, 64, [&](int64_t begin, int64_t end) { kernels.sum_rows(dgates.get(), D, T * B, G, begin, end, out.dbias); });
 }
 
 }  // namespace llmkern::cpu

@@ -11,9 +11,9 @@ struct Lstm {
   int64_t T, B, I, H;
   DType dtype;  // of everything but cells and what is said to be in Accum
   bool reverse;
-  const void *x, *hx, *cx;               // (T, B, I), (B, H), (B, H)
-  const void *weight_ih, *weight_hh;     // (4H, I), (4H, H)
-  const void *bias_ih, *bias_hh;         // (4H)
+  const void *x, *hx, *cx;            // (T, B, I), (B, H), (B, H)
+  const void *weight_ih, *weight_hh;  // (4H, I), (4H, H)
+  const void *bias_ih, *bias_hh;      // (4H)
 };
 
 // y (T, B, H), hy and cy (B, H). For a backward: gates (T, B, 4H), activated, and cells (T, B, H) in Accum; null if
@@ -22,9 +22,9 @@ void lstm_forward(const Lstm& op, void* y, void* hy, void* cy, void* gates, void
 
 // Gradients from dy (T, B, H), dhy, dcy (B, H) and what the forward saved. Null outputs are not computed.
 struct LstmGradients {
-  void *dx, *dhx, *dcx;             // (T, B, I), (B, H), (B, H)
-  void *dweight_ih, *dweight_hh;    // (4H, I), (4H, H)
-  void* dbias;                      // (4H): the gradient of either bias
+  void *dx, *dhx, *dcx;           // (T, B, I), (B, H), (B, H)
+  void *dweight_ih, *dweight_hh;  // (4H, I), (4H, H)
+  void* dbias;                    // (4H): the gradient of either bias
 };
 void lstm_backward(const Lstm& op, const void* dy, const void* dhy, const void* dcy, const void* y, const void* gates,
                    const void* cells, const LstmGradients& out);

@@ -35,8 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
                                                          std::optional<Tensor> weight, std::optional<Tensor> scale,
                                                          int64_t ignore_index, double label_smoothing, double z_loss,
                                                          double softcap, double logit_scale) {
-  const auto op =
-      describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  const auto op = describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   if (scale) require_rows(*scale, logits, 1, "scale");
   const ScalarType accum = op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   Tensor loss = empty(logits, {op.N}, accum), stats = empty(logits, {op.N, 2}, accum);
@@ -50,8 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, c
 Tensor cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target,
                               std::optional<Tensor> weight, const Tensor& stats, int64_t ignore_index,
                               double label_smoothing, double z_loss, double softcap, double logit_scale) {
-  const auto op =
-      describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  const auto op = describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   require_rows(dloss, logits, 1, "dloss"), require_rows(stats, logits, 2, "stats");
   Tensor dlogits = empty(logits, {op.N, op.V});
   cpu::cross_entropy_backward(op, dloss.const_data_ptr(), logits.const_data_ptr(),

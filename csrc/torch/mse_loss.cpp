@@ -45,8 +45,7 @@ std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& dloss, const Tensor& 
   require_contiguous(dloss, "dloss");
   double dsum = 0;
   if (reduce) {
-    require(dloss.numel() == 1 &&
-                dloss.scalar_type() == (sums_in_f64(input) ? ScalarType::Double : ScalarType::Float),
+    require(dloss.numel() == 1 && dloss.scalar_type() == (sums_in_f64(input) ? ScalarType::Double : ScalarType::Float),
             "mse_loss_backward: expected dloss (), float32 or, for float64 input, float64");
     dsum = sums_in_f64(input) ? *static_cast<const double*>(dloss.const_data_ptr())
                               : *static_cast<const float*>(dloss.const_data_ptr());

@@ -22,8 +22,8 @@ void require_shape(const Tensor& t, const std::vector<int64_t>& sizes, const Ten
 
 // The problem, with every shape checked that memory safety depends on.
 cpu::Lstm describe(const Tensor& x, const Tensor& hx, const Optional& cx, const Tensor& weight_ih,
-                   const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh,
-                   const Optional& weight_hr, const Optional& batch_sizes, const std::string& mode, bool reverse) {
+                   const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, const Optional& weight_hr,
+                   const Optional& batch_sizes, const std::string& mode, bool reverse) {
   require(mode == "lstm", "rnn: the native backend serves mode lstm, got " + mode);
   require(!weight_hr, "rnn: the native backend does not serve projections (weight_hr)");
   require(!batch_sizes, "rnn: the native backend does not serve packed sequences (batch_sizes)");
@@ -52,11 +52,12 @@ cpu::Lstm describe(const Tensor& x, const Tensor& hx, const Optional& cx, const 
 
 ScalarType accumulator(const cpu::Lstm& op) { return op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
-    const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
-    Optional bias_hh, Optional weight_hr, Optional batch_sizes, std::string mode, bool reverse, bool save) {
-  const auto op =
-      describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(const Tensor& x, const Tensor& hx, Optional cx,
+                                                               const Tensor& weight_ih, const Tensor& weight_hh,
+                                                               Optional bias_ih, Optional bias_hh, Optional weight_hr,
+                                                               Optional batch_sizes, std::string mode, bool reverse,
+                                                               bool save) {
+  const auto op = describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
   Tensor y = empty(x, {op.T, op.B, op.H}), hy = empty(x, {op.B, op.H}), cy = empty(x, {op.B, op.H});
   using Sizes = std::vector<int64_t>;
   Tensor gates = empty(x, save ? Sizes{op.T, op.B, 4 * op.H} : Sizes{0});
@@ -71,15 +72,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_b
     const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
     Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells, std::string mode, bool reverse,
     bool needs_dx, bool needs_dweights) {
-  const auto op =
-      describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
+  const auto op = describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
   const int64_t T = op.T, B = op.B, I = op.I, H = op.H;
   require(dcy.has_value(), "rnn_backward: expected dcy (B, H)");
   require_shape(dy, {T, B, H}, x, "dy"), require_shape(y, {T, B, H}, x, "y");
   require_shape(dhy, {B, H}, x, "dhy"), require_shape(*dcy, {B, H}, x, "dcy");
   require_shape(gates, {T, B, 4 * H}, x, "gates");
   require_contiguous(cells, "cells");
-  require(cells.numel() == T * B * H && cells.scalar_type() == accumulator(op), "cells: expected what the forward saved");
+  require(cells.numel() == T * B * H && cells.scalar_type() == accumulator(op),
+          "cells: expected what the forward saved");
   const auto make = [&](bool wanted, const std::vector<int64_t>& sizes) {
     return empty(x, wanted ? sizes : std::vector<int64_t>{0});
   };
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_b
 
 }  // namespace
 
-#define LLMKERN_RNN_INPUTS                                                                          \
-  "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih,"           \
+#define LLMKERN_RNN_INPUTS                                                                \
+  "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih," \
   " Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {

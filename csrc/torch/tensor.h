@@ -17,8 +17,8 @@
 
 namespace llmkern {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 inline void require(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);

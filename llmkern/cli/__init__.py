@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .demo import demo, peak
 from .info import info
 
 app = typer.Typer(help="Fused kernels for PyTorch.", no_args_is_help=True, add_completion=False)
 app.command()(info)
 app.command()(demo)
+app.add_typer(bench, name="bench")
 app.command(name="demo-peak", hidden=True)(peak)

@@ -4,7 +4,7 @@ Functions check and normalise their arguments once, pick a backend, and reduce; 
 so that errors are torch's, word for word.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional
 
@@ -14,9 +14,6 @@ from .embedding_bag import embedding_bag
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
-
-if TYPE_CHECKING:
-    from torch.nn.functional import *  # noqa: F403
 
 __all__ = [
     "cross_entropy",

@@ -69,12 +69,12 @@ class _Call:
     def projected(self) -> bool:
         return self.per_layer == (5 if self.has_biases else 3)
 
-    def layer(self, index: int) -> tuple[Tensor | None, ...]:
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of layer and direction ``index``."""
         chunk = [p.contiguous() for p in self.params[index * self.per_layer : (index + 1) * self.per_layer]]
         weight_hr = chunk.pop() if self.projected else None
-        biases = chunk[2:] if self.has_biases else (None, None)
-        return *chunk[:2], *biases, weight_hr
+        bias_ih, bias_hh = chunk[2:] if self.has_biases else (None, None)
+        return chunk[0], chunk[1], bias_ih, bias_hh, weight_hr
 
     def well_formed(self) -> bool:
         """Whether torch would accept the call; if not, torch gets it, for its error."""
@@ -134,8 +134,8 @@ def _recurrent(mode: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     backend = "torch"
     if call.well_formed():
         T = call.input.shape[1 if call.batch_first else 0]
-        sizes = {"T": T, "B": call.states[0].shape[1], "H": call.states[-1].shape[2]}
-        backend = dispatch.pick(mode, call.input, *call.states, *call.params, options=call.options(), **sizes)
+        B, H = call.states[0].shape[1], call.states[-1].shape[2]
+        backend = dispatch.pick(mode, call.input, *call.states, *call.params, options=call.options(), T=T, B=B, H=H)
     if backend == "torch":
         return getattr(torch._VF, mode)(*args)
     return _run(call, backend)

@@ -5,7 +5,7 @@ submodule (``nn.functional`` apart, which is ``llmkern.functional``), is torch's
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn
 
@@ -15,9 +15,6 @@ from .embedding import Embedding, EmbeddingBag
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
 from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-
-if TYPE_CHECKING:
-    from torch.nn import *  # noqa: F403
 
 __all__ = [
     "GRU",

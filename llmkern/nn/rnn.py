@@ -24,7 +24,7 @@ class _Layers(torch.nn.RNNBase):
     _function: str
     # The words of torch's messages, which differ between its classes.
     _dim_error: str
-    _states = ("hx",)
+    _states: tuple[str, ...] = ("hx",)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         if not torch.compiler.is_compiling():
@@ -139,8 +139,8 @@ class LSTM(_Layers):
 
     # Of the pair (h, c), which RNNBase does not know.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -161,7 +161,7 @@ class GRU(_Layers):
 class _Cell(torch.nn.RNNCellBase):
     """One step: checks of torch's class, then ``llmkern.functional``."""
 
-    _states = ("hidden",)
+    _states: tuple[str, ...] = ("hidden",)
 
     @property
     def _function(self) -> str:
@@ -193,7 +193,7 @@ class _Cell(torch.nn.RNNCellBase):
 class RNNCell(_Cell):
     """One step of an Elman network; see :class:`torch.nn.RNNCell`."""
 
-    __constants__ = ("input_size", "hidden_size", "bias", "nonlinearity")
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ def _eager(function: type[KernelFunction]) -> type[Function]:
 
 def reference_vjp(function: Callable[..., Any], primals: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
     """The gradients of ``function`` at ``primals``, differentiable in primals and cotangents."""
-    _, pullback = torch.func.vjp(function, *primals)
+    pullback = torch.func.vjp(function, *primals)[1]
     return pullback(cotangents)
 
 
@@ -92,9 +92,9 @@ def reference_vjp_vjp(
 
 def reference_jvp(function: Callable[..., Any], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
     """The directional derivative of ``function``, as the transpose of its (linear) pullback."""
-    outputs, pullback = torch.func.vjp(function, *primals)
+    outputs, pullback = torch.func.vjp(function, *primals)[:2]
     zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
-    _, transpose = torch.func.vjp(pullback, zeros)
+    transpose = torch.func.vjp(pullback, zeros)[1]
     return transpose(tuple(tangents))[0]
 
 

@@ -92,8 +92,7 @@ class RNNFunction(KernelFunction):
         tensors = ctx.saved_tensors
         mode, reverse, backend = ctx.options
         needs = ctx.needs_input_grad
-        dcy = dcy.contiguous() if mode == "lstm" else None
-        cotangents = (dy.contiguous(), dhy.contiguous(), dcy)
+        cotangents = (dy.contiguous(), dhy.contiguous(), dcy.contiguous() if mode == "lstm" else None)
         grads = RNNBackwardFunction.run(*cotangents, *tensors, mode, reverse, needs[0], any(needs[3:8]), backend)
         return *_wanted(grads, tensors, needs), None, None, None, None
 
@@ -172,7 +171,7 @@ def _reference(inputs: Any, options: Any) -> tuple[Any, tuple[Tensor, ...]]:
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(tensors)
         full = [next(remaining) if here else None for here in present]
-        outputs = reference.rnn(*full, inputs[8], mode, reverse)  # type: ignore[arg-type]
+        outputs = reference.rnn(*full, inputs[8], mode, reverse)  # type: ignore[arg-type,call-arg]
         return outputs if mode == "lstm" else outputs[:2]
 
     return function, tuple(t for t in inputs[:8] if t is not None)

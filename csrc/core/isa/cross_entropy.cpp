@@ -137,8 +137,8 @@ void forward(const CrossEntropy& op, const void* x, int64_t y, double weight_sum
   });
 }
 
-void backward(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* dloss,
-              const void* stats, void* dx, bool stream) {
+void backward(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* dloss, const void* stats,
+              void* dx, bool stream) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;

@@ -150,8 +150,7 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       const T* x = static_cast<const T*>(X.data);
       if (X.transposed)
-        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride,
-                  to);
+        pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride, to);
       else
         pack_lines(x + first * X.ld + k0, X.ld, n, depth, stride, to);
     }
@@ -193,8 +192,8 @@ void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S
 }
 
 template <class S>
-void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype,
-          int64_t ldb, S* c, int64_t ldc, bool accumulate) {
+void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
+          S* c, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>;
   visit(dtype, [&](auto t) {
     using T = decltype(t);
@@ -231,8 +230,7 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
       T* to = static_cast<T*>(out);
       int64_t i = 0;
-      for (; i + L <= n; i += L)
-        store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
+      for (; i + L <= n; i += L) store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
       const int rest = static_cast<int>(n - i);
       if (rest == 0) return;
       const Vec<S> x = load<S>(from + i, rest, S{});

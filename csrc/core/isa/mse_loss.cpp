@@ -78,8 +78,8 @@ void forward_any(const void* input, const void* target, DType dtype, int64_t n, 
   });
 }
 
-void backward_any(const void* dloss, double dsum, const void* input, const void* target, DType dtype,
-                  int64_t n, void* dinput, void* dtarget) {
+void backward_any(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t n,
+                  void* dinput, void* dtarget) {
   visit(dtype, [&](auto type) {
     using T = decltype(type);
     backward(static_cast<const T*>(dloss), static_cast<Accum<T>>(dsum), static_cast<const T*>(input),

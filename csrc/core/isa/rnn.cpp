@@ -117,7 +117,8 @@ void lstm_backward_rows(const LstmBackwardRows& rows) {
     const T* const dy = static_cast<const T*>(rows.dy) + (t * B + b0) * H;
     const T* const gates = static_cast<const T*>(rows.gates) + (t * B + b0) * 4 * H;
     const S* const cells = static_cast<const S*>(rows.cells) + (t * B + b0) * H;
-    const S* const before = step ? static_cast<const S*>(rows.cells) + ((op.reverse ? t + 1 : t - 1) * B + b0) * H : nullptr;
+    const S* const before =
+        step ? static_cast<const S*>(rows.cells) + ((op.reverse ? t + 1 : t - 1) * B + b0) * H : nullptr;
     const T* const first = static_cast<const T*>(op.cx) + b0 * H;
     S* const dgates = static_cast<S*>(rows.dgates) + (t * B + b0) * 4 * H;
     for (int64_t row = 0; row < n; ++row)
