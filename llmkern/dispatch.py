@@ -65,6 +65,9 @@ TABLE: dict[str, dict[str, Support]] = {
     "gru_cell": {},
     "rnn_tanh_cell": {},
     "rnn_relu_cell": {},
+    "adam": {"native": _cpu("weight_decay", "amsgrad", "maximize")},
+    "sgd": {},
+    "adagrad": {},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),

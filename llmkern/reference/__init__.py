@@ -9,9 +9,11 @@ from .embedding import embedding, embedding_row_scale
 from .embedding_bag import embedding_bag
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
+from .optim import adam_step
 from .rnn import rnn, rnn_step
 
 __all__ = [
+    "adam_step",
     "cross_entropy",
     "embedding",
     "embedding_bag",

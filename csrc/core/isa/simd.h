@@ -201,6 +201,21 @@ static inline vf32 max(vf32 a, vf32 b) {
 }
 static inline vf64 max(vf64 a, vf64 b) { return a > b ? a : b; }
 
+static inline vf32 sqrt(vf32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf32>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf32>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = ::sqrtf(x[i]);
+  return x;
+#endif
+}
+static inline vf64 sqrt(vf64 x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::sqrt(x[i]);
+  return x;
+}
+
 // Fixed trees: the order of a reduction depends on the lane count only.
 template <class A, class V, class F>
 static inline A reduce(V v, F f) {
