@@ -72,7 +72,11 @@ TABLE: dict[str, dict[str, Support]] = {
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),
 }
-REFERENCE_LACKS = {"embedding": frozenset({"sparse"}), "embedding_bag": frozenset({"sparse"})}
+REFERENCE_LACKS: dict[str, frozenset[str]] = {
+    "embedding": frozenset({"sparse"}),
+    "embedding_bag": frozenset({"sparse"}),
+    "adam": frozenset({"sparse gradients", "complex tensors", "capturable", "differentiable"}),
+}
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,26 @@ class _Step(torch.optim.Optimizer):
     kernel serves: sparse, complex or non-contiguous tensors, a tensor as learning rate, ``foreach``, ``fused``,
     ``capturable`` or ``differentiable`` asked for."""
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Updates the parameters once. ``closure`` recomputes and returns the loss, as in torch."""
+        # Renamed in torch 2.12; it refuses a capture into a CUDA graph that would replay stale step counts.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            lists: list[list[Any]] = [[], [], [], [], [], []]
-            has_complex = self._init_group(group, *lists)  # type: ignore[attr-defined]
-            if lists[0]:
-                self._step_group(group, lists, has_complex)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                lists: list[list[Any]] = [[], [], [], [], [], []]
+                has_complex = self._init_group(group, *lists)  # type: ignore[attr-defined]
+                if lists[0]:
+                    self._step_group(group, lists, has_complex)
         return loss
 
     def _step_group(self, group: dict[str, Any], lists: list[list[Any]], has_complex: bool) -> None:
-        *tensors, steps = lists
-        params, grads, *states = tensors
-        everything = [t for column in tensors for t in column]
+        params, grads, avgs, squares, maxima, steps = lists
+        everything = [*params, *grads, *avgs, *squares, *maxima]
         backend = dispatch.pick("adam", *everything, options=_options(group, everything))
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", False)
@@ -43,11 +45,15 @@ class _Step(torch.optim.Optimizer):
             torch._foreach_add_(steps, 1)
             numbers = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
             counts = [float(step) for step in steps]
-            ops.adam_step(params, grads, *states, counts, *numbers, decoupled, group["maximize"], backend)
+            ops.adam_step(params, grads, avgs, squares, maxima, counts, *numbers, decoupled, group["maximize"], backend)
             return
         keys = ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused")
         torch_adam(
-            *tensors,
+            params,
+            grads,
+            avgs,
+            squares,
+            maxima,
             steps,
             has_complex=has_complex,
             beta1=beta1,
@@ -65,6 +71,8 @@ def _options(group: dict[str, Any], tensors: list[Tensor]) -> list[str]:
     numbers = (group["lr"], *group["betas"])
     used["a tensor as learning rate or beta"] = any(isinstance(number, Tensor) for number in numbers)
     dense = [t for t in tensors if t.layout == torch.strided]
+    used["sparse gradients"] = len(dense) < len(tensors)
+    used["complex tensors"] = any(t.is_complex() for t in tensors)
     used["non-contiguous tensors"] = not all(t.is_contiguous() for t in dense)
     return [name for name, on in used.items() if on]
 
