@@ -18,7 +18,7 @@ class _Step(torch.optim.Optimizer):
     kernel serves: sparse, complex or non-contiguous tensors, a tensor as learning rate, ``foreach``, ``fused``,
     ``capturable`` or ``differentiable`` asked for."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters once. ``closure`` recomputes and returns the loss, as in torch."""
         # Renamed in torch 2.12; it refuses a capture into a CUDA graph that would replay stale step counts.
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
