@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost, Run, measure
+from .suite import Call, Case, Cost, Place, Run, measure
 
 
-def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
-    options: dict[str, Any] = {"smoothing": {"label_smoothing": 0.1}}.get(variant, {})
-    name = f"cross_entropy/{N}x{V}" + (f"/{variant}" if variant else "")
+def draw(sizes: dict[str, Any], place: Place) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Logits (N, V), target (N) or (N, V), and the options of the variant."""
+    N, V, variant = sizes["N"], sizes["V"], sizes["variant"]
+    g = place.generator()
+    logits = place(3 * torch.randn(N, V, generator=g))
+    soft = variant == "soft"
+    target = torch.randn(N, V, generator=g).softmax(-1) if soft else torch.randint(V, (N,), generator=g)
+    options: dict[str, Any] = {"label_smoothing": 0.1} if variant == "smoothing" else {}
+    if variant == "weight":
+        options["weight"] = place(0.5 + torch.rand(V, generator=g))
+    return logits, place(target), options
+
+
+def make(N: int, V: int, variant: str = "", quick: tuple[str, ...] = ()) -> Case:
+    sizes = {"N": N, "V": V, "variant": variant}
 
     def cost(phase: str, itemsize: int) -> Cost:
         logits = N * V * itemsize
@@ -20,21 +32,13 @@ def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
         # One exp counts as one FLOP: the floor is the traffic.
         return Cost(4.0 * N * V, logits + targets, logits if phase != "forward" else 0)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        g = torch.Generator().manual_seed(case.seed())
-        logits = (3 * torch.randn(N, V, generator=g)).to(device, dtype)
-        if variant == "soft":
-            target = torch.randn(N, V, generator=g).softmax(-1).to(device, dtype)
-        else:
-            target = torch.randint(V, (N,), generator=g).to(device)
-        keywords = dict(options)
-        if variant == "weight":
-            keywords["weight"] = (0.5 + torch.rand(V, generator=g)).to(device, dtype)
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        logits, target, options = draw(sizes, place)
         logits.requires_grad_(phase != "forward")
 
         def run() -> dict[str, Any]:
             logits.grad = None
-            loss = ns.functional.cross_entropy(logits, target, **keywords)
+            loss = ns.functional.cross_entropy(logits, target, **options)
             if phase == "forward":
                 return {"loss": loss}
             loss.backward()
@@ -42,10 +46,10 @@ def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
 
         return run
 
-    sizes = {"N": N, "V": V}
-    case = Case(
+    return Case(
         "cross_entropy",
-        name,
+        f"cross_entropy/{N}x{V}" + (f"/{variant}" if variant else ""),
+        "cross_entropy",
         ("forward", "forward+backward"),
         cost,
         setup,
@@ -53,17 +57,16 @@ def _case(N: int, V: int, variant: str = "", quick: bool = False) -> Case:
         quick=quick,
         exact=N * V < 2e8,
     )
-    return case
 
 
 CASES = [
-    _case(4096, 32000, quick=True),
-    _case(4096, 32000, "smoothing"),
-    _case(4096, 32000, "soft"),
-    _case(4096, 32000, "weight"),
-    _case(1024, 128256),
-    _case(1280, 10000, quick=True),
-    _case(1280, 10000, "smoothing"),
+    make(N, V, variant, quick if variant == "" else ())
+    for N, V, quick in (
+        (4096, 32000, ("forward+backward",)),
+        (1024, 128256, ()),
+        (1280, 10000, ("forward", "forward+backward")),
+    )
+    for variant in ("", "smoothing", "soft", "weight")
 ]
 
 

@@ -1,4 +1,6 @@
-"""Embedding lookup. Floor: the looked-up rows once each way; a dense gradient also writes the whole table."""
+"""Embedding lookup. Floor: each row that occurs is read once and every row of the output written once; a dense
+gradient also writes the whole table, and a step of Adam reads and writes parameter and states of the rows that occur.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost, Run, measure
+from .suite import Call, Case, Cost, Place, Run, adam, measure
+
+KINDS = ("uniform", "zipf", "same")
 
 
 def indices_of(kind: str, V: int, N: int, generator: torch.Generator) -> torch.Tensor:
@@ -21,21 +25,33 @@ def indices_of(kind: str, V: int, N: int, generator: torch.Generator) -> torch.T
     return torch.randint(V, (N,), generator=generator)
 
 
-def _case(V: int, D: int, N: int, kind: str = "uniform", quick: bool = False) -> Case:
-    name = f"embedding/{V}x{D}x{N}" + (f"/{kind}" if kind != "uniform" else "")
+def rows_of(kind: str, V: int, N: int) -> int:
+    """How many different rows such a batch looks up."""
+    return len(indices_of(kind, V, N, torch.Generator().manual_seed(0)).unique())
+
+
+def draw(
+    ns: SimpleNamespace, sizes: dict[str, Any], place: Place
+) -> tuple[torch.nn.Embedding, torch.Tensor, torch.Tensor]:
+    """The module of ``ns``, indices (N) and the gradient of the output (N, D)."""
+    V, D, N = (sizes[key] for key in "VDN")
+    g = place.generator()
+    module = place(ns.nn.Embedding(V, D, sparse=sizes.get("sparse", False)))
+    indices = place(indices_of(sizes["kind"], V, N, g))
+    return module, indices, place(torch.randn(N, D, generator=g))
+
+
+def make(V: int, D: int, N: int, kind: str = "uniform", quick: tuple[str, ...] = ()) -> Case:
+    sizes = {"V": V, "D": D, "N": N, "kind": kind}
 
     def cost(phase: str, itemsize: int) -> Cost:
-        rows, table = N * D * itemsize, V * D * itemsize
+        looked_up, out, table = rows_of(kind, V, N) * D * itemsize, N * D * itemsize, V * D * itemsize
         if phase == "forward":
-            return Cost(0, rows + 8 * N, rows)
-        return Cost(N * D, 2 * rows + 16 * N, rows + table)
+            return Cost(0, looked_up + 8 * N, out)
+        return Cost(N * D, looked_up + out + 16 * N, out + table)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        g = torch.Generator().manual_seed(case.seed())
-        torch.manual_seed(case.seed())
-        module = ns.nn.Embedding(V, D).to(device, dtype)
-        indices = indices_of(kind, V, N, g).to(device)
-        dout = torch.randn(N, D, generator=g).to(device, dtype)
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        module, indices, dout = draw(ns, sizes, place)
 
         def run() -> dict[str, Any]:
             if phase == "forward":
@@ -48,27 +64,25 @@ def _case(V: int, D: int, N: int, kind: str = "uniform", quick: bool = False) ->
 
         return run
 
-    sizes = {"V": V, "D": D, "N": N}
-    case = Case("embedding", name, ("forward", "forward+backward"), cost, setup, sizes, quick=quick, exact=V * D < 5e7)
-    return case
+    name = f"embedding/{V}x{D}x{N}" + (f"/{kind}" if kind != "uniform" else "")
+    phases = ("forward", "forward+backward")
+    return Case("embedding", name, "embedding", phases, cost, setup, sizes, quick=quick, exact=V * D < 5e7)
 
 
-def _step(V: int, D: int, N: int, sparse: bool) -> Case:
+def make_step(V: int, D: int, N: int, kind: str, sparse: bool, quick: tuple[str, ...] = ()) -> Case:
     """Lookup, backward and one Adam step. torch's sparse gradients need SparseAdam, another optimizer than Adam."""
-    name = f"embedding/{V}x{D}x{N}/adam" + ("/sparse" if sparse else "")
+    sizes = {"V": V, "D": D, "N": N, "kind": kind, "sparse": sparse}
 
     def cost(phase: str, itemsize: int) -> Cost:
-        rows = N * D * itemsize
-        # Exact Adam at batch cost: rows forward, gradient, and the batch's rows of p, m and v both ways.
-        return Cost(14.0 * N * D, 5 * rows, 5 * rows)
+        rows = rows_of(kind, V, N)
+        looked_up, out = rows * D * itemsize, N * D * itemsize
+        # Adam is elementwise, so that rows that do not occur can wait: the batch's rows of p, m and v both ways.
+        return Cost(N * D + 13.0 * rows * D, 3 * looked_up + out + 16 * N, 3 * looked_up + out)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        g = torch.Generator().manual_seed(case.seed())
-        torch.manual_seed(case.seed())
-        module = ns.nn.Embedding(V, D, sparse=sparse).to(device, dtype)
-        optimizer = (ns.optim.SparseAdam if sparse else ns.optim.Adam)(module.parameters(), lr=1e-3)
-        indices = indices_of("zipf", V, N, g).to(device)
-        dout = torch.randn(N, D, generator=g).to(device, dtype)
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        module, indices, dout = draw(ns, sizes, place)
+        parameters = list(module.parameters())
+        optimizer = ns.optim.SparseAdam(parameters, lr=1e-3) if sparse else adam(ns, parameters)
 
         def run() -> dict[str, Any]:
             optimizer.zero_grad(set_to_none=True)
@@ -78,40 +92,26 @@ def _step(V: int, D: int, N: int, sparse: bool) -> Case:
 
         return run
 
-    case = Case("embedding", name, ("step",), cost, setup, {"V": V, "D": D, "N": N}, dtypes=("fp32",))
-    return case
+    name = f"embedding/{V}x{D}x{N}" + (f"/{kind}" if kind != "uniform" else "")
+    name += "/adam" + ("/sparse" if sparse else "")
+    # The reference has no sparse gradients.
+    exact = not sparse and V * D < 5e7
+    return Case("embedding", name, "embedding_step", ("step",), cost, setup, sizes, quick=quick, exact=exact)
 
 
-def _bag(mode: str) -> Case:
-    V, D, B, L = 1_000_000, 128, 8192, 20
-    name = f"embedding_bag/{V}x{D}x{B}x{L}/{mode}"
-
-    def cost(phase: str, itemsize: int) -> Cost:
-        return Cost(B * L * D, (B * L * D) * itemsize + 8 * B * L, B * D * itemsize)
-
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        g = torch.Generator().manual_seed(case.seed())
-        torch.manual_seed(case.seed())
-        module = ns.nn.EmbeddingBag(V, D, mode=mode).to(device, dtype)
-        indices = indices_of("uniform", V, B * L, g).view(B, L).to(device)
-
-        def run() -> dict[str, Any]:
-            with torch.no_grad():
-                return {"out": module(indices)}
-
-        return run
-
-    sizes = {"V": V, "D": D, "B": B, "L": L}
-    case = Case("embedding", name, ("forward",), cost, setup, sizes, dtypes=("fp32",), exact=False)
-    return case
-
-
+SIZES = ((10000, 256, 1280), (32000, 512, 8192), (128256, 2048, 8192))
 CASES = [
-    *(_case(10000, 256, 1280, kind, quick=kind == "zipf") for kind in ("uniform", "zipf", "same")),
-    *(_case(32000, 512, 8192, kind, quick=kind == "zipf") for kind in ("uniform", "zipf", "same")),
-    *(_case(128256, 2048, 8192, kind) for kind in ("uniform", "zipf", "same")),
-    *(_step(*s, sparse) for s in ((32000, 512, 8192), (128256, 2048, 8192)) for sparse in (False, True)),
-    *(_bag(mode) for mode in ("sum", "mean", "max")),
+    *(
+        make(*s, kind, ("forward", "forward+backward") if (s, kind) == (SIZES[1], "zipf") else ())
+        for s in SIZES
+        for kind in KINDS
+    ),
+    *(
+        make_step(*s, kind, sparse, ("step",) if (s, kind) == (SIZES[1], "zipf") else ())
+        for s in SIZES
+        for kind in KINDS
+        for sparse in (False, True)
+    ),
 ]
 
 

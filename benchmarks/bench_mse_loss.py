@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 
-from .suite import Case, Cost, Run, measure
+from .suite import Call, Case, Cost, Place, Run, measure
 
 
-def _case(N: int, D: int, quick: bool = False) -> Case:
+def draw(sizes: dict[str, Any], place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and target, both (N, D)."""
+    g = place.generator()
+    x, target = (place(torch.randn(sizes["N"], sizes["D"], generator=g)) for _ in range(2))
+    return x, target
+
+
+def make(N: int, D: int, quick: tuple[str, ...] = ()) -> Case:
+    sizes = {"N": N, "D": D}
+
     def cost(phase: str, itemsize: int) -> Cost:
         return Cost(3.0 * N * D, 2 * N * D * itemsize, 0 if phase == "forward" else N * D * itemsize)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        g = torch.Generator().manual_seed(case.seed())
-        x, target = (torch.randn(N, D, generator=g).to(device, dtype) for _ in range(2))
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        x, target = draw(sizes, place)
         x.requires_grad_(phase != "forward")
 
         def run() -> dict[str, Any]:
@@ -29,12 +37,11 @@ def _case(N: int, D: int, quick: bool = False) -> Case:
 
         return run
 
-    sizes = {"N": N, "D": D}
-    case = Case("mse_loss", f"mse_loss/{N}x{D}", ("forward", "forward+backward"), cost, setup, sizes, quick=quick)
-    return case
+    phases = ("forward", "forward+backward")
+    return Case("mse_loss", f"mse_loss/{N}x{D}", "mse_loss", phases, cost, setup, sizes, quick=quick)
 
 
-CASES = [_case(4096, 1024, quick=True), _case(8192, 4096)]
+CASES = [make(4096, 1024, quick=("forward+backward",)), make(8192, 4096)]
 
 
 def test_mse_loss(benchmark: Any, run: Run, implementation: str) -> None:

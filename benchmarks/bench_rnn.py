@@ -6,58 +6,65 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from .suite import Case, Cost, Run, measure
+from .suite import Call, Case, Cost, Place, Run, measure
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-def _weights(kind: str, I: int, H: int, layers: int, directions: int, P: int) -> int:
-    """The number of weights of all layers, biases apart."""
-    out = P or H
-    total = 0
-    for layer in range(layers):
-        width = I if layer == 0 else out * directions
-        total += directions * (GATES[kind] * H * (width + out) + P * H)
-    return total
+def lengths_of(sizes: dict[str, Any]) -> torch.Tensor:
+    """The length of each sequence (B), longest first."""
+    T, B = sizes["T"], sizes["B"]
+    return torch.linspace(T, T / 4, B).long() if sizes["variant"] == "packed" else torch.full((B,), T)
 
 
-def _case(kind: str, T: int, B: int, I: int, H: int, layers: int = 1, variant: str = "", quick: bool = False) -> Case:
-    name = f"{kind.lower()}/{T}x{B}x{I}x{H}x{layers}" + (f"/{variant}" if variant else "")
-    directions = 2 if variant == "bidirectional" else 1
-    P = H // 2 if variant == "proj" else 0
-    lengths = torch.linspace(T, T / 4, B).long() if variant == "packed" else torch.full((B,), T)
-    tokens = int(lengths.sum())
-    weights = _weights(kind, I, H, layers, directions, P)
+def draw(
+    ns: SimpleNamespace, sizes: dict[str, Any], place: Place
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The module of ``ns``, its input (T, B, I), and the gradient of its output (T, B, directions * H)."""
+    T, B, I, H, variant = (sizes[key] for key in ("T", "B", "I", "H", "variant"))
+    g = place.generator()
+    options: dict[str, Any] = {"bidirectional": True} if variant == "bidirectional" else {}
+    if variant == "proj":
+        options["proj_size"] = H // 2
+    module = place(getattr(ns.nn, sizes["kind"])(I, H, sizes["layers"], **options))
+    out = {"bidirectional": 2 * H, "proj": H // 2}.get(variant, H)
+    return module, place(torch.randn(T, B, I, generator=g)), place(torch.randn(T, B, out, generator=g))
+
+
+def make(
+    kind: str, T: int, B: int, I: int, H: int, layers: int = 1, variant: str = "", quick: tuple[str, ...] = ()
+) -> Case:
+    """A whole sequence; `variant` is "", "packed", "bidirectional" or "proj"."""
+    sizes = {"kind": kind, "T": T, "B": B, "I": I, "H": H, "layers": layers, "variant": variant}
+    lengths = lengths_of(sizes)
 
     def cost(phase: str, itemsize: int) -> Cost:
-        flops = 2.0 * weights * tokens * (1 if phase == "forward" else 3)
-        activations = tokens * (I + directions * (P or H)) * itemsize
-        return Cost(flops, weights * itemsize + activations, activations if phase == "forward" else 2 * activations)
+        directions, P = (2 if variant == "bidirectional" else 1), (H // 2 if variant == "proj" else 0)
+        out, tokens = P or H, int(lengths.sum())
+        widths = [I] + [out * directions] * (layers - 1)
+        weights = sum(directions * (GATES[kind] * H * (width + out) + P * H) for width in widths)
+        inputs, outputs, parameters = tokens * I * itemsize, tokens * directions * out * itemsize, weights * itemsize
+        if phase == "forward":
+            return Cost(2.0 * weights * tokens, inputs + parameters, outputs)
+        return Cost(6.0 * weights * tokens, inputs + parameters + outputs, outputs + inputs + parameters)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        torch.manual_seed(case.seed())
-        g = torch.Generator().manual_seed(case.seed())
-        options: dict[str, Any] = {"bidirectional": directions == 2}
-        if P:
-            options["proj_size"] = P
-        module = getattr(ns.nn, kind)(I, H, layers, **options).to(device, dtype)
-        x = torch.randn(T, B, I, generator=g).to(device, dtype)
-        dy = torch.randn(T, B, directions * (P or H), generator=g).to(device, dtype)
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        module, x, dy = draw(ns, sizes, place)
+        packed, train = variant == "packed", phase != "forward"
         inputs: Any = x
-        if variant == "packed":
-            pack = torch.nn.utils.rnn.pack_padded_sequence
-            inputs, dy = pack(x, lengths), pack(dy, lengths).data
-        data = inputs.data if variant == "packed" else inputs
-        train = phase != "forward"
+        if packed:
+            inputs, dy = pack_padded_sequence(x, lengths), pack_padded_sequence(dy, lengths).data
+        data = inputs.data if packed else x
         data.requires_grad_(train)
-        if variant == "packed":
+        if packed:
             inputs = inputs._replace(data=data)
 
         def run() -> dict[str, Any]:
             with torch.set_grad_enabled(train):
                 y = module(inputs)[0]
-            y = y.data if variant == "packed" else y
+            y = y.data if packed else y
             if not train:
                 return {"y": y}
             data.grad = None
@@ -67,29 +74,50 @@ def _case(kind: str, T: int, B: int, I: int, H: int, layers: int = 1, variant: s
 
         return run
 
-    sizes = {"T": T, "B": B, "I": I, "H": H, "layers": layers}
-    case = Case("rnn", name, ("forward", "forward+backward"), cost, setup, sizes, quick=quick, exact=B * H * T < 4e6)
-    return case
+    return Case(
+        "rnn",
+        f"{kind.lower()}/{T}x{B}x{I}x{H}x{layers}" + (f"/{variant}" if variant else ""),
+        "rnn",
+        ("forward", "forward+backward"),
+        cost,
+        setup,
+        sizes,
+        quick=quick,
+        exact=B * H * T < 4e6,
+    )
 
 
-def _steps(name: str, kind: str, steps: int, B: int, I: int, H: int, phases: tuple[str, ...]) -> Case:
-    """`steps` calls of a cell, or of a layer with T = 1: what decoding does."""
+def draw_steps(
+    ns: SimpleNamespace, sizes: dict[str, Any], place: Place
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The module of ``ns``, the inputs of all steps (T, B, I), and the gradient of the last h (B, H)."""
+    T, B, I, H = (sizes[key] for key in "TBIH")
+    g = place.generator()
+    module = place(getattr(ns.nn, sizes["kind"])(I, H))
+    return module, place(torch.randn(T, B, I, generator=g)), place(torch.randn(B, H, generator=g))
+
+
+def make_steps(
+    name: str, kind: str, T: int, B: int, I: int, H: int, phases: tuple[str, ...], quick: tuple[str, ...] = ()
+) -> Case:
+    """T calls of a cell, or of a layer with one step: what decoding does."""
+    sizes = {"kind": kind, "T": T, "B": B, "I": I, "H": H}
 
     def cost(phase: str, itemsize: int) -> Cost:
-        weights = 4 * H * (I + H)
-        # At B = 1 the weights are read again every step, from cache at best.
-        return Cost(2.0 * weights * B * steps * (1 if phase == "forward" else 3), weights * itemsize, 0)
+        weights, tokens = 4 * H * (I + H), B * T
+        reads, writes = (weights + tokens * I) * itemsize, 2 * B * H * itemsize
+        # At B = 1 the weights are read again every step, from a cache at best; the floor counts them once.
+        if phase == "forward":
+            return Cost(2.0 * weights * tokens, reads, writes)
+        return Cost(6.0 * weights * tokens, reads, writes + weights * itemsize)
 
-    def setup(ns: SimpleNamespace, phase: str, device: Any, dtype: Any) -> Any:
-        torch.manual_seed(case.seed())
-        g = torch.Generator().manual_seed(case.seed())
-        module = getattr(ns.nn, kind)(I, H).to(device, dtype)
-        x = torch.randn(steps, B, I, generator=g).to(device, dtype)
+    def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
+        module, x, dh = draw_steps(ns, sizes, place)
         train = phase != "forward"
 
         def forward() -> Any:
             state = None
-            for t in range(steps):
+            for t in range(T):
                 if kind == "LSTMCell":
                     state = module(x[t], state)
                 else:
@@ -98,20 +126,21 @@ def _steps(name: str, kind: str, steps: int, B: int, I: int, H: int, phases: tup
 
         def run() -> dict[str, Any]:
             with torch.set_grad_enabled(train):
-                h, c = forward()
+                h, c = (s.view(B, H) for s in forward())
             if not train:
                 return {"h": h, "c": c}
             module.zero_grad(set_to_none=True)
-            h.sum().backward()
+            h.backward(dh)
             return {"h": h, "c": c, **{f"d{n}": p.grad for n, p in module.named_parameters()}}
 
         return run
 
-    case = Case("rnn", name, phases, cost, setup, {"T": steps, "B": B, "I": I, "H": H})
-    return case
+    return Case("rnn", name, "rnn_steps", phases, cost, setup, sizes, quick=quick)
 
 
-_SIZES = [
+BOTH = ("forward", "forward+backward")
+TRAIN = ("forward+backward",)
+SIZES = (
     (32, 64, 256, 128, 1),
     (128, 32, 512, 512, 1),
     (128, 32, 512, 512, 2),
@@ -119,14 +148,14 @@ _SIZES = [
     (100, 1, 256, 256, 1),
     (35, 20, 650, 650, 2),
     (70, 80, 1150, 1150, 1),
-]
+)
 CASES = [
-    *(_case("LSTM", *s, quick=i in (0, 1)) for i, s in enumerate(_SIZES)),
-    *(_case(kind, *_SIZES[i], quick=i == 0) for kind in ("GRU", "RNN") for i in (0, 1, 5)),
-    *(_case("LSTM", 128, 32, 512, 512, 1, variant) for variant in ("packed", "bidirectional", "proj")),
-    _steps("lstmcell/128x32x512x512", "LSTMCell", 128, 32, 512, 512, ("forward", "forward+backward")),
-    _steps("lstm/decode/1x1x512x512", "LSTM", 100, 1, 512, 512, ("forward",)),
-    _steps("lstmcell/decode/1x1x512x512", "LSTMCell", 100, 1, 512, 512, ("forward",)),
+    *(make("LSTM", *s, quick={0: BOTH, 1: TRAIN}.get(i, ())) for i, s in enumerate(SIZES)),
+    *(make(kind, *SIZES[i], quick=TRAIN if i == 0 else ()) for kind in ("GRU", "RNN") for i in (0, 1, 5)),
+    *(make("LSTM", *SIZES[1], variant) for variant in ("packed", "bidirectional", "proj")),
+    make_steps("lstmcell/128x32x512x512", "LSTMCell", 128, 32, 512, 512, BOTH),
+    make_steps("lstm/decode/1x1x512x512", "LSTM", 100, 1, 512, 512, ("forward",), quick=("forward",)),
+    make_steps("lstmcell/decode/1x1x512x512", "LSTMCell", 100, 1, 512, 512, ("forward",)),
 ]
 
 

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .runner import OURS, Measurement, Row
+from .result import Measurement, Row
 
 
 @dataclass(frozen=True)
 class Change:
-    """``factor`` > 1: faster than before, by the same-run ratio to ``peer``; ``noise`` is what would not count."""
+    """``factor`` > 1: faster than before, by the same-run ratio to ``peer``; ``noise`` is what would not count.
+    ``after`` is None where ours failed in the newer file."""
 
     id: str
     peer: str
     before: float
-    after: float
+    after: float | None
     noise: float
 
     @property
     def factor(self) -> float:
-        return self.after / self.before
+        return self.after / self.before if self.after is not None else 0.0
 
     @property
     def verdict(self) -> str:
+        if self.after is None:
+            return "failed"
         if self.factor > 1 + self.noise:
             return "faster"
         return "slower" if self.factor < 1 / (1 + self.noise) else "same"
@@ -43,11 +46,13 @@ def compare(before: list[Row], after: list[Row], peer: str = "torch", least: flo
     old = {row.id: row for row in before}
     changes = []
     for row in after:
-        if row.id not in old or not all(peer in r.results and OURS in r.results for r in (row, old[row.id])):
+        if row.id not in old or peer not in row.results or peer not in old[row.id].results:
             continue
-        a, b = old[row.id].results, row.results
-        if a[peer].ratio is None or b[peer].ratio is None:
+        a, b = old[row.id], row
+        ratio, now = a.results[peer].ratio, b.results[peer].ratio
+        failed = b.ours.reason is not None
+        if ratio is None or (now is None and not failed):
             continue
-        noise = max(least, sum(_spread(m) for m in (a[OURS], a[peer], b[OURS], b[peer])) / 2)
-        changes.append(Change(row.id, peer, a[peer].ratio, b[peer].ratio, noise))
+        noise = max(least, sum(_spread(m) for m in (a.ours, a.results[peer], b.ours, b.results[peer])) / 2)
+        changes.append(Change(row.id, peer, ratio, None if failed else now, noise))
     return sorted(changes, key=lambda change: change.factor)

@@ -4,68 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmkern.cli.info import environment as installation
+
+from . import peers
+from .result import ENVIRONMENT
 from .suite import Cost
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    result = subprocess.run(git, capture_output=True, text=True)
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def environment() -> dict[str, Any]:
     """Everything a reader needs to judge or repeat the numbers."""
-    import torch
-
-    import llmkern
-
-    def version(name: str) -> str | None:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as of
-
-        try:
-            return of(name)
-        except PackageNotFoundError:
-            return None
-
-    return {
+    facts = installation() | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "llmkern": llmkern.__version__,
         "commit": _commit(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "jax": version("jax"),
-        "hugepages": _thp(),
+        "cache": peers.cache_bytes(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "hugepages": _hugepages(),
+        "peers": _peers(),
     }
+    return {key: facts[key] for key in ENVIRONMENT}
 
 
-def _thp() -> str | None:
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(git, capture_output=True, text=True)
+        return result.stdout.strip() or None if result.returncode == 0 else None
+    return None
+
+
+def _hugepages() -> str | None:
     try:
         text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
         return None
     return text[text.index("[") + 1 : text.index("]")]
+
+
+def _peers() -> dict[str, str]:
+    """The version of every optional peer that is installed."""
+    packages = importlib.metadata.packages_distributions()
+    modules = {name: base.requires for name, base in peers.BASES.items() if base.requires}
+    return {
+        name: importlib.metadata.version(packages[module][0]) for name, module in modules.items() if module in packages
+    }
 
 
 def floor(cost: Cost, dtype: str, limits: dict[str, float]) -> tuple[float, str] | None:
@@ -87,24 +77,22 @@ def limits(device: str = "cpu") -> dict[str, float]:
 
 
 def _cpu_limits() -> dict[str, float]:
-    import torch  # noqa: F401  (brings the OpenMP library that the probes run on)
+    from llmkern._openmp import load_native
 
     try:
-        from llmkern import _native
+        native = load_native()
     except ImportError:
         return {}
-    found = {"fp32": _native.peak_flops("float32")}
+    found = {"fp32": native.peak_flops("float32")}
     # Without a unit for it, bf16 runs at the fp32 rate at best.
     with contextlib.suppress(ValueError):
-        found["bf16"] = _native.peak_flops("bfloat16")
+        found["bf16"] = native.peak_flops("bfloat16")
     for name, traffic in (("read", "read"), ("copy", "copy"), ("store", "stream")):
-        found[name] = _native.peak_bandwidth(traffic)
+        found[name] = native.peak_bandwidth(traffic)
     return found
 
 
 def _gpu_limits() -> dict[str, float]:
-    import torch
-
     def seconds(call: Any, repeat: int = 20) -> float:
         call()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -119,7 +107,13 @@ def _gpu_limits() -> dict[str, float]:
         return best
 
     found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for name, dtype in (
+        ("fp32", torch.float32),
+        ("tf32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         a = torch.randn(8192, 8192, device="cuda", dtype=dtype)
         found[name] = 2 * 8192**3 / seconds(lambda a=a: a @ a, 5) / 1e9
     source, target = (torch.empty(1 << 30, device="cuda", dtype=torch.uint8) for _ in range(2))

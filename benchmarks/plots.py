@@ -1,132 +1,167 @@
-"""The pictures of a result file, as matplotlib figures: ratio bars, roofline, scaling curves."""
+"""The pictures of a result file, as matplotlib figures: ratio bars, roofline, scaling curves.
+
+Every figure is about as wide as a phone, so that a page can put one or several in a line and no label shrinks.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import peers_of
-from .runner import OURS, Row
+from .result import OURS, Result, Row, peer_of, peers_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OUR_COLOR = "#0b6e4f"
-PEER_COLORS = ("#6c757d", "#b08968", "#8e7dbe", "#c9a227", "#4f86c6", "#b56576")
+WIDTH = 5.6
+OUR_COLOR, BEHIND = "#0b6e4f", "#c2571a"
+PEER_COLORS = ("#4f4f4f", "#b08968", "#7b61c4", "#c9a227", "#3f7fc4", "#b5446e", "#5aa9a0", "#8a8f2b")
+MARKERS = "osD^vPX*"
+PHASES = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
 
 
-def figures(limits: dict[str, float], rows: list[Row]) -> dict[str, Figure]:
-    """All figures that the rows have data for, by name."""
-    made = {"ratios": ratio_bars(rows), "roofline": roofline(limits, rows), "scaling": scaling_curves(rows)}
+def figures(result: Result) -> dict[str, Figure]:
+    """All figures that the rows have data for, by name, in the order to show them."""
+    rows = [row for row in result.rows if row.scaling is None]
+    peers = peers_of(result.rows)
+    made: dict[str, Figure | None] = {"roofline": roofline(result.limits, rows)}
+    for op, dtype in dict.fromkeys((row.op, row.dtype) for row in rows):
+        members = [row for row in rows if (row.op, row.dtype) == (op, dtype)]
+        made[f"ratios {op} {dtype}"] = ratio_bars(f"{op}, {dtype}", members, peers)
+    curves: dict[str, list[Row]] = {}
+    for row in result.rows:
+        if row.scaling:
+            curves.setdefault(row.scaling[0], []).append(row)
+    for title, members in curves.items():
+        made[f"scaling {title}"] = scaling_curve(title, members, peers)
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _figure(width: float, height: float, **kwargs: Any) -> tuple[Figure, Any]:
+def _figure(height: float, **kwargs: Any) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(**kwargs)
 
 
-def ratio_bars(rows: list[Row]) -> Figure | None:
-    """A peer's time over ours, a bar per peer and run, on a log scale; left of 1 the peer is faster."""
-    rows = [row for row in rows if row.scaling is None and row.best]
+def _style(peer: str, peers: list[str]) -> dict[str, Any]:
+    """The same colour and marker for a peer in every figure of a file."""
+    k = peers.index(peer)
+    return {"color": PEER_COLORS[k % len(PEER_COLORS)], "marker": MARKERS[k % len(MARKERS)]}
+
+
+def ratio_bars(title: str, rows: list[Row], peers: list[str]) -> Figure | None:
+    """A bar a run, from 1 to the fastest peer's time over ours, on a log scale; markers for every peer."""
+    rows = [row for row in rows if row.best()]
     if not rows:
         return None
-    peers = peers_of(rows)
-    figure, axes = _figure(9, 1.2 + 0.22 * len(rows) * max(1, len(peers)) ** 0.6)
-    height = 0.8 / len(peers)
-    for k, peer in enumerate(peers):
-        bars = [(i, row.results[peer].ratio) for i, row in enumerate(rows) if peer in row.results]
-        bars = [(i, ratio) for i, ratio in bars if ratio]
-        color = PEER_COLORS[k % len(PEER_COLORS)]
-        axes.barh(
-            [i + k * height for i, _ in bars],
-            [r - 1 for _, r in bars],
-            height,
-            left=1,
-            color=color,
-            label=peer,
-        )
-    axes.axvline(1, color=OUR_COLOR, linewidth=1.5)
+    figure, axes = _figure(1.1 + 0.42 * len(rows))
+    for i, row in enumerate(rows):
+        best = row.best()
+        assert best is not None
+        axes.barh(i, best[1] - 1, 0.36, left=1, color=BEHIND if row.behind else OUR_COLOR, alpha=0.85)
+        label = f"{row.case.removeprefix(row.op + '/')}  {PHASES[row.phase]}"
+        # The label stands over its bar: beside it, it would leave the bars no room.
+        axes.text(0.0, i - 0.3, label, fontsize=8, va="bottom", transform=axes.get_yaxis_transform())
+    for peer in peers:
+        points = [(best[1], i) for i, row in enumerate(rows) if (best := row.best(peer))]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=20, label=peer, zorder=3, linewidths=0, **_style(peer, peers))
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.7), max(high, 1.5))
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row.id for row in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("peer's time over llmkern's (right of the line: llmkern is faster)")
-    axes.legend(fontsize=7, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.5, -0.9)
+    axes.set_title(f"{title}: a peer's time over llmkern's", fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def roofline(limits: dict[str, float], rows: list[Row]) -> Figure | None:
     """GF/s over arithmetic intensity: what a case could reach, and what llmkern and torch reach."""
-    rows = [row for row in rows if row.scaling is None and row.floor and row.flops and row.bytes]
+    rows = [row for row in rows if row.floor and row.flops and row.bytes and row.ours.median]
     if not rows or not limits.get("read"):
         return None
-    figure, axes = _figure(9, 5)
+    figure, axes = _figure(4.6)
     low = min(row.flops / row.bytes for row in rows) / 2
     high = max(row.flops / row.bytes for row in rows) * 2
     intensity = [low * (high / low) ** (i / 200) for i in range(201)]
-    for k, dtype in enumerate(sorted({row.dtype for row in rows}, reverse=True)):
+    for k, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
         if peak := limits.get(dtype):
             roof = [min(peak, limits["read"] * x) for x in intensity]
-            axes.plot(
-                intensity,
-                roof,
-                color="black",
-                linewidth=1,
-                linestyle=("-", "--", ":")[k % 3],
-                label=f"{dtype} limit",
-            )
-    for name, color, marker in ((OURS, OUR_COLOR, "o"), ("torch", PEER_COLORS[0], "x")):
-        timed = [(row, row.results[name].median) for row in rows if name in row.results]
-        points = [(row.flops / row.bytes, row.flops / t / 1e9) for row, t in timed if t]
-        if points:
-            axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=22, label=name, zorder=3)
-    axes.set_xscale("log"), axes.set_yscale("log")
-    axes.set_xlabel("FLOPs per byte that must be moved"), axes.set_ylabel("GF/s")
-    axes.grid(alpha=0.25, which="both", linewidth=0.4)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def scaling_curves(rows: list[Row]) -> Figure | None:
-    """Time over size, one panel a curve."""
-    curves: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.scaling:
-            curves.setdefault(row.scaling[0], []).append(row)
-    if not curves:
-        return None
-    columns = min(3, len(curves))
-    lines = -(-len(curves) // columns)
-    figure, grid = _figure(3.4 * columns, 2.7 * lines, nrows=lines, ncols=columns, squeeze=False)
-    panels = list(grid.flat)
-    for panel in panels[len(curves) :]:
-        panel.set_visible(False)
-    for panel, (title, members) in zip(panels, curves.items(), strict=False):
-        for k, name in enumerate([OURS, *peers_of(members)]):
-            points = [
-                (row.scaling[2], row.results[name].median) for row in members if row.scaling and name in row.results
-            ]
-            points = sorted((x, t * 1e3) for x, t in points if t)
-            color = OUR_COLOR if name == OURS else PEER_COLORS[(k - 1) % len(PEER_COLORS)]
+            axes.plot(intensity, roof, "k" + ("-", "--", ":")[k % 3], linewidth=1, label=f"{dtype} limit")
+    for name, color, marker in (("torch", PEER_COLORS[0], "x"), (OURS, OUR_COLOR, "o")):
+        for k, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
+            timed = [(row, row.results[name].median) for row in rows if name in row.results and row.dtype == dtype]
+            points = [(row.flops / row.bytes, row.flops / t / 1e9) for row, t in timed if t]
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=name)
-        panel.set_xscale("log"), panel.set_yscale("log")
-        panel.set_title(title, fontsize=9), panel.set_ylabel("ms", fontsize=8)
-        panel.set_xlabel(members[0].scaling[1] if members[0].scaling else "", fontsize=8)
-        panel.grid(alpha=0.25, linewidth=0.4)
-    panels[0].legend(fontsize=7)
+                face = {"facecolors": "none", "edgecolors": color} if k and marker == "o" else {"color": color}
+                size = 22 if k == 0 else 34
+                axes.scatter(
+                    *zip(*points, strict=True), marker=marker, s=size, linewidths=1, label=f"{name} {dtype}", **face
+                )
+    axes.set_xscale("log"), axes.set_yscale("log")
+    axes.set_xlabel("FLOPs per byte that must be moved", fontsize=8), axes.set_ylabel("GF/s", fontsize=8)
+    axes.set_title("Roofline: measured limits, and what is reached of them", fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, which="major", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def write_plots(folder: Path, limits: dict[str, float], rows: list[Row]) -> list[Path]:
+def scaling_curve(title: str, rows: list[Row], peers: list[str]) -> Figure | None:
+    """Time and memory over one size: ours, and each peer's best time."""
+    figure, (time, memory) = _figure(5.0, nrows=2, sharex=True)
+    axis = rows[0].scaling[1] if rows[0].scaling else ""
+    drawn = False
+    for peer in [OURS, *peers]:
+        style = {"color": OUR_COLOR, "marker": "o"} if peer == OURS else _style(peer, peers)
+        for panel, value in ((time, _seconds), (memory, _peak)):
+            points = sorted((row.scaling[2], y) for row in rows if row.scaling and (y := value(row, peer)))
+            if points:
+                drawn = True
+                label = peer if panel is time else None
+                panel.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=label, **style)
+    if not drawn:
+        return None
+    for panel, unit in ((time, "ms"), (memory, "MiB above the inputs")):
+        panel.set_xscale("log", base=2), panel.set_yscale("log")
+        panel.set_ylabel(unit, fontsize=8)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.25, linewidth=0.5)
+        panel.spines[["top", "right"]].set_visible(False)
+    values = sorted({row.scaling[2] for row in rows if row.scaling})
+    memory.set_xticks(values, [f"{value:g}" for value in values]), memory.minorticks_off()
+    memory.set_xlabel(axis, fontsize=8)
+    time.set_title(title, fontsize=9, loc="left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _seconds(row: Row, peer: str) -> float | None:
+    """Milliseconds of the peer's best variant."""
+    times = [m.median for name, m in row.results.items() if peer_of(name) == peer and m.median]
+    return min(times) * 1e3 if times else None
+
+
+def _peak(row: Row, peer: str) -> float | None:
+    """MiB. A call that needs less than can be seen shows as a page."""
+    peak = row.results[peer].peak if peer in row.results else None
+    return max(peak, 4096) / 2**20 if peak is not None else None
+
+
+def write_plots(folder: Path, result: Result) -> list[Path]:
     """Writes every figure as a PNG into ``folder`` and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures(limits, rows).items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
+    for name, figure in figures(result).items():
+        paths.append(folder / f"{name.replace(' ', '-')}.png")
+        figure.savefig(paths[-1], dpi=160)
     return paths

@@ -1,68 +1,33 @@
-"""Result files, and the tables made of them (terminal and Markdown)."""
+"""Results as text: the table in the terminal, the same in Markdown, and README's section."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
+import statistics
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .runner import OURS, Measurement, Row
+from .result import Measurement, Result, Row, peer_of, peers_of
 
-FORMAT = 1
-
-
-def save(path: Path, environment: dict[str, Any], limits: dict[str, float], rows: list[Row]) -> None:
-    """Writes a result file whole or not at all."""
-    content = {
-        "format": FORMAT,
-        "environment": environment,
-        "limits": limits,
-        "rows": [asdict(row) for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-class ResultFileError(ValueError):
-    """Not a result file of this suite."""
-
-
-def load(path: Path) -> tuple[dict[str, Any], dict[str, float], list[Row]]:
-    """Reads a result file: environment, limits, rows.
-
-    Raises:
-        ResultFileError: if it cannot be read, or is not one.
-    """
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ResultFileError(f"{path}: result format {content['format']}, expected {FORMAT}")
-        rows = []
-        for raw in content["rows"]:
-            results = {name: Measurement(**m) for name, m in raw.pop("results").items()}
-            rows.append(Row(**raw, results=results))
-        return content["environment"], content["limits"], rows
-    except OSError as error:
-        raise ResultFileError(f"{path}: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ResultFileError(f"{path} is not a result file of `llmkern bench --json`: {error!r}") from error
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+MARKS = {"hugepages": "ʰ", "thp": "ᵗ"}
+LEGEND = (
+    "Ratios are a peer's time over llmkern's in the same run; ▼: the peer is faster; ʰ ᵗ: it is best with glibc's or "
+    "torch's huge pages; ≠: its numbers are not the reference's. Of limit: the least time that the measured limits "
+    "allow, over llmkern's (over its cold time where caches, not memory, would be measured)."
+)
 
 
 def time_text(seconds: float | None) -> str:
     """Three significant digits and a unit."""
     if seconds is None:
         return "–"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale or unit == "µs":
-            return f"{seconds / scale:.3g} {unit}"
-    return "–"
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("µs", 1e-6))
+    return f"{seconds / scale:.3g} {unit}"
 
 
 def bytes_text(n: int | None) -> str:
@@ -71,89 +36,158 @@ def bytes_text(n: int | None) -> str:
     return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
 
 
-def environment_line(environment: dict[str, Any], limits: dict[str, float]) -> str:
-    """The header over every table."""
-    e = environment
-    parts = [
-        e["gpu"] or e["cpu"],
-        f"{e['threads']} threads",
-        f"torch {e['torch']}",
-        f"llmkern {e['llmkern']}" + (f" ({e['commit']})" if e.get("commit") else ""),
-        e["date"][:16].replace("T", " ") + " UTC",
-        f"load {e['load']:.1f}",
-    ]
-    measured = ", ".join(
-        f"{k} {v:,.0f} {'GB/s' if k in ('read', 'copy', 'store') else 'GF/s'}" for k, v in limits.items()
+def environment_text(result: Result) -> str:
+    """The header over every table: the machine, what is installed, when, and the limits."""
+    e = result.environment
+    machine = [e["cpu"], f"{e['threads']} of {e['cores']} cores", str(e["isa"]), f"{e['memory'] / 2**30:.0f} GiB"]
+    machine += [f"{e['cache'] / 2**20:.0f} MiB cache", f"huge pages {e['hugepages']}"]
+    versions = [f"llmkern {e['llmkern']}" + (f" ({e['commit']})" if e["commit"] else ""), f"torch {e['torch']}"]
+    versions += [f"{name} {version}" for name, version in e["peers"].items()] + [f"Python {e['python']}"]
+    when = [e["date"][:16].replace("T", " ") + " UTC", f"load {e['load']:.1f}"]
+    limits = ", ".join(
+        f"{k} {v:,.0f} {'GB/s' if k in ('read', 'copy', 'store') else 'GF/s'}" for k, v in result.limits.items()
     )
-    return " · ".join(parts) + (f"\nmeasured limits: {measured}" if measured else "")
+    lines = [" · ".join(([e["gpu"]] if e["gpu"] else []) + machine), " · ".join(versions), " · ".join(when)]
+    return "\n".join(lines) + " · " + (f"measured limits: {limits}" if limits else "no limits: not built natively")
 
 
-def peers_of(rows: list[Row]) -> list[str]:
-    names: dict[str, None] = {}
-    for row in rows:
-        names.update(dict.fromkeys(name for name in row.results if name != OURS))
-    return list(names)
-
-
-def ratio_text(measurement: Measurement | None) -> str:
-    """A peer's time over ours: above 1 we are faster. A peer that failed is marked, its reason stands below."""
-    if measurement is None:
-        return "–"
-    if measurement.ratio is None:
-        return "failed" if measurement.reason else "–"
-    mark = "" if round(measurement.ratio, 2) >= 1 else " ▼"
-    return f"{measurement.ratio:.2f}×{mark}"
+def ratio_text(row: Row, peer: str) -> str:
+    """The peer's best time over ours: above 1 we are faster. One that failed is marked; its reason stands below."""
+    best = row.best(peer)
+    if best is None:
+        failed = any(m.reason and not m.absent for name, m in row.results.items() if peer_of(name) == peer)
+        return "failed" if failed else "–"
+    name, ratio = best
+    mark = MARKS.get(name.partition("+")[2], "")
+    wrong = " ≠" if row.results[name].match is False else ""
+    return f"{ratio:.2f}×{mark}" + ("" if round(ratio, 2) >= 1 else " ▼") + wrong
 
 
 def cells(row: Row, peers: list[str]) -> list[str]:
-    """One row of the table, as text: case, time, a ratio per peer, share of the limit, memory, match."""
-    ours = row.results.get(OURS, Measurement())
+    """A row as text, by the titles of :func:`header`."""
+    ours, torch = row.ours, row.results.get("torch", Measurement())
+    timing = f"failed: {ours.reason}"
+    if ours.median:
+        timing = time_text(ours.median)
+        if ours.low is not None and ours.high is not None:
+            timing += f" ±{(ours.high - ours.low) / 2 / ours.median:.0%}"
+    cold = time_text(ours.cold)
+    if best := row.best(cold=True):
+        cold += f", {best[1]:.2f}×" + ("" if round(best[1], 2) >= 1 else " ▼")
     share = f"{row.share:.0%} {row.bound}" if row.share is not None else "–"
-    torch_peak = row.results["torch"].peak if "torch" in row.results else None
-    memory = bytes_text(ours.peak) + (f" ({bytes_text(torch_peak)})" if torch_peak is not None else "")
+    memory = bytes_text(ours.peak) + (f" ({bytes_text(torch.peak)})" if torch.peak is not None else "")
     match = "–" if ours.match is None else f"{'✓' if ours.match else '✗'} {ours.error:.0e}"
-    spread = ""
-    if ours.median and ours.low is not None and ours.high is not None:
-        spread = f" ±{(ours.high - ours.low) / 2 / ours.median:.0%}"
-    timing = time_text(ours.median) + spread if ours.median else f"failed: {ours.reason}"
-    return [row.id, timing, *(ratio_text(row.results.get(p)) for p in peers), share, memory, match]
+    return [row.title, timing, *(ratio_text(row, peer) for peer in peers), cold, share, memory, match]
 
 
 def header(peers: list[str]) -> list[str]:
-    return ["case", "llmkern", *(f"vs {p}" for p in peers), "of limit", "peak memory (torch)", "match"]
+    titles = ["case", "llmkern", *(f"vs {peer}" for peer in peers), "cold, vs best"]
+    return [*titles, "of limit", "peak memory (torch)", "match"]
 
 
 def reasons(rows: list[Row]) -> list[str]:
     """Why measurements are missing, each reason once."""
-    seen: dict[str, str] = {}
+    seen: dict[str, list[str]] = {}
     for row in rows:
-        for name, measurement in row.results.items():
-            if measurement.reason:
-                seen.setdefault(f"{name}: {measurement.reason}", row.id)
-    return [f"{reason} (first at {id})" for reason, id in seen.items()]
+        for name, m in row.results.items():
+            if m.reason:
+                what = "not measured" if m.absent else "failed"
+                seen.setdefault(f"{name} {what}: {m.reason}", []).append(row.id)
+    return [f"{reason} ({ids[0]}" + (f" and {len(ids) - 1} more)" if ids[1:] else ")") for reason, ids in seen.items()]
 
 
-def print_table(console: Console, environment: dict[str, Any], limits: dict[str, float], rows: list[Row]) -> None:
-    console.print(environment_line(environment, limits), style="dim", highlight=False)
-    peers = peers_of(rows)
+def print_table(console: Console, result: Result) -> None:
+    console.print(environment_text(result), style="dim", highlight=False, markup=False)
+    peers = peers_of(result.rows)
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(header(peers)):
-        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        behind = row.best is not None and round(row.best[1], 2) < 1
-        table.add_row(*cells(row, peers), style="yellow" if behind else None)
+        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold", ratio=None)
+    for row in result.rows:
+        table.add_row(*map(escape, cells(row, peers)), style="yellow" if row.behind else None)
     console.print(table)
-    console.print("Ratios are a peer's time over ours; ▼ and yellow: the peer is faster.", style="dim")
-    for reason in reasons(rows):
-        console.print(f"not measured: {reason}", style="dim", highlight=False)
+    console.print(LEGEND, style="dim", highlight=False)
+    for reason in reasons(result.rows):
+        console.print(reason, style="dim", highlight=False, markup=False)
 
 
-def markdown(environment: dict[str, Any], limits: dict[str, float], rows: list[Row]) -> str:
-    """The same table for README and docs."""
-    peers = peers_of(rows)
-    lines = [environment_line(environment, limits).replace("\n", "  \n"), ""]
-    lines.append("| " + " | ".join(header(peers)) + " |")
-    lines.append("|" + "---|" + "---:|" * (len(peers) + 4))
-    lines += ["| " + " | ".join(cells(row, peers)) + " |" for row in rows]
-    lines += ["", "Ratios are a peer's time over ours; ▼: the peer is faster."]
-    return "\n".join(lines)
+def markdown(result: Result) -> str:
+    """The table in Markdown."""
+    peers = peers_of(result.rows)
+    return _table(header(peers), [cells(row, peers) for row in result.rows])
+
+
+def _table(titles: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (titles, rule, *lines))
+
+
+def readme_section(result: Result, source: str) -> str:
+    """What README says of a result file: the quick runs one by one, all runs op by op, and every run where we lose."""
+    rows = [row for row in result.rows if row.scaling is None]
+    quick = Result(result.environment, result.limits, [row for row in rows if row.quick])
+    parts = [
+        f"<!-- made by: python -m llmkern bench readme {source} -->",
+        "```text\n" + environment_text(result) + "\n```",
+        f"From [{source}]({source}). {LEGEND}",
+        markdown(quick),
+    ]
+    if len(rows) > len(quick.rows):
+        parts += [f"All {len(rows)} runs of that file, op by op:", _table(*_summary(rows))]
+    behind = [row for row in rows if row.behind]
+    lost = [f"- `{row.id}`: {row.best()[0]} takes {row.best()[1]:.2f}× llmkern's time" for row in behind]  # type: ignore[index]
+    if lost:
+        parts.append(
+            f"<details><summary>Where a peer is faster: {len(lost)} of {len(rows)} runs</summary>\n\n"
+            + "\n".join(lost)
+            + "\n\n</details>"
+        )
+    return "\n\n".join(parts)
+
+
+def _summary(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """By op: the geometric mean and the range of the ratios to torch, and how often the best peer is behind."""
+    lines = []
+    for op in dict.fromkeys(row.op for row in rows):
+        members = [row for row in rows if row.op == op and row.best()]
+        ratios = [best[1] for row in members if (best := row.best("torch"))]
+        if not ratios:
+            continue
+        ahead = sum(not row.behind for row in members)
+        spread = f"{min(ratios):.2f}× to {max(ratios):.2f}×"
+        lines.append(
+            [op, str(len(members)), f"{statistics.geometric_mean(ratios):.2f}×", spread, f"{ahead} of {len(members)}"]
+        )
+    return ["op", "runs", "vs torch, geometric mean", "range", "at least as fast as every peer"], lines
+
+
+class DocumentError(ValueError):
+    """A document without the markers that the section belongs between."""
+
+
+def source_in(document: str) -> str | None:
+    """The result file that a document's section says it was made from."""
+    _, found, rest = document.partition("bench readme ")
+    return rest.split(" -->")[0].strip() if found else None
+
+
+def put_into(document: Path, result: Result, path: Path) -> None:
+    """Replaces what stands between the markers of the document.
+
+    Raises:
+        DocumentError: if it cannot be read or has no markers.
+    """
+    try:
+        text = document.read_text()
+    except OSError as error:
+        raise DocumentError(f"{document} cannot be read: {error.strerror}") from error
+    if BEGIN not in text or END not in text:
+        raise DocumentError(f"{document} has no section to write: expected the lines {BEGIN} and {END}")
+    source = Path(os.path.relpath(path.resolve(), document.resolve().parent)).as_posix()
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    document.write_text(f"{head}{BEGIN}\n{readme_section(result, source)}\n{END}{tail}")
+
+
+def as_row_values(row: Row, peers: list[str]) -> list[Any]:
+    """What each cell sorts by, by the titles of :func:`header`; None where there is nothing."""
+    ratios = [best[1] if (best := row.best(peer)) else None for peer in peers]
+    return [row.id, row.ours.median, *ratios, row.ours.cold, row.share, row.ours.peak, row.ours.error]

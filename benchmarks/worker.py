@@ -1,11 +1,13 @@
-"""One implementation in a process of its own: ``python -m llmkern.benchmarks.worker IMPLEMENTATION``.
+"""One implementation in a process of its own: ``python -m llmkern.benchmarks.worker IMPLEMENTATION [DEVICE]``.
 
 Reads one JSON command a line on stdin and answers with one JSON line on stdout:
 
-``{"do": "setup", "run": id}``      builds the case; answers with a fingerprint of its results
+``{"do": "setup", "run": id}``      builds the case; answers with a fingerprint of its results, and with the bytes that
+                                    it now holds and the bytes that are free
 ``{"do": "time", "seconds": s, "cold": c}``  runs for about s seconds; answers with the seconds of each call; with c
                                     the caches are flushed before each
-``{"do": "memory", "run": id}``     builds the case in this fresh process and measures the peak of its first call
+``{"do": "drop"}``                  lets go of the case
+``{"do": "memory", "run": id}``     builds the case in a child process and measures the peak of its first call
 
 An answer is ``{"ok": true, ...}`` or ``{"ok": false, "reason": ...}``; a failure ends the command, not the worker.
 """
@@ -16,105 +18,168 @@ import contextlib
 import gc
 import json
 import os
-import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from . import peers, suite
 
+PROJECTIONS, BLOCK = 8, 1 << 15
+
 
 def fingerprint(results: dict[str, Any]) -> dict[str, list[float]]:
-    """For each result its norm and four random projections, all in fp64.
+    """For each result its norm and a few random projections, all in fp64.
 
     For an error vector e, a projection on random signs has the standard deviation |e|: a handful of numbers bounds
-    the relative error between two processes without moving the tensors.
+    the relative error between two processes without moving the tensors. The signs of an element are those of its
+    place in a block times those of the block.
     """
+    generator = np.random.default_rng(0)
+    signs = generator.choice([-1.0, 1.0], (PROJECTIONS, BLOCK))
     prints = {}
     for name, value in results.items():
-        if hasattr(value, "detach"):
-            value = value.detach().double().cpu().numpy()
-        flat = np.asarray(value, dtype=np.float64).reshape(-1)
+        # numpy has no bf16; every other array is taken block by block as it is.
+        flat = value.detach().float().cpu().numpy() if _is_bf16(value) else _array(value)
+        flat = flat.reshape(-1)
         generator = np.random.default_rng(flat.size)
-        total = np.zeros(4)
-        for begin in range(0, flat.size, 1 << 20):
-            part = flat[begin : begin + (1 << 20)]
-            signs = generator.integers(0, 2, (4, part.size), dtype=np.int8) * 2 - 1
-            total += signs @ part
-        prints[name] = [float(np.linalg.norm(flat)), *total.tolist()]
+        total, squares = np.zeros(PROJECTIONS), 0.0
+        for begin in range(0, flat.size, BLOCK):
+            part = flat[begin : begin + BLOCK].astype(np.float64)
+            with np.errstate(all="ignore"):
+                total += generator.choice([-1.0, 1.0], PROJECTIONS) * (signs[:, : part.size] @ part)
+                squares += float(part @ part)
+        prints[name] = [squares**0.5, *total.tolist()]
     return prints
+
+
+def _is_bf16(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
 
 
 def peak_of(run: Callable[[], Any], device: str) -> int:
     """Bytes of memory that one call needs above what is resident before it."""
+    gc.collect()
     if device == "cuda":
-        import torch
-
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    before = _resident()
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    run()
-    return max(0, _status("VmHWM") - before)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before, code = _status("VmRSS"), _status("RssFile")
+    results = run()
+    # Pages of libraries that the call is the first to touch are not its memory.
+    peak = _status("VmHWM") - before - (_status("RssFile") - code)
+    del results
+    return max(0, peak)
 
 
-def _status(key: str) -> int:
-    with open("/proc/self/status") as f:
-        for line in f:
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _resident() -> int:
-    return _status("VmRSS")
+def _status(key: str, file: str = "/proc/self/status") -> int:
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{file} has no {key}; memory is measured on Linux only")
 
 
 class Worker:
     def __init__(self, implementation: str, device: str) -> None:
         self.implementation = peers.load(implementation)
         self.device = device
-        self.call: Callable[[], Any] | None = None
-        # Twice a large last-level cache: one pass over it leaves nothing else behind.
-        self.flush = np.zeros(64 << 20, dtype=np.uint8)
+        self.call: suite.Call | None = None
+        self.empty = self._held()
+
+    def _held(self) -> int:
+        return torch.cuda.memory_reserved() if self.device == "cuda" else _status("VmRSS")
 
     def setup(self, run: str) -> dict[str, Any]:
+        self.drop()
+        self.call = self.implementation.setup(suite.find(run), self.device)
+        prints = fingerprint(self.call())
+        free = torch.cuda.mem_get_info()[0] if self.device == "cuda" else _status("MemAvailable", "/proc/meminfo")
+        return {"fingerprint": prints, "held": max(0, self._held() - self.empty), "free": free}
+
+    def drop(self) -> dict[str, Any]:
         self.call = None
         gc.collect()
-        self.call = self.implementation.setup(suite.find(run), self.device)
-        return {"fingerprint": fingerprint(self.call())}
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return {}
 
     def time(self, seconds: float, cold: bool) -> dict[str, Any]:
         assert self.call is not None, "setup comes first"
         times: list[float] = []
         end = time.perf_counter() + seconds
-        while True:
+        while not times or time.perf_counter() < end:
             if cold:
-                self.flush += 1
-            begin = time.perf_counter()
-            results = self.call()
-            self.implementation.wait(results)
-            now = time.perf_counter()
-            del results
-            times.append(now - begin)
-            if now >= end:
-                return {"times": times}
+                self.implementation.flush()
+            times.append(self._on_gpu() if self.device == "cuda" else self._once())
+        return {"times": times}
+
+    def _once(self) -> float:
+        assert self.call is not None
+        begin = time.perf_counter()
+        results = self.call()
+        self.implementation.wait(results)
+        now = time.perf_counter()
+        # Whoever made the results frees them outside the clock, like whoever uses them.
+        del results
+        return now - begin
+
+    def _on_gpu(self) -> float:
+        """The GPU's own time from the first kernel to the last, without the launch of the first."""
+        assert self.call is not None
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
     def memory(self, run: str) -> dict[str, Any]:
+        """Measures in a forked child, which is as fresh as this process: it must have run nothing itself."""
+        # The first step of an optimizer imports this; the import is not the step's memory.
+        import torch._dynamo  # noqa: F401
+
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.write(writer, json.dumps(self._peak(run)).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answers:
+            text = answers.read()
+        os.waitpid(child, 0)
+        return {"peak": json.loads(text) if text else None}
+
+    def _peak(self, run: str) -> int:
         call = self.implementation.setup(suite.find(run), self.device)
-        return {"peak": peak_of(lambda: self.implementation.wait(call()), self.device)}
+
+        def once() -> Any:
+            results = call()
+            self.implementation.wait(results)
+            return results
+
+        if self.implementation.compiles:
+            once()
+        return peak_of(once, self.device)
 
 
 def main() -> None:
+    # An interrupt is for the runner, which closes the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     # Whatever a library prints must not stand between the answers.
     os.dup2(2, 1)
@@ -122,10 +187,15 @@ def main() -> None:
     def answer(**content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
+    def refuse(error: Exception) -> None:
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        absent = isinstance(error, peers.AbsentError)
+        answer(ok=False, absent=absent, reason=first if absent else f"{type(error).__name__}: {first}")
+
     try:
         worker = Worker(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "cpu")
     except Exception as error:
-        answer(ok=False, reason=f"{type(error).__name__}: {error}".splitlines()[0])
+        refuse(error)
         return
     answer(ok=True)
     for line in sys.stdin:
@@ -133,8 +203,8 @@ def main() -> None:
         try:
             answer(ok=True, **getattr(worker, command.pop("do"))(**command))
         except Exception as error:
-            worker.call = None
-            answer(ok=False, reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            worker.drop()
+            refuse(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,90 +16,129 @@ import torch
 from llmkern.benchmarks import (
     bench_cross_entropy,
     bench_embedding,
+    bench_embedding_bag,
     bench_linear_cross_entropy,
     bench_model,
     bench_mse_loss,
+    bench_optim,
     bench_rnn,
+    bench_scaling,
     compare,
     machine,
     peers,
     report,
+    result,
     suite,
     worker,
 )
-from llmkern.benchmarks.runner import OURS, Measurement, Row, WorkerError, _distance
+from llmkern.benchmarks.result import OURS, Measurement, Result, Row
+from llmkern.benchmarks.runner import Plan, Runner, WorkerError, distance
 from typer.testing import CliRunner
 
 from llmkern.cli import app
 
+ROOT = Path(__file__).parents[1]
+BOTH = ("forward", "forward+backward")
 TINY = [
-    bench_cross_entropy._case(8, 50),
-    bench_cross_entropy._case(8, 50, "smoothing"),
-    bench_cross_entropy._case(8, 50, "soft"),
-    bench_cross_entropy._case(8, 50, "weight"),
-    bench_linear_cross_entropy._case(8, 5, 50),
-    bench_linear_cross_entropy._case(8, 5, 50, 0.5),
-    *(bench_rnn._case(kind, 4, 3, 5, 6) for kind in ("LSTM", "GRU", "RNN")),
-    *(bench_rnn._case("LSTM", 8, 3, 5, 6, 1, variant) for variant in ("packed", "bidirectional", "proj")),
-    bench_rnn._steps("tiny/cell", "LSTMCell", 3, 2, 5, 6, ("forward", "forward+backward")),
-    bench_rnn._steps("tiny/decode", "LSTM", 3, 1, 5, 6, ("forward",)),
-    *(bench_embedding._case(20, 4, 9, kind) for kind in ("uniform", "zipf", "same")),
-    bench_embedding._step(20, 4, 9, False),
-    bench_embedding._step(20, 4, 9, True),
-    bench_mse_loss._case(5, 7),
-    bench_model._case("tiny/model", 30, 6, (5, 4), 3, 2),
+    *(bench_cross_entropy.make(8, 50, variant) for variant in ("", "smoothing", "soft", "weight")),
+    *(bench_linear_cross_entropy.make(8, 5, 50, ignored) for ignored in (0.0, 0.5)),
+    *(bench_rnn.make(kind, 4, 3, 5, 6, 2) for kind in ("LSTM", "GRU", "RNN")),
+    *(bench_rnn.make("LSTM", 8, 3, 5, 6, 1, variant) for variant in ("packed", "bidirectional", "proj")),
+    bench_rnn.make_steps("tiny/cell", "LSTMCell", 3, 2, 5, 6, BOTH),
+    bench_rnn.make_steps("tiny/decode", "LSTM", 3, 1, 5, 6, ("forward",)),
+    *(bench_embedding.make(20, 4, 9, kind) for kind in bench_embedding.KINDS),
+    *(bench_embedding.make_step(20, 4, 9, "zipf", sparse) for sparse in (False, True)),
+    *(bench_embedding_bag.make(20, 4, 5, 3, mode) for mode in ("sum", "mean", "max")),
+    bench_mse_loss.make(5, 7),
+    *(bench_optim.make(name, ((5, 4), (3,))) for name in ("Adam", "AdamW", "Adagrad")),
+    bench_optim.make("SGD", ((5, 4), (3,)), momentum=0.9),
+    bench_model.make("tiny/model", 30, 6, (5, 4), 3, 2),
+    bench_scaling.point(bench_rnn.make("LSTM", 4, 3, 5, 6), "T", 4),
+    bench_scaling.point(bench_cross_entropy.make(8, 50), "threads", 1, 1),
 ]
+TINY_RUNS = [suite.Run(case, phase, "fp32") for case in TINY for phase in case.phases]
 
 
-@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_every_kind_of_case_runs_and_matches(case: suite.Case) -> None:
-    for phase in case.phases:
-        results = {
-            name: worker.fingerprint(case.setup(suite.namespace(name), phase, "cpu", torch.float32)())
-            for name in ("torch", "llmkern")
-        }
-        assert results["torch"].keys() == results["llmkern"].keys() != set()
-        error = _distance(results["llmkern"], results["torch"])
+def _error(implementation: peers.Implementation, run: suite.Run) -> float | None:
+    reference = peers.load("reference").setup(run, "cpu")()
+    results = implementation.setup(run, "cpu")()
+    implementation.wait(results)
+    assert results.keys() & reference.keys()
+    return distance(worker.fingerprint(results), worker.fingerprint(reference))
+
+
+@pytest.mark.parametrize("run", TINY_RUNS, ids=lambda run: run.id)
+def test_every_kind_of_case_runs_and_matches(run: suite.Run) -> None:
+    for name in ("torch", "llmkern"):
+        error = _error(peers.load(name), run)
         assert error is not None
-        assert error < 1e-5
-        cost = case.cost(phase, 4)
-        assert cost.flops + cost.reads + cost.writes > 0
+        assert error < 1e-5, name
+    assert run.cost.flops + run.cost.reads + run.cost.writes > 0
+
+
+PEERS = [name for name in peers.BASES if name not in ("llmkern", "torch", "torch.compile", "reference")]
+HERE = [(n, run) for n in PEERS if not peers.not_here(n, "cpu") for run in TINY_RUNS if not peers.has_no(n, run)]
+
+
+@pytest.mark.parametrize(("name", "run"), HERE, ids=[f"{name}-{run.id}" for name, run in HERE])
+def test_every_installed_peer_matches(name: str, run: suite.Run) -> None:
+    try:
+        error = _error(peers.load(name), run)
+    except peers.AbsentError as reason:
+        pytest.skip(str(reason))
+    assert error is not None
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_low_precision_is_compared_with_the_same_inputs(dtype: str) -> None:
+    run = suite.Run(bench_embedding.make(20, 4, 9), "forward", dtype)
+    assert _error(peers.load("llmkern"), run) == 0
 
 
 def test_a_fingerprint_sees_an_error() -> None:
-    x = torch.randn(1000)
+    x = torch.randn(100_000)
     wrong = x.clone()
-    wrong[17] += 1
-    error = _distance(worker.fingerprint({"x": wrong}), worker.fingerprint({"x": x}))
+    wrong[70_017] += 1
+    error = distance(worker.fingerprint({"x": wrong}), worker.fingerprint({"x": x}))
     assert error is not None
-    assert 0.1 < error * float(x.norm()) < 10
-    assert _distance(worker.fingerprint({"x": x}), worker.fingerprint({"x": x})) == 0
+    assert 0.3 < error * float(x.norm()) < 3
+    assert distance(worker.fingerprint({"x": x}), worker.fingerprint({"x": x})) == 0
+    assert math.isnan(distance(worker.fingerprint({"x": x / 0}), worker.fingerprint({"x": x})) or 0)
 
 
 def test_the_issue_cases_are_there() -> None:
-    names = {case.name for case in suite.load_cases()}
-    assert {
-        "lstm/32x64x256x128x1",
-        "lstm/70x80x1150x1150x1",
-        "gru/35x20x650x650x2",
-        "lstm/128x32x512x512x1/packed",
-        "cross_entropy/1024x128256",
-        "linear_cross_entropy/512x2048x128256/ignored=50%",
-        "embedding/128256x2048x8192/zipf",
-        "model/article",
-        "model/lm",
-    } <= names
+    names = {case.name: case for case in suite.load_cases()}
+    lstm = ("32x64x256x128x1", "128x32x512x512x1", "128x32x512x512x2", "256x8x1024x1024x1", "100x1x256x256x1")
+    lstm += ("35x20x650x650x2", "70x80x1150x1150x1")
+    wanted = [f"lstm/{s}" for s in lstm] + [f"{kind}/{lstm[i]}" for kind in ("gru", "rnn") for i in (0, 1, 5)]
+    wanted += [f"lstm/128x32x512x512x1/{variant}" for variant in ("packed", "bidirectional", "proj")]
+    wanted += ["lstmcell/128x32x512x512", "lstm/decode/1x1x512x512", "model/article", "model/lm"]
+    sizes = ("4096x32000", "1024x128256", "1280x10000")
+    wanted += [f"cross_entropy/{s}{variant}" for s in sizes for variant in ("", "/smoothing", "/soft", "/weight")]
+    sizes = ("1024x512x32000", "1024x1024x32000", "512x2048x128256", "1280x128x10000")
+    wanted += [f"linear_cross_entropy/{s}{ignored}" for s in sizes for ignored in ("", "/ignored=50%")]
+    sizes = ("10000x256x1280", "32000x512x8192", "128256x2048x8192")
+    kinds, steps = ("", "/zipf", "/same"), ("", "/adam", "/adam/sparse")
+    wanted += [f"embedding/{s}{kind}{step}" for s in sizes for kind in kinds for step in steps]
+    wanted += [f"embedding_bag/1000000x128x8192x20/{mode}" for mode in ("sum", "mean", "max")]
+    assert set(wanted) <= names.keys()
+    assert all(names[name].dtypes == ("fp32", "bf16") for name in wanted if not name.endswith("sparse"))
+    assert {case.scaling[1] for case in names.values() if case.scaling} == {"T", "B", "V", "N", "threads"}
 
 
 def test_selecting() -> None:
     assert {run.case.op for run in suite.select(ops=["rnn"])} == {"rnn"}
     assert {run.dtype for run in suite.select(quick=True)} == {"fp32"}
+    assert {run.dtype for run in suite.select(device="cuda")} == {"fp32", "bf16", "fp16"}
     assert [run.id for run in suite.select(patterns=["model/article"], dtypes=["bf16"])] == ["model/article/bf16/step"]
     for bad in ({"ops": ["lstm"]}, {"patterns": ["nope*"]}, {"dtypes": ["int8"]}, {"phases": ["sideways"]}):
         with pytest.raises(suite.UnknownNameError, match="known: "):
             suite.select(**bad)
-    with pytest.raises(suite.UnknownNameError, match=r"torch\.compile"):
-        peers.split("torhc")
+    assert peers.expand(["torch*"]) == [name for name in peers.known() if name.startswith("torch")]
+    for bad in ("torhc", "nope*", "torch+nope"):
+        with pytest.raises(suite.UnknownNameError, match=r"torch\.compile"):
+            peers.expand([bad])
 
 
 def test_the_floor() -> None:
@@ -105,10 +148,20 @@ def test_the_floor() -> None:
     assert machine.floor(suite.Cost(1, 1, 1), "fp32", {}) is None
 
 
-def _row(ratio: float, spread: float = 0.01) -> Row:
-    ours = Measurement(median=1.0, low=1 - spread, high=1 + spread, ratio=1.0)
+def _row(ratio: float, spread: float = 0.01, name: str = "a") -> Row:
+    ours = Measurement(median=1.0, low=1 - spread, high=1 + spread, ratio=1.0, match=True, error=1e-7)
     peer = Measurement(median=ratio, low=ratio, high=ratio, ratio=ratio)
-    return Row("a/fp32/forward", "a", "a", "fp32", "forward", {}, 1.0, 1.0, results={OURS: ours, "torch": peer})
+    results = {OURS: ours, "torch": replace(peer, ratio=ratio * 2), "torch+thp": peer}
+    return Row(f"{name}/fp32/forward", "a", name, "fp32", "forward", {}, 1.0, 1.0, quick=True, results=results)
+
+
+def test_the_best_variant_of_a_peer_counts() -> None:
+    row = _row(0.9)
+    assert row.best() == row.best("torch") == ("torch+thp", 0.9)
+    assert row.behind
+    assert report.ratio_text(row, "torch") == "0.90×ᵗ ▼"
+    assert result.peers_of([row]) == ["torch"]
+    assert result.peer_of("torch+tf32") == "torch+tf32", "another precision is another peer"
 
 
 def test_comparing() -> None:
@@ -117,36 +170,76 @@ def test_comparing() -> None:
     assert math.isclose(slower.factor, 0.75)
     assert compare.compare([_row(1.5)], [_row(2.0)])[0].verdict == "faster"
     assert compare.compare([_row(2.0, spread=0.4)], [_row(1.8, spread=0.4)])[0].verdict == "same"
+    broken = _row(2.0)
+    broken.results[OURS] = Measurement(reason="RuntimeError: no")
+    assert compare.compare([_row(2.0)], [broken])[0].verdict == "failed"
+
+
+def _bench(*arguments: object) -> str:
+    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def test_command_line_end_to_end(tmp_path: Path) -> None:
-    result, page = tmp_path / "r.json", tmp_path / "page.html"
-    call = ["bench", "--case", "cross_entropy/1280x10000", "--phase", "forward", "--dtype", "fp32", "--rounds", "1"]
-    call += ["--against", "torch", "--json", str(result), "--html", str(page), "--plot", str(tmp_path)]
-    done = CliRunner().invoke(app, call)
-    assert done.exit_code == 0, done.output
-    environment, limits, rows = report.load(result)
-    assert environment["torch"] == torch.__version__
-    assert limits["fp32"] > 0
-    (row,) = rows
-    assert row.results[OURS].match, "the kernel's numbers differ from the reference's"
+    file, page = tmp_path / "new" / "r.json", tmp_path / "page.html"
+    arguments = ["--case", "mse_loss/4096x1024", "--phase", "forward+backward", "--dtype", "fp32", "--rounds", 2]
+    arguments += ["--against", "torch,torch+hugepages,openvino,liger-kernel"]
+    output = _bench(*arguments, "--json", file, "--html", page, "--plot", tmp_path / "plots")
+    assert "mse_loss/4096x1024" in output
+    assert "no version of mse_loss" in output or "is not installed" in output
+    measured = result.load(file)
+    assert measured.environment["torch"] == torch.__version__
+    assert measured.limits["fp32"] > 0
+    (row,) = measured.rows
+    assert row.ours.match, "the kernel's numbers differ from the reference's"
     assert row.results["torch"].ratio
-    assert row.results[OURS].peak is not None
-    assert 0 < row.share < 1.5
-    assert "cross_entropy/1280x10000" in page.read_text()
-    assert (tmp_path / "ratios.png").stat().st_size > 5000
-    same = CliRunner().invoke(app, ["bench", "compare", str(result), str(result), "--fail-below", "0.9"])
-    assert same.exit_code == 0, same.output
-    content = json.loads(result.read_text())
-    content["rows"][0]["results"]["torch"]["ratio"] /= 3
+    assert row.results["liger-kernel"].absent
+    gradient = 4096 * 1024 * 4
+    for name in (OURS, "torch"):
+        assert gradient * 0.95 < (row.results[name].peak or 0) < 4 * gradient, name
+    assert row.share is not None
+    assert row.share > 0
+    assert "mse_loss/4096x1024" in page.read_text()
+    assert (tmp_path / "plots" / "ratios-mse_loss-fp32.png").stat().st_size > 5000
+    assert "0 slower" in _bench("compare", file, file, "--fail-below", 0.9)
+    content = json.loads(file.read_text())
+    content["rows"][0]["results"]["torch"]["ratio"] /= 30
     worse = tmp_path / "worse.json"
     worse.write_text(json.dumps(content))
-    assert CliRunner().invoke(app, ["bench", "compare", str(result), str(worse), "--fail-below", "0.9"]).exit_code == 1
+    done = CliRunner().invoke(app, ["bench", "compare", str(file), str(worse), "--fail-below", "0.9"])
+    assert done.exit_code == 1, done.output
+    _bench("page", page, file, worse)
+    assert page.read_text().count("<section>") == 2
+    _bench("plots", tmp_path, file)
+    assert (tmp_path / "roofline.png").exists()
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nz\n")
-    assert CliRunner().invoke(app, ["bench", "table", str(result), "--readme", str(readme)]).exit_code == 0
-    assert "old" not in readme.read_text()
-    assert "| cross_entropy/1280x10000/fp32/forward |" in readme.read_text()
+    readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nz\n")
+    _bench("readme", file, "--readme", readme)
+    text = readme.read_text()
+    assert text.startswith(f"a\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nz\n")
+    assert "| mse_loss/4096x1024 fp32 forward+backward |" in text
+    assert report.source_in(text) == "new/r.json"
+
+
+def test_readme_says_what_the_committed_results_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split(report.BEGIN)[1].split(report.END)[0]
+    source = report.source_in(section)
+    if source is None:
+        pytest.skip("no results in README yet")
+    wanted = report.readme_section(result.load(ROOT / source), source)
+    assert section.strip() == wanted.strip(), f"run: python -m llmkern bench readme {source}"
+
+
+def test_readme_section_shows_where_we_lose() -> None:
+    rows = [_row(2.0), _row(0.5, name="b"), replace(_row(0.5, name="c"), quick=False)]
+    environment = dict.fromkeys(result.ENVIRONMENT) | {"cpu": "x", "memory": 1, "cache": 1, "load": 0.0, "peers": {}}
+    section = report.readme_section(Result(environment | {"date": "2026-01-01T00:00"}, {}, rows), "r.json")
+    assert "2 of 3 runs" in section
+    assert "`c/fp32/forward`: torch+thp takes 0.50×" in section
+    assert "| c fp32 forward" not in section
 
 
 @pytest.mark.parametrize(
@@ -155,34 +248,82 @@ def test_command_line_end_to_end(tmp_path: Path) -> None:
         (["--case", "nope"], "known: "),
         (["--op", "nope"], "known: "),
         (["--against", "nope"], "known: "),
+        (["--device", "nope"], "known: "),
+        (["--quick", "--phase", "step", "--op", "cross_entropy"], "--list"),
+        (["--json", "/proc/nope/r.json"], "cannot be made"),
+        (["--html", "/proc"], "is a folder"),
         (["compare", "missing.json", "missing.json"], "No such file"),
+        (["compare", "missing.json", "missing.json", "--peer", "nope"], "known: "),
+        (["page", "x.html", "missing.json"], "No such file"),
+        (["table", "missing.json"], "No such file"),
+        (["readme", "missing.json"], "No such file"),
     ],
 )
-def test_wrong_names_are_told(arguments: list[str], says: str) -> None:
+def test_wrong_arguments_are_told_in_a_line(arguments: list[str], says: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 2
     assert says in done.output
+    assert len(done.output.strip().splitlines()) == 1
+
+
+def test_a_document_without_markers_is_told(tmp_path: Path) -> None:
+    document, file = tmp_path / "x.md", tmp_path / "r.json"
+    document.write_text("nothing\n")
+    environment = dict.fromkeys(result.ENVIRONMENT)
+    result.save(file, Result(environment, {}, []))
+    done = CliRunner().invoke(app, ["bench", "readme", str(file), "--readme", str(document)])
+    assert done.exit_code == 2
+    assert "expected the lines" in done.output
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"format": 99, "rows": []}', '{"format": 2, "rows": [1]}'])
+def test_a_result_file_is_checked(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(result.ResultFileError, match=r"x\.json"):
+        result.load(path)
 
 
 def test_a_peer_that_fails_is_a_row_with_its_reason() -> None:
-    from llmkern.benchmarks.runner import Plan, Runner
-
     (run,) = suite.select(patterns=["mse_loss/4096x1024"], dtypes=["fp32"], phases=["forward"])
     with Runner(Plan((OURS, "torch"), rounds=1, slice=0.01, memory=False), {}) as runner:
         runner._worker("torch").close()
         row = runner.row(run)
-    assert "ended" in (row.results["torch"].reason or "")
-    assert row.results[OURS].median
-    with pytest.raises(WorkerError), Runner(Plan((OURS,)), {}) as runner:
-        runner._worker(OURS).ask(do="setup", run="no/such/case")
+        assert "ended" in (row.results["torch"].reason or "")
+        assert row.ours.median
+        assert runner.row(run).results["torch"].ratio, "the next run has a new worker"
+        with pytest.raises(WorkerError, match="unknown case"):
+            runner._worker(OURS).ask(do="setup", run="no/such/case")
+        runner._worker(OURS)._patience = 0.05
+        with pytest.raises(WorkerError, match="no answer"):
+            runner._worker(OURS).ask(do="setup", run="model/lm/fp32/step")
 
 
-def test_a_result_file_is_checked(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    for text in ("{", "{}", '{"format": 99, "rows": []}'):
-        path.write_text(text)
-        with pytest.raises(report.ResultFileError, match=r"x\.json"):
-            report.load(path)
+def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    command = [sys.executable, "-m", "llmkern", "bench", "--op", "mse_loss,optim", "--rounds", "1", "--no-memory"]
+    process = subprocess.Popen(
+        [*command, "--against", "torch", "--json", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted after" in output
+    assert "mse_loss/4096x1024" in output
+    assert result.load(file).rows
+
+
+def test_pytest_runs_the_same_cases() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-v", "--benchmark-disable", "-k", "mse_loss"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
 
 
 def test_the_reference_implementation_is_fp64() -> None:
