@@ -34,16 +34,26 @@ _GPU_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 @dataclass(frozen=True)
 class Support:
     """What one backend serves of one op. ``options`` are the non-default options it knows; an option is named by
-    its keyword argument. ``unless(sizes)`` gives a reason to leave a size to another backend, or ``None``."""
+    its keyword argument. ``unless(dtype, sizes)`` gives a reason why ``auto`` leaves a call to another backend, or
+    ``None``."""
 
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype] = _FLOATS
     options: frozenset[str] = frozenset()
-    unless: Callable[[dict[str, int]], str | None] | None = None
+    unless: Callable[[torch.dtype, dict[str, int]], str | None] | None = None
 
 
 def _cpu(*options: str, **kwargs: Any) -> Support:
     return Support(frozenset({"cpu"}), _FLOATS, frozenset(options), **kwargs)
+
+
+def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Measured: benchmarks/bench_linear.py."""
+    if sizes["transformed"]:
+        return "torch.func batches torch's own product"
+    if dtype != torch.float32:
+        return f"torch's product of {dtype} is faster"
+    return None if sizes["products"] >= 1 << 20 else "too small to gain"
 
 
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
@@ -55,6 +65,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "nll_loss": {},
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
+    "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {},
     "mse_loss": {"native": _cpu()},
     "lstm": {"native": _cpu()},
@@ -169,7 +180,7 @@ def _obstacle(
     unserved = [o for o in options if o not in support.options]
     if unserved:
         return f"does not serve {', '.join(unserved)}"
-    return support.unless(sizes) if support.unless else None
+    return support.unless(first.dtype, sizes) if support.unless and _forced == "auto" else None
 
 
 def pick(

@@ -113,11 +113,13 @@ def test_options_that_torch_or_the_reference_lacks(monkeypatch: pytest.MonkeyPat
 
 
 def test_size_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = dispatch.Support(frozenset({"cpu"}), unless=lambda sizes: "too small" if sizes["N"] < 8 else None)
+    rule = dispatch.Support(frozenset({"cpu"}), unless=lambda dtype, sizes: "too small" if sizes["N"] < 8 else None)
     monkeypatch.setitem(dispatch.TABLE, "mse_loss", {"native": rule})
     monkeypatch.setitem(dispatch._unavailable, "native", None)
     assert dispatch.pick("mse_loss", torch.randn(3), N=8) == "native"
     assert dispatch.pick("mse_loss", torch.randn(3), N=7) == "torch"
+    with llmkern.backend("native"):
+        assert dispatch.pick("mse_loss", torch.randn(3), N=7) == "native"
 
 
 def test_backends_nest_and_end_with_their_block() -> None:

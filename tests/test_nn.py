@@ -27,6 +27,7 @@ BUILD: dict[str, Any] = {
     "CrossEntropyLoss": lambda c: c(torch.arange(3.0), ignore_index=1, label_smoothing=0.1),
     "NLLLoss": lambda c: c(torch.arange(3.0), reduction="sum"),
     "LinearCrossEntropyLoss": lambda c: c(5, 7, bias=True, label_smoothing=0.1),
+    "Linear": lambda c: c(5, 7, bias=False),
     "MSELoss": lambda c: c(reduction="sum"),
 }
 OURS = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]

@@ -68,10 +68,12 @@ struct Problem {
   DType c_dtype;
   int64_t ldc;
   bool accumulate;
+  const S* bias;
 
   Split depths() const { return split(K, kDepth); }
   int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
-  bool narrow() const { return itemsize(c_dtype) != sizeof(S); }
+  DType own() const { return sizeof(S) == 4 ? DType::f32 : DType::f64; }
+  bool narrow() const { return c_dtype != own(); }
   char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
 };
 
@@ -89,6 +91,8 @@ struct Sums {
     at = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : scratch;
     accumulate = direct && p.accumulate;
   }
+  // What the sums of columns [j, ...) start from in block d of k.
+  const S* start(int64_t j, int64_t d) const { return p.bias && d == 0 ? p.bias + j : nullptr; }
   void finish() const {
     for (int64_t i = i0; !direct && i < i1; ++i)
       p.kernels.convert(at + (i - i0) * ld, j1 - j0, p.c_at(i, j0), p.c_dtype, p.accumulate);
@@ -125,7 +129,7 @@ void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, 
       for (int64_t r = 0; r < A.rows.count; ++r)
         kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
                      panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
-                     d > 0 || sums.accumulate);
+                     sums.start(j, d), d > 0 || sums.accumulate);
   }
   sums.finish();
 }
@@ -195,7 +199,7 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
         kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
       for (int64_t r = 0; r < A.rows.count; ++r)
         kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
-                     sums.ld, d > 0 || sums.accumulate);
+                     sums.ld, sums.start(j, d), d > 0 || sums.accumulate);
     }
   }
   sums.finish();
@@ -222,6 +226,8 @@ void run_dots(const Problem<S>& p) {
                    static_cast<const char*>(p.B.data) + skip, p.B.dtype, p.B.ld, sums.at, sums.ld,
                    d > 0 || sums.accumulate);
     }
+    for (int64_t i = 0; p.bias && i < p.M; ++i)
+      kernels.convert(p.bias + j0, j1 - j0, sums.at + i * sums.ld, p.own(), true);
     sums.finish();
   }
 }
@@ -264,8 +270,8 @@ void run_flat(const Problem<S>& p) {
 
 template <class S>
 void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype,
-             int64_t ldc, bool accumulate) {
-  Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate};
+             int64_t ldc, bool accumulate, const void* bias) {
+  Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate, static_cast<const S*>(bias)};
   p.B.transposed = !B.transposed;
   if (is_short(p)) return run_dots(p);
   if (is_flat(p)) return run_flat(p);
@@ -273,9 +279,7 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
   const bool narrow = p.narrow();
   const Buffer<S> wide(narrow ? M * N : 0);
-  if (narrow)
-    p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false,
-    p.c_dtype = sizeof(S) == 4 ? DType::f32 : DType::f64;
+  if (narrow) p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false, p.c_dtype = p.own();
   const Split passes = split(K, kMaxDepth);
   for (int64_t d = 0; d < passes.count; ++d) {
     const int64_t k = passes[d];
@@ -288,6 +292,7 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
     pass.K = passes[d + 1] - k;
     pass.A = from(p.A, p.A.transposed), pass.B = from(p.B, p.B.transposed);
     pass.accumulate = d > 0 || p.accumulate;
+    pass.bias = d == 0 ? p.bias : nullptr;
     run(pass);
   }
   if (narrow)
@@ -298,12 +303,13 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
 
 }  // namespace
 
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate) {
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
+          const void* bias) {
   const bool wide = A.dtype == DType::f64;
   if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
     throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
   if (M <= 0 || N <= 0) return;
-  if (N == 1 && ldc == 1) {
+  if (N == 1 && ldc == 1 && !bias) {
     // A column is a row of the transposed product.
     std::swap(M, N), std::swap(A, B);
     A.transposed = !A.transposed, B.transposed = !B.transposed;
@@ -311,9 +317,9 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_
   }
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
-    gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate);
+    gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
   else
-    gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate);
+    gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
 }
 
 }  // namespace llmkern::cpu

@@ -14,10 +14,11 @@ struct Matrix {
 };
 
 // C (M, N) = A (M, K) B (K, N), or += if accumulate. C is row-major (ldc). Sums are taken in fp32 (fp64 for
-// f64), in an order that depends on the sizes alone: the same bits for any number of threads. Opens its own
-// parallel region; inside another one it runs on the calling thread. Throws std::invalid_argument if f64
-// meets another dtype.
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate);
+// f64), in an order that depends on the sizes alone: the same bits for any number of threads. They start from `bias`
+// (N), fp32 (fp64), where there is one, and then C is not accumulated. Opens its own parallel region; inside another
+// one it runs on the calling thread. Throws std::invalid_argument if f64 meets another dtype.
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
+          const void* bias = nullptr);
 
 // The inner loops, for sums in S = float or double.
 template <class S>
@@ -30,10 +31,10 @@ struct GemmKernels {
   // written past the panel's end.
   void (*pack)(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, S* to);
 
-  // c (rows, cols) = sum over k < depth of a[k * rows + i] b[k * ldb + j], or +=.
-  // Reads b up to a whole vector.
+  // c (rows, cols) = sum over k < depth of a[k * rows + i] b[k * ldb + j], or +=. Sums start from
+  // start (cols), or from 0 if it is null. Reads b up to a whole vector.
   void (*tile)(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
-               bool accumulate);
+               const S* start, bool accumulate);
 
   // c (rows, lines) = inner products of rows of a with lines of b (lines, depth), of dtype, or +=.
   void (*dots)(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,

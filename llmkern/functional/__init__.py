@@ -11,6 +11,7 @@ import torch.nn.functional
 from .cross_entropy import cross_entropy, nll_loss
 from .embedding import embedding
 from .embedding_bag import embedding_bag
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
@@ -21,6 +22,7 @@ __all__ = [
     "embedding_bag",
     "gru",
     "gru_cell",
+    "linear",
     "linear_cross_entropy",
     "lstm",
     "lstm_cell",

@@ -1,6 +1,6 @@
 """Cross-entropy of linearly transformed inputs, as ``torch.nn.functional`` has it from torch 2.13 on.
 
-No kernel fuses the two yet: torch's ``linear`` gives logits, ``llmkern.functional.cross_entropy`` the loss.
+No kernel fuses the two yet: ``llmkern.functional.linear`` gives logits, its ``cross_entropy`` the loss.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def linear_cross_entropy(
         "linear_cross_entropy",
         *(t for t in (input, linear_weight, linear_bias) if t is not None),
         options=[*extras, *["options"] * chunked],
-        torch_does=None if chunked else "torch's linear, then cross_entropy",
+        torch_does=None if chunked else "linear, then cross_entropy",
     )
     if chunked and backend == "torch":
         loss = F.linear_cross_entropy(
@@ -94,7 +94,7 @@ def linear_cross_entropy(
         )
     else:
         flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
-        logits = F.linear(input, linear_weight.reshape(-1, in_features), flat_bias)
+        logits = functional.linear(input, linear_weight.reshape(-1, in_features), flat_bias)
         logits = logits.reshape(*input.shape[:-1], num_classes, *out_features)
         ignored = -100 if ignore_index is None else ignore_index
         loss = functional.cross_entropy(logits, target, ignore_index=ignored, **common, **extras)

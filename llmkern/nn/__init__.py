@@ -12,6 +12,7 @@ import torch.nn
 from .. import functional
 from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .embedding import Embedding, EmbeddingBag
+from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
 from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -25,6 +26,7 @@ __all__ = [
     "EmbeddingBag",
     "GRUCell",
     "LSTMCell",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",

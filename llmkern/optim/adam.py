@@ -20,7 +20,7 @@ class _Step(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters once. ``closure`` recomputes and returns the loss, as in torch."""
-        # Renamed in torch 2.12; it refuses a capture into a CUDA graph that would replay stale step counts.
+        # Refuses a capture into a CUDA graph that would replay stale step counts. Older torch has the second name.
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
         loss = None

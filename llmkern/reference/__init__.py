@@ -7,6 +7,7 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 from .cross_entropy import cross_entropy
 from .embedding import embedding, embedding_row_scale
 from .embedding_bag import embedding_bag
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adam_step
@@ -18,6 +19,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "embedding_row_scale",
+    "linear",
     "linear_cross_entropy",
     "mse_loss",
     "rnn",

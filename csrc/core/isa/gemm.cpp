@@ -19,9 +19,18 @@ inline constexpr int kWide = 8;
 // --- tiles ---
 
 template <class S, int R, int V>
-void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, bool accumulate) {
+void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, const S* start,
+          bool accumulate) {
   constexpr int L = kLanes<S>;
-  Vec<S> sum[R][V] = {};
+  const int last = cols - (V - 1) * L;
+  Vec<S> sum[R][V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    Vec<S> first{};
+    if (start) first = v < V - 1 || last == L ? load<S>(start + v * L) : load<S>(start + v * L, last, S{});
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) sum[i][v] = first;
+  }
   for (int64_t k = 0; k < depth; ++k, a += R, b += ldb) {
     Vec<S> row[V];
 #pragma GCC unroll 16
@@ -31,7 +40,6 @@ void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, in
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sum[i][v] += row[v] * a[i];
   }
-  const int last = cols - (V - 1) * L;
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     S* to = c + i * ldc;
@@ -46,7 +54,7 @@ void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, in
 }
 
 template <class S>
-using Tile = void (*)(int, int64_t, const S*, const S*, int64_t, S*, int64_t, bool);
+using Tile = void (*)(int, int64_t, const S*, const S*, int64_t, S*, int64_t, const S*, bool);
 
 // tile<S, rows, vectors> for rows <= R and vectors <= V, found at run time.
 template <class S, int R, int V>
@@ -59,11 +67,11 @@ Tile<S> find_tile(int rows, int vectors) {
 }
 
 template <class S>
-void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
+void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, const S* start,
               bool accumulate) {
-  if (cols == kWide * kLanes<S>) return tile<S, 1, kWide>(cols, depth, a, b, ldb, c, ldc, accumulate);
+  if (cols == kWide * kLanes<S>) return tile<S, 1, kWide>(cols, depth, a, b, ldb, c, ldc, start, accumulate);
   const int vectors = (cols + kLanes<S> - 1) / kLanes<S>;
-  find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, accumulate);
+  find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, start, accumulate);
 }
 
 // --- packing ---

@@ -1,0 +1,57 @@
+#include "core/linear.h"
+
+#include <tuple>
+
+#include "torch/tensor.h"
+
+namespace llmkern {
+namespace {
+
+void check(const Tensor& x, const Tensor& weight) {
+  require_contiguous(x, "x"), require_contiguous(weight, "weight");
+  require(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.scalar_type() == weight.scalar_type(),
+          "linear: expected x (N, I) and weight (O, I) of one dtype");
+}
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  check(x, weight);
+  const int64_t N = x.size(0), I = x.size(1), O = weight.size(0);
+  if (bias) {
+    require_contiguous(*bias, "bias");
+    require(bias->dim() == 1 && bias->numel() == O && bias->scalar_type() == x.scalar_type(),
+            "linear: expected bias (O) of the dtype of x");
+  }
+  Tensor y = empty(x, {N, O});
+  cpu::linear_forward(x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(x),
+                      N, I, O, y.mutable_data_ptr());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool need_x,
+                                           bool need_weight) {
+  check(x, weight);
+  const int64_t N = x.size(0), I = x.size(1), O = weight.size(0);
+  require_contiguous(dy, "dy");
+  require(dy.dim() == 2 && dy.size(0) == N && dy.size(1) == O && dy.scalar_type() == x.scalar_type(),
+          "linear_backward: expected dy (N, O) of the dtype of x");
+  const std::vector<int64_t> none{0};
+  Tensor dx = empty(x, need_x ? std::vector<int64_t>{N, I} : none);
+  Tensor dweight = empty(x, need_weight ? std::vector<int64_t>{O, I} : none);
+  cpu::linear_backward(dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), dtype_of(x), N, I, O,
+                       need_x ? dx.mutable_data_ptr() : nullptr, need_weight ? dweight.mutable_data_ptr() : nullptr);
+  return {dx, dweight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
+  m.def("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}
+
+}  // namespace llmkern

@@ -1,0 +1,36 @@
+"""A linear layer, as ``torch.nn.functional`` has it: the output layer of every language model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch, ops
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input weight^T + bias``; see :func:`torch.nn.functional.linear`.
+
+    Args:
+        input: ``(*, I)``.
+        weight: ``(O, I)``; torch's ``(I)`` too.
+        bias: ``(O)``. Default: none.
+
+    Returns:
+        ``(*, O)``, of the arguments' dtype. Sums are taken in fp32 (fp64 for fp64).
+    """
+    tensors = [t for t in (input, weight, bias) if t is not None]
+    fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and input.numel() > 0
+    fits = fits and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
+    if not fits or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return F.linear(input, weight, bias)
+    rows = input.numel() // input.shape[-1]
+    cast = ["autocast"] if torch.is_autocast_enabled(input.device.type) else []
+    transformed = int(torch._C._are_functorch_transforms_active())
+    backend = dispatch.pick("linear", *tensors, options=cast, products=rows * weight.numel(), transformed=transformed)
+    if backend == "torch":
+        return F.linear(input, weight, bias)
+    flat = bias if bias is None else bias.contiguous()
+    y = ops.linear(input.reshape(rows, -1).contiguous(), weight.contiguous(), flat, backend)
+    return y.reshape(*input.shape[:-1], weight.shape[0])
