@@ -40,6 +40,16 @@ def unavailable() -> str | None:
     return _reason
 
 
+def empty_cache() -> None:
+    """Gives the memory that the native kernels keep for their next call back to the system.
+
+    Large results and scratch (1 MiB and more) are kept when they are freed, at most ``LLMKERN_CACHE_MB`` MiB: fresh
+    pages would cost more than the kernels that fill them.
+    """
+    if _reason is None:
+        torch.ops.llmkern_cpu.empty_cache()
+
+
 def __getattr__(name: str) -> Any:
     if name.startswith("_") or _reason is not None or not hasattr(torch.ops.llmkern_cpu, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

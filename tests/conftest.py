@@ -11,6 +11,9 @@ import torch
 import llmkern
 from llmkern import dispatch
 
+# The native library's own large blocks; read when it first takes one.
+os.environ.setdefault("LLMKERN_POISON", "1")
+
 
 @pytest.fixture(autouse=True)
 def _repeatable_and_poisoned() -> Iterator[None]:

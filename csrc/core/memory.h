@@ -1,46 +1,41 @@
-// Fresh pages are dear on CPUs: a first touch of 4 KiB pages runs at about 1 GB/s, of 2 MiB pages at memory speed.
+// Memory for scratch and results. Fresh pages are dear on CPUs: a first touch of 4 KiB pages runs at about 1 GB/s, of
+// 2 MiB pages at memory speed. So large blocks lie on huge pages, and are kept when they are given back: the next step
+// of a training loop asks for the same sizes again. See memory.cpp.
 #pragma once
 #include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include <utility>
 
 namespace llmkern::cpu {
 
-// Asks the kernel to back [p, p + bytes) with huge pages. A hint: nothing is promised, nothing can fail.
-inline void advise_huge_pages(void* p, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)p, (void)bytes;
-#endif
-}
+// From this size on blocks are kept, and lie on huge pages.
+inline constexpr size_t kLargeBytes = size_t{1} << 20;
 
-// Scratch of n elements of a trivial type, aligned to a cache line, uninitialised.
+// At least `bytes`, aligned to a cache line, uninitialised. Throws std::bad_alloc.
+void* acquire(size_t bytes);
+// What acquire(bytes) gave.
+void release(void* p, size_t bytes) noexcept;
+// Gives all kept memory back to the system.
+void empty_cache() noexcept;
+
+// Scratch of n elements of a trivial type.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t n) {
-    const size_t bytes = (n * sizeof(T) + 63) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
-    if (!data_) throw std::bad_alloc();
-    advise_huge_pages(data_.get(), bytes);
+  explicit Buffer(size_t n) : bytes_(n * sizeof(T)), data_(static_cast<T*>(acquire(bytes_))) {}
+  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(bytes_, other.bytes_), std::swap(data_, other.data_);
+    return *this;
   }
-  T* get() const { return data_.get(); }
-  T& operator[](size_t i) const { return data_.get()[i]; }
+  ~Buffer() {
+    if (data_) release(data_, bytes_);
+  }
+  T* get() const { return data_; }
+  T& operator[](size_t i) const { return data_[i]; }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
+  size_t bytes_;
+  T* data_;
 };
 
 }  // namespace llmkern::cpu

@@ -43,14 +43,7 @@ inline void require_contiguous(const Tensor& t, const char* name) {
   require(t.is_cpu() && t.is_contiguous(), std::string(name) + ": expected a contiguous CPU tensor");
 }
 
-// Uninitialised, like `self` but of these sizes, on huge pages where it is large.
-inline Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes,
-                    std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor t = torch::stable::new_empty(self, sizes, dtype);
-  constexpr size_t kLarge = size_t{4} << 20;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes >= kLarge) cpu::advise_huge_pages(t.mutable_data_ptr(), bytes);
-  return t;
-}
+// Uninitialised, like `self` but of these sizes; large ones lie in kept memory (core/memory.h).
+Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt);
 
 }  // namespace llmkern

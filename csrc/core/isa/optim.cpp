@@ -36,12 +36,9 @@ void adam(const Adam& op, const AdamTensor& tensor, int64_t begin, int64_t end) 
     put(param + i, p - step_size * m / (sqrt(v) / root + eps));
   };
   int64_t i = begin;
-  for (; i + L <= end; i += L)
-    update(
-        i, [](const T* p) { return load<S>(p); }, [](T* p, V v) { store(p, v); });
+  for (; i + L <= end; i += L) update(i, [](const T* p) { return load<S>(p); }, [](T* p, V v) { store(p, v); });
   if (const int n = static_cast<int>(end - i); n > 0)
-    update(
-        i, [n](const T* p) { return load<S>(p, n, S{0}); }, [n](T* p, V v) { store(p, v, n); });
+    update(i, [n](const T* p) { return load<S>(p, n, S{0}); }, [n](T* p, V v) { store(p, v, n); });
 }
 
 void adam_any(const Adam& op, const AdamTensor& tensor, int64_t begin, int64_t end) {

@@ -1,0 +1,135 @@
+// Large blocks that were given back are kept, oldest first, up to a limit; a request takes the smallest that holds it
+// and wastes no more than a quarter. What is kept is never more than what was in use at one time.
+//
+// LLMKERN_CACHE_MB sets the limit (0 keeps nothing). With LLMKERN_POISON every block is filled with NaN, so that the
+// tests see an element that a kernel forgot to write.
+#include "core/memory.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+#if defined(__unix__)
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace llmkern::cpu {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Of a block as it lies in memory: a request and its release agree on it.
+size_t whole(size_t bytes) {
+  return bytes < kLargeBytes ? round_up(bytes ? bytes : 1, 64) : round_up(bytes, kHugePage);
+}
+
+size_t limit() {
+  if (const char* megabytes = std::getenv("LLMKERN_CACHE_MB")) return std::strtoull(megabytes, nullptr, 10) << 20;
+  size_t bytes = size_t{1} << 30;
+#if defined(_SC_PHYS_PAGES)
+  const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  if (machine / 16 < 2 * bytes) bytes = machine / 16;
+#endif
+  return bytes;
+}
+
+void* allocate(size_t bytes) {
+  void* const p = std::aligned_alloc(bytes < kLargeBytes ? 64 : kHugePage, bytes);
+  if (!p) throw std::bad_alloc();
+#if defined(__linux__)
+  // A hint: nothing is promised, nothing can fail.
+  if (bytes >= kLargeBytes) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return p;
+}
+
+struct Block {
+  void* p;
+  size_t bytes;
+};
+
+class Cache {
+ public:
+  // Never destroyed: tensors may outlive static objects.
+  static Cache& instance() {
+    static Cache* const cache = new Cache;
+    return *cache;
+  }
+
+  void* take(size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    size_t best = kept_.size();
+    for (size_t i = 0; i < kept_.size(); ++i)
+      if (kept_[i].bytes >= bytes && kept_[i].bytes <= bytes + bytes / 4 &&
+          (best == kept_.size() || kept_[i].bytes < kept_[best].bytes))
+        best = i;
+    if (best == kept_.size()) return nullptr;
+    void* const p = kept_[best].p;
+    total_ -= kept_[best].bytes;
+    kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
+    return p;
+  }
+
+  void keep(Block block) noexcept {
+    const std::lock_guard lock(mutex_);
+    try {
+      kept_.push_back(block);
+    } catch (...) {
+      return std::free(block.p);
+    }
+    total_ += block.bytes;
+    shrink(limit_);
+  }
+
+  void empty() noexcept {
+    const std::lock_guard lock(mutex_);
+    shrink(0);
+  }
+
+ private:
+  Cache() {
+#if defined(__unix__)
+    // A child must not inherit a lock that another thread holds.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+#endif
+  }
+
+  void shrink(size_t to) noexcept {
+    size_t gone = 0;
+    for (; total_ > to; ++gone) std::free(kept_[gone].p), total_ -= kept_[gone].bytes;
+    kept_.erase(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(gone));
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> kept_;
+  size_t total_ = 0;
+  const size_t limit_ = limit();
+};
+
+}  // namespace
+
+void* acquire(size_t bytes) {
+  static const bool poison = std::getenv("LLMKERN_POISON") != nullptr;
+  const size_t size = whole(bytes);
+  void* p = size < kLargeBytes ? nullptr : Cache::instance().take(size);
+  if (!p) p = allocate(size);
+  // All bits set are NaN in every format.
+  if (poison) std::memset(p, 0xff, size);
+  return p;
+}
+
+void release(void* p, size_t bytes) noexcept {
+  const size_t size = whole(bytes);
+  size < kLargeBytes ? std::free(p) : Cache::instance().keep({p, size});
+}
+
+void empty_cache() noexcept { Cache::instance().empty(); }
+
+}  // namespace llmkern::cpu

@@ -1,0 +1,112 @@
+"""Memory that the native kernels keep: used again, never twice at a time, given back when asked."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import llmkern
+import llmkern.functional as LF
+from llmkern import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="the native library is not built")
+KEPT = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+
+
+def lookup(rows: int, fill: float = 1.0) -> torch.Tensor:
+    """A result of ``rows`` KiB."""
+    with llmkern.backend("native"):
+        return LF.embedding(torch.zeros(rows, dtype=torch.long), torch.full((1, 256), fill))
+
+
+@pytest.mark.skipif(not KEPT, reason="torch 2.10 takes no memory of ours")
+def test_a_freed_result_is_used_again() -> None:
+    llmkern.empty_cache()
+    first = lookup(2048)
+    place = first.data_ptr()
+    # A view keeps it alive.
+    view = first[5:]
+    del first
+    assert lookup(2048).data_ptr() != place
+    assert bool((view == 1).all())
+    llmkern.empty_cache()
+    del view
+    again = lookup(2000)
+    assert again.data_ptr() == place
+    # One that would waste more than a quarter is not taken.
+    del again
+    assert lookup(1024).data_ptr() != place
+
+
+def test_small_results_are_torchs() -> None:
+    small = lookup(4)
+    small.resize_(2, 256)
+    assert small.shape == (2, 256)
+
+
+def test_results_that_live_together_do_not_share() -> None:
+    results = [lookup(n, float(n)) for n in (1023, 1024, 1025, 2048, 2049, 3000, 1024)]
+    for result in results:
+        assert bool((result == len(result)).all())
+    places = sorted((r.data_ptr(), r.data_ptr() + r.numel() * 4) for r in results)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+
+
+def test_threads_take_and_give_at_once() -> None:
+    start = threading.Barrier(4)
+
+    def work(seed: int) -> bool:
+        start.wait()
+        right = True
+        for i in range(30):
+            value = float(seed * 100 + i)
+            # The force is process-wide: the kernel is called as dispatch would.
+            result = torch.ops.llmkern_cpu.embedding_forward(torch.full((1, 256), value), torch.zeros(1500).long())
+            right = right and bool((result == value).all())
+        return right
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def resident(program: str, **environment: str) -> int:
+    """MiB that the process of `program` still holds after it freed a 512 MiB result."""
+    program = (
+        "import torch, llmkern\nfrom llmkern import native\n"
+        "def held(): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmRSS'))) >> 10\n"
+        "f = torch.ops.llmkern_cpu.embedding_forward\n"
+        "f(torch.ones(1, 256), torch.zeros(4).long()); before = held()\n"
+        f"y = f(torch.ones(1, 256), torch.zeros(512 << 10).long()); del y\n{program}\nprint(held() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not KEPT or sys.platform != "linux", reason="needs /proc, and torch 2.11")
+def test_the_limit_and_giving_back() -> None:
+    assert resident("", LLMKERN_CACHE_MB="1024") > 400
+    assert resident("llmkern.empty_cache()", LLMKERN_CACHE_MB="1024") < 100
+    assert resident("", LLMKERN_CACHE_MB="0") < 100
+    assert resident("", LLMKERN_CACHE_MB="256") < 100
+
+
+@pytest.mark.skipif(not KEPT, reason="torch 2.10 takes no memory of ours")
+def test_a_result_behaves_like_any_tensor() -> None:
+    result = lookup(2048).requires_grad_()
+    (result * 2).sum().backward()
+    assert bool((result.grad == 2).all())
+    assert bool((torch.from_numpy(result.detach().numpy()) == 1).all())
+    copy = result.detach().clone()
+    copy.resize_(3, 256)
+    assert torch.equal(result.detach().share_memory_(), torch.ones(2048, 256))
+    with pytest.raises(RuntimeError, match="resize"):
+        lookup(2048).resize_(4096, 256)
