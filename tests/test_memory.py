@@ -29,20 +29,20 @@ def lookup(rows: int, fill: float = 1.0) -> torch.Tensor:
 @pytest.mark.skipif(not KEPT, reason="torch 2.10 takes no memory of ours")
 def test_a_freed_result_is_used_again() -> None:
     llmkern.empty_cache()
-    first = lookup(2048)
+    first = lookup(20480)
     place = first.data_ptr()
     # A view keeps it alive.
     view = first[5:]
     del first
-    assert lookup(2048).data_ptr() != place
+    assert lookup(20480).data_ptr() != place
     assert bool((view == 1).all())
     llmkern.empty_cache()
     del view
-    again = lookup(2000)
+    again = lookup(20000)
     assert again.data_ptr() == place
     # One that would waste more than a quarter is not taken.
     del again
-    assert lookup(1024).data_ptr() != place
+    assert lookup(10240).data_ptr() != place
 
 
 def test_small_results_are_torchs() -> None:
