@@ -3,6 +3,7 @@
 #   make demo    train one model with torch.nn and with llmkern.nn (ARGS="--epochs 2 --bf16" passes options on)
 #   make test    the test suite (ARGS="-k lstm" passes options on)
 #   make bench   the benchmark suite's quick part, FULL=1 for all of it
+#   make bench-peers  the libraries to compare with, in .venv-peers; `make bench PEERS=1` measures there
 #   make lint    ruff, clang-format, mypy
 #   make wheel   a wheel and an sdist in dist/
 #   make dev     an editable install with everything that tests and lint need
@@ -13,12 +14,13 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PEERS_PIP := $(VENV)-peers/bin/python -m pip --disable-pip-version-check
 
 # What the native libraries are made of, and what else a plain install copies.
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 SOURCES := $(NATIVE) $(shell find llmkern kernels benchmarks -name '*.py' 2>/dev/null)
 
-.PHONY: demo test bench lint wheel dev clean
+.PHONY: demo test bench bench-peers lint wheel dev clean
 
 # The console script, not `python -m`: that would import the source tree, not what was installed.
 demo: $(VENV)/.demo
@@ -27,8 +29,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	LLMKERN_TEST_REQUIRE=native $(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.test
-	$(BIN)/python -m llmkern bench $(if $(FULL),,--quick) $(ARGS)
+bench: $(if $(PEERS),$(VENV)-peers/.peers,$(VENV)/.test)
+	$(if $(PEERS),$(VENV)-peers/bin/llmkern,$(BIN)/python -m llmkern) bench $(if $(FULL),,--quick) $(ARGS)
+
+bench-peers: $(VENV)-peers/.peers
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ wheel: $(VENV)/.wheel
 dev: $(VENV)/.test $(VENV)/.lint
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info llmkern/*.so llmkern/_build_info.json
+	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info llmkern/*.so llmkern/_build_info.json
 
 # --- .venv, one stamp per step --------------------------------------------------------------------------------------
 $(VENV)/.torch-$(TORCH):
@@ -62,6 +66,23 @@ $(VENV)/.demo: $(VENV)/.torch-$(TORCH) $(SOURCES)
 $(VENV)/.test: $(VENV)/.torch-$(TORCH) $(NATIVE)
 	LLMKERN_BUILD=require $(PIP) install -e '.[test]'
 	rm -f $(VENV)/.demo
+	touch $@
+
+# The peers of the benchmarks. FBGEMM's versions go with torch's: 1.8 with 2.13. One that is not to be had here is left
+# out; the benchmarks say so. torch is named each time, or a peer may bring another one.
+PEER_PACKAGES ?= jax openvino onnxruntime onnx tensorflow-cpu fbgemm-gpu-cpu==1.8.0
+
+$(VENV)-peers/.peers: $(VENV)-peers/.installed $(SOURCES)
+	LLMKERN_BUILD=require LLMKERN_BUILD_DIR=$(CURDIR)/build/peers $(PEERS_PIP) install '.[demo]'
+	touch $@
+
+$(VENV)-peers/.installed:
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	echo '*' > $(VENV)-peers/.gitignore
+	$(PEERS_PIP) install torch==$(TORCH)
+	for package in $(PEER_PACKAGES); do \
+	  $(PEERS_PIP) install torch==$(TORCH) $$package || echo "bench-peers: $$package is not to be had here"; \
+	done
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch-$(TORCH) pyproject.toml
