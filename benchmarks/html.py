@@ -27,20 +27,19 @@ p { max-width: 60rem; }
 table { border-collapse: separate; border-spacing: 0; font-size: .82rem; font-variant-numeric: tabular-nums;
         width: 100%; }
 th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { position: sticky; top: 0; background: var(--paper); z-index: 1; }
+th { position: sticky; top: 0; background: var(--paper); z-index: 1; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th:first-child { z-index: 2; }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 .ahead { color: var(--good); } .behind { color: var(--bad); font-weight: 600; }
 tr.lost td:first-child { box-shadow: inset 3px 0 var(--bad); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
-           align-items: start; margin: 1rem 0; }
-.figures img { width: 100%; height: auto; display: block; background: #fff; border: 1px solid var(--rule);
-               border-radius: 4px; }
+.figures { columns: 30rem; column-gap: 1rem; margin: 1rem 0; }
+.figures img { width: 100%; height: auto; display: block; break-inside: avoid; margin-bottom: 1rem; background: #fff;
+               border: 1px solid var(--rule); border-radius: 4px; }
 details { font-size: .82rem; margin-top: .5rem; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
-  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 9rem; }
+  th:first-child, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 10rem; max-width: 10rem; }
 }
 """
 
@@ -119,7 +118,7 @@ def _table(rows: list[Row]) -> str:
         texts, values = report.cells(row, peers), report.as_row_values(row, peers)
         cells = (
             f'<td class="{kind}" title="{escape(title)}" data-value="{escape(str("" if value is None else value))}">'
-            f"{escape(text)}</td>"
+            f"{escape(text).replace('/', '/<wbr>')}</td>"
             for text, value, kind, title in zip(texts, values, _kinds(row, peers), _titles(row, peers), strict=True)
         )
         body.append(f"<tr{' class=lost' if row.behind else ''}>{''.join(cells)}</tr>")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .result import OURS, Result, Row, peer_of, peers_of
+from .result import OURS, SHORT, Result, Row, peer_of, peers_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,6 @@ WIDTH = 5.6
 OUR_COLOR, BEHIND = "#0b6e4f", "#c2571a"
 PEER_COLORS = ("#4f4f4f", "#b08968", "#7b61c4", "#c9a227", "#3f7fc4", "#b5446e", "#5aa9a0", "#8a8f2b")
 MARKERS = "osD^vPX*"
-PHASES = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
 
 
 def figures(result: Result) -> dict[str, Figure]:
@@ -56,13 +55,15 @@ def ratio_bars(title: str, rows: list[Row], peers: list[str]) -> Figure | None:
     if not rows:
         return None
     figure, axes = _figure(1.1 + 0.42 * len(rows))
+    prefix = f"{rows[0].op}/" if all(row.case.startswith(f"{row.op}/") for row in rows) else ""
     for i, row in enumerate(rows):
         best = row.best()
         assert best is not None
         axes.barh(i, best[1] - 1, 0.36, left=1, color=BEHIND if row.behind else OUR_COLOR, alpha=0.85)
-        label = f"{row.case.removeprefix(row.op + '/')}  {PHASES[row.phase]}"
+        label = f"{row.case.removeprefix(prefix)}  {SHORT[row.phase]}"
         # The label stands over its bar: beside it, it would leave the bars no room.
-        axes.text(0.0, i - 0.3, label, fontsize=8, va="bottom", transform=axes.get_yaxis_transform())
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        axes.text(0.0, i - 0.3, label, fontsize=8, va="bottom", transform=axes.get_yaxis_transform(), bbox=paper)
     for peer in peers:
         points = [(best[1], i) for i, row in enumerate(rows) if (best := row.best(peer))]
         if points:
@@ -117,6 +118,8 @@ def roofline(limits: dict[str, float], rows: list[Row]) -> Figure | None:
 
 def scaling_curve(title: str, rows: list[Row], peers: list[str]) -> Figure | None:
     """Time and memory over one size: ours, and each peer's best time."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, (time, memory) = _figure(5.0, nrows=2, sharex=True)
     axis = rows[0].scaling[1] if rows[0].scaling else ""
     drawn = False
@@ -133,12 +136,15 @@ def scaling_curve(title: str, rows: list[Row], peers: list[str]) -> Figure | Non
     for panel, unit in ((time, "ms"), (memory, "MiB above the inputs")):
         panel.set_xscale("log", base=2), panel.set_yscale("log")
         panel.set_ylabel(unit, fontsize=8)
-        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25, linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
     values = sorted({row.scaling[2] for row in rows if row.scaling})
-    memory.set_xticks(values, [f"{value:g}" for value in values]), memory.minorticks_off()
+    memory.set_xticks(values, [f"{value:g}" for value in values])
+    memory.xaxis.set_minor_locator(NullLocator())
     memory.set_xlabel(axis, fontsize=8)
     time.set_title(title, fontsize=9, loc="left")
     figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)

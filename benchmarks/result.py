@@ -17,6 +17,7 @@ ENVIRONMENT = (
     "llmkern", "commit", "compiler", "torch", "triton", "peers",
 )  # fmt: skip
 OURS = "llmkern"
+SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd", "step": "step"}
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"{self.case} {self.dtype} {self.phase}"
+        return f"{self.case} {self.dtype} {SHORT[self.phase]}"
 
     @property
     def ours(self) -> Measurement:

@@ -51,9 +51,11 @@ def fingerprint(results: dict[str, Any]) -> dict[str, list[float]]:
         total, squares = np.zeros(PROJECTIONS), 0.0
         for begin in range(0, flat.size, BLOCK):
             part = flat[begin : begin + BLOCK].astype(np.float64)
+            # einsum, not BLAS, whose threads would fight with those of the other workers.
             with np.errstate(all="ignore"):
-                total += generator.choice([-1.0, 1.0], PROJECTIONS) * (signs[:, : part.size] @ part)
-                squares += float(part @ part)
+                projected = np.einsum("ij,j->i", signs[:, : part.size], part)
+                total += generator.choice([-1.0, 1.0], PROJECTIONS) * projected
+                squares += float(np.einsum("i,i->", part, part))
         prints[name] = [squares**0.5, *total.tolist()]
     return prints
 

@@ -219,7 +219,7 @@ def test_command_line_end_to_end(tmp_path: Path) -> None:
     text = readme.read_text()
     assert text.startswith(f"a\n{report.BEGIN}\n")
     assert text.endswith(f"\n{report.END}\nz\n")
-    assert "| mse_loss/4096x1024 fp32 forward+backward |" in text
+    assert "| mse_loss/4096x1024 fp32 fwd+bwd |" in text
     assert report.source_in(text) == "new/r.json"
 
 
@@ -239,7 +239,7 @@ def test_readme_section_shows_where_we_lose() -> None:
     section = report.readme_section(Result(environment | {"date": "2026-01-01T00:00"}, {}, rows), "r.json")
     assert "2 of 3 runs" in section
     assert "`c/fp32/forward`: torch+thp takes 0.50×" in section
-    assert "| c fp32 forward" not in section
+    assert "| c fp32 fwd" not in section
 
 
 @pytest.mark.parametrize(
