@@ -20,6 +20,7 @@ import torch
 
 OPS = (
     "cross_entropy",
+    "linear",
     "linear_cross_entropy",
     "rnn",
     "embedding",

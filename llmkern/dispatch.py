@@ -53,7 +53,7 @@ def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str
         return "torch.func batches torch's own product"
     if dtype != torch.float32:
         return f"torch's product of {dtype} is faster"
-    return None if sizes["products"] >= 1 << 20 else "too small to gain"
+    return None if sizes["products"] >= 1 << 21 else "too small to gain"
 
 
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
