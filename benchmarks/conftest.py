@@ -10,11 +10,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--against", default="torch", help="peers to measure beside llmkern, comma-separated")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        _implementations(config)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _implementations(config: pytest.Config) -> list[str]:
+    """One process has one environment: the variants are for `llmkern bench`."""
+    from . import peers
+
+    return [n for n in peers.expand(["llmkern", *config.getoption("--against").split(",")]) if "+" not in n]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "run" not in metafunc.fixturenames:
         return
-    from . import peers
-    from .suite import Run, UnknownNameError
+    from .suite import Run
 
     full = metafunc.config.getoption("--full")
     runs = [
@@ -23,10 +36,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for dtype in (case.dtypes if full else case.dtypes[:1])
         for phase in (case.phases if full else case.quick)
     ]
-    try:
-        names = peers.expand(["llmkern", *metafunc.config.getoption("--against").split(",")])
-    except UnknownNameError as error:
-        raise pytest.UsageError(str(error)) from error
     metafunc.parametrize("run", runs, ids=[run.id for run in runs])
-    # One process has one environment: the variants are for `llmkern bench`.
-    metafunc.parametrize("implementation", [name for name in names if "+" not in name])
+    metafunc.parametrize("implementation", _implementations(metafunc.config))

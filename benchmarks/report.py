@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def environment_text(result: Result) -> str:
     return "\n".join(lines) + " · " + (f"measured limits: {limits}" if limits else "no limits: not built natively")
 
 
-def ratio_text(row: Row, peer: str) -> str:
-    """The peer's best time over ours: above 1 we are faster. One that failed is marked; its reason stands below."""
+def ratio_text(row: Row, peer: str | None) -> str:
+    """The peer's best time over ours: above 1 we are faster. One that failed is marked; its reason stands below.
+    None is the best of all peers, by name."""
     best = row.best(peer)
     if best is None:
         failed = any(m.reason and not m.absent for name, m in row.results.items() if peer_of(name) == peer)
@@ -60,10 +62,10 @@ def ratio_text(row: Row, peer: str) -> str:
     name, ratio = best
     mark = MARKS.get(name.partition("+")[2], "")
     wrong = " ≠" if row.results[name].match is False else ""
-    return f"{ratio:.2f}×{mark}" + ("" if round(ratio, 2) >= 1 else " ▼") + wrong
+    return f"{ratio:.2f}×{mark}" + ("" if round(ratio, 2) >= 1 else " ▼") + wrong + (f" {name}" if peer is None else "")
 
 
-def cells(row: Row, peers: list[str]) -> list[str]:
+def cells(row: Row, peers: Sequence[str | None]) -> list[str]:
     """A row as text, by the titles of :func:`header`."""
     ours, torch = row.ours, row.results.get("torch", Measurement())
     timing = f"failed: {ours.reason}"
@@ -80,8 +82,8 @@ def cells(row: Row, peers: list[str]) -> list[str]:
     return [row.title, timing, *(ratio_text(row, peer) for peer in peers), cold, share, memory, match]
 
 
-def header(peers: list[str]) -> list[str]:
-    titles = ["case", "llmkern", *(f"vs {peer}" for peer in peers), "cold, vs best"]
+def header(peers: Sequence[str | None]) -> list[str]:
+    titles = ["case", "llmkern", *(f"vs {peer or 'best peer'}" for peer in peers), "cold, vs best"]
     return [*titles, "of limit", "peak memory (torch)", "match"]
 
 
@@ -98,10 +100,14 @@ def reasons(rows: list[Row]) -> list[str]:
 
 def print_table(console: Console, result: Result) -> None:
     console.print(environment_text(result), style="dim", highlight=False, markup=False)
-    peers = peers_of(result.rows)
+    peers: list[str | None] = [*peers_of(result.rows)]
+    if len(peers) > 2 and console.width < 90 + 12 * len(peers):
+        peers = ["torch", None]
     table = Table(box=None, pad_edge=False)
+    # Names are to be read even where the rest has to fold.
+    width = 25 if console.width < 120 else None
     for i, title in enumerate(header(peers)):
-        table.add_column(title, justify="left" if i == 0 else "right", overflow="fold", ratio=None)
+        table.add_column(title, justify="right" if i else "left", overflow="fold", width=None if i else width)
     for row in result.rows:
         table.add_row(*map(escape, cells(row, peers)), style="yellow" if row.behind else None)
     console.print(table)

@@ -102,8 +102,9 @@ def peer_of(name: str) -> str:
 
 
 def peers_of(rows: list[Row]) -> list[str]:
-    """The peers that the rows know, in order."""
-    return list(dict.fromkeys(peer_of(name) for row in rows for name in row.results if name != OURS))
+    """The peers that the rows have something of, in order."""
+    found = ((name, m) for row in rows for name, m in row.results.items() if name != OURS)
+    return list(dict.fromkeys(peer_of(name) for name, m in found if not m.absent))
 
 
 @dataclass

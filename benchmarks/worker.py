@@ -65,7 +65,10 @@ def _is_bf16(value: Any) -> bool:
 
 
 def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    # TensorFlow's scalars of bf16 are no arrays by themselves.
+    return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
 def peak_of(run: Callable[[], Any], device: str) -> int:
