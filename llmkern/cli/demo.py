@@ -22,7 +22,7 @@ class Device(str, Enum):
 
 
 def demo(
-    epochs: Annotated[float, typer.Option(help="Passes over the text, for each implementation.")] = 7.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the text, for each implementation.")] = 8.0,
     text: Annotated[Path | None, typer.Option(help="A text file; by default Python's own reference manual.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.cpu,
@@ -55,7 +55,11 @@ def demo(
     if not all(runner.seconds for runner in both):
         typer.echo("demo: interrupted before both implementations were measured; there is nothing to report", err=True)
         raise typer.Exit(130)
-    _report(console, both, corpus, settings, prompt, out, complete)
+    try:
+        _report(console, both, corpus, settings, prompt, out, complete)
+    except DemoError as error:
+        typer.echo(f"demo: {error}", err=True)
+        raise typer.Exit(2) from None
     if not agreement(both).holds:
         raise typer.Exit(1)
     if not complete:
@@ -80,12 +84,16 @@ def _checked(device: Device) -> str:
 
 
 def _make_folder(out: Path) -> None:
+    """Makes the folder and writes into it: four minutes later would be too late to find out."""
+    import tempfile
+
     from .demo_data import DemoError
 
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise DemoError(f"--out: {out} cannot be made: {error.strerror}") from error
+        raise DemoError(f"--out: {out} is no folder to write to: {error.strerror}") from error
 
 
 def _train(console: Console, both: list[Runner], corpus: Corpus, steps: int) -> bool:

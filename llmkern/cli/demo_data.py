@@ -20,8 +20,9 @@ WINDOW = 32
 HELD_OUT = 0.1
 UNKNOWN = "<unk>"
 
-# A word, a number, line breaks, or a mark, repeated or not: joining what was split gives readable text back.
-_TOKEN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+|\n+|_+|([^\w\s])\1*")
+# A word or a name in code, a number, an empty line, or a mark, repeated or not: joining what was split gives readable
+# text back. Other line breaks only wrap the text.
+_TOKEN = re.compile(r"[^\W\d]\w*(?:['’][^\W\d_]+)*|\d+|\n\s*\n|([^\w\s])\1*")
 
 
 class DemoError(Exception):
@@ -66,11 +67,14 @@ def tokenize(text: str) -> list[str]:
 
 
 def join(words: list[str]) -> str:
-    """Text out of tokens: no space before closing marks, none after opening ones."""
-    text = ""
+    """Text out of tokens: no space before closing marks, none after opening ones; a quote is each in turn."""
+    text, quoted, opened = "", False, True
     for word in words:
-        glued = not text or word in ".,;:!?)]}’'%" or text[-1] in "([{\n" or word == "\n"
+        glued = opened or word in ".,;:!?)]}’'%\n" or (word == '"' and quoted)
         text += word if glued else " " + word
+        if word == '"':
+            quoted = not quoted
+        opened = word in "([{\n" or (word == '"' and quoted)
     return text
 
 

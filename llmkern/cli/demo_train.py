@@ -27,7 +27,7 @@ from .demo_model import build
 
 IMPLEMENTATIONS = ("torch", "llmkern")
 SEGMENT = 10
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ def train(both: list[Runner], corpus: Corpus, steps: int, on_step: Callable[[str
 class Agreement:
     """How far two loss curves are apart, relative to the loss, and whether rounding explains it.
 
-    A step's rounding errors are fed to the next one, so that the distance grows along the run: the first segment must
-    agree to a few units of the last place of a sum, the whole run to 1% (bf16 has 2^16 times the rounding error).
+    A step's rounding errors are fed to the next one, so that the distance grows along the run: torch.nn against itself,
+    started one unit in the last place away, is 1e-7 apart in the first segment and 1e-2 after 300 steps. A wrong
+    gradient shows in the first segment. (bf16 has 2^16 times the rounding error.)
     """
 
     first: float
@@ -150,10 +151,15 @@ class Agreement:
         return self.first <= self.first_bound and self.largest <= self.largest_bound
 
 
-def agreement(both: list[Runner]) -> Agreement:
+def differences(both: list[Runner]) -> list[float]:
+    """How far the two losses of every step are apart, relative to torch's."""
     theirs, ours = (runner.losses for runner in both)
-    apart = [abs(a - b) / abs(a) if math.isfinite(a + b) else math.inf for a, b in zip(theirs, ours, strict=False)]
-    bounds = (2e-2, 1e-1) if both[0].settings.bf16 else (1e-4, 1e-2)
+    return [abs(a - b) / abs(a) if math.isfinite(a + b) else math.inf for a, b in zip(theirs, ours, strict=False)]
+
+
+def agreement(both: list[Runner]) -> Agreement:
+    apart = differences(both)
+    bounds = (2e-2, 1e-1) if both[0].settings.bf16 else (1e-5, 5e-2)
     return Agreement(max(apart[:SEGMENT], default=0.0), max(apart, default=0.0), *bounds)
 
 

@@ -53,11 +53,26 @@ def capabilities() -> dict[str, Any]:
     """What the backends can do here: ``backends`` maps a name to why it is unavailable, or to ``None``."""
     from .. import dispatch, native
 
+    backends = {name: dispatch.unavailable(name) for name in dispatch.BACKENDS}
     return {
-        "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},
+        "backends": backends | {"native": backends["native"] or _wrong_isa()},
         "not_built": native.build_info().get("missing", {}),
         "ops": {op: _serves(op) for op in sorted(dispatch.TABLE)},
     }
+
+
+def _wrong_isa() -> str | None:
+    """Why every native kernel refuses to run, if ``LLMKERN_CPU_ISA`` names what is not there."""
+    from .._openmp import load_native
+
+    try:
+        load_native().isa()
+    except ValueError as error:
+        return str(error)
+    except ImportError:
+        # The module for NumPy is not needed by torch's kernels.
+        return None
+    return None
 
 
 def cpu_name() -> str:
