@@ -15,7 +15,7 @@ import torch
 from llmkern.cli.info import environment as installation
 
 from . import peers
-from .result import ENVIRONMENT
+from .result import ENVIRONMENT, Result
 from .suite import Cost
 
 
@@ -74,6 +74,14 @@ def floor(cost: Cost, dtype: str, limits: dict[str, float]) -> tuple[float, str]
 def limits(device: str = "cpu") -> dict[str, float]:
     """The machine's ceilings, measured now: GF/s by dtype; GB/s of reading, copying and streaming stores."""
     return _gpu_limits() if device == "cuda" else _cpu_limits()
+
+
+def raise_limits(result: Result, again: dict[str, float]) -> None:
+    """Takes the larger of two measurements of the limits, say before and after a run: what was reached is possible."""
+    result.limits = {name: max(value, again.get(name, value)) for name, value in result.limits.items()}
+    for row in result.rows:
+        if row.floor is not None and (found := floor(Cost(row.flops, row.reads, row.writes), row.dtype, result.limits)):
+            row.floor, row.bound = found
 
 
 def _cpu_limits() -> dict[str, float]:

@@ -17,6 +17,7 @@ from . import (
     bench_cross_entropy,
     bench_embedding,
     bench_embedding_bag,
+    bench_linear,
     bench_linear_cross_entropy,
     bench_model,
     bench_mse_loss,
@@ -129,6 +130,11 @@ class Peer(Implementation):
         x, weight, target = map(to_jax, bench_linear_cross_entropy.draw(run.case.sizes, place))
         loss = lambda x, weight, target: cross_entropy(x @ weight.T, target)  # noqa: E731
         return differentiated(run, loss, ("dx", "dweight"), (x, weight, target))
+
+    def _linear(self, run: Run, place: Place) -> Call:
+        x, weight, bias, dy = map(to_jax, bench_linear.draw(run.case.sizes, place))
+        layer = lambda x, weight, bias: x @ weight.T + bias  # noqa: E731
+        return pulled_back(run, layer, "y", {"dx": x, "dweight": weight, "dbias": bias}, (), dy)
 
     def _mse_loss(self, run: Run, place: Place) -> Call:
         x, target = map(to_jax, bench_mse_loss.draw(run.case.sizes, place))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .peers import PAGES
 
-FORMAT = 2
+FORMAT = 3
 # What the header of a result file says; `machine.environment` collects it.
 ENVIRONMENT = (
     "date", "cpu", "gpu", "cores", "threads", "isa", "cache", "memory", "hugepages", "load", "system", "python",
@@ -57,12 +57,17 @@ class Row:
     phase: str
     sizes: dict[str, Any]
     flops: float
-    bytes: float
+    reads: float
+    writes: float
     quick: bool = False
     scaling: tuple[str, str, float] | None = None
     floor: float | None = None
     bound: str | None = None
     results: dict[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> float:
+        return self.reads + self.writes
 
     @property
     def title(self) -> str:

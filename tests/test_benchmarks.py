@@ -150,11 +150,20 @@ def test_the_floor() -> None:
     assert machine.floor(suite.Cost(1, 1, 1), "fp32", {}) is None
 
 
+def test_a_limit_is_the_best_of_before_and_after() -> None:
+    row = replace(_row(2.0), flops=1e9, floor=0.1, bound="flops")
+    measured = Result({}, {"fp32": 10.0, "read": 10.0, "store": 10.0}, [row, replace(row, floor=None)])
+    machine.raise_limits(measured, {"fp32": 100.0, "read": 5.0})
+    assert measured.limits == {"fp32": 100.0, "read": 10.0, "store": 10.0}
+    assert row.floor == pytest.approx(0.01)
+    assert measured.rows[1].floor is None, "a row on fewer threads has none"
+
+
 def _row(ratio: float, spread: float = 0.01, name: str = "a") -> Row:
     ours = Measurement(median=1.0, low=1 - spread, high=1 + spread, ratio=1.0, match=True, error=1e-7)
     peer = Measurement(median=ratio, low=ratio, high=ratio, ratio=ratio)
     results = {OURS: ours, "torch": replace(peer, ratio=ratio * 2), "torch+thp": peer}
-    return Row(f"{name}/fp32/forward", "a", name, "fp32", "forward", {}, 1.0, 1.0, quick=True, results=results)
+    return Row(f"{name}/fp32/forward", "a", name, "fp32", "forward", {}, 1.0, 1.0, 0.0, quick=True, results=results)
 
 
 def test_the_best_variant_of_a_peer_counts() -> None:
@@ -278,7 +287,7 @@ def test_a_document_without_markers_is_told(tmp_path: Path) -> None:
     assert "expected the lines" in done.output
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"format": 99, "rows": []}', '{"format": 2, "rows": [1]}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"format": 99, "rows": []}', '{"format": 3, "rows": [1]}'])
 def test_a_result_file_is_checked(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)

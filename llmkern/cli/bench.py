@@ -74,8 +74,13 @@ def run(
     _check_targets(json, html, plot)
     console.print("the machine's limits...", style="dim")
     result = Result(machine.environment(), machine.limits(device), [])
-    plan = Plan((OURS, *(name for name in names if name != OURS)), device, rounds, memory=memory, cold=cold)
+    everyone = (OURS, *(name for name in names if name != OURS))
+    plan = Plan(everyone, device, rounds, budget=10 if quick else 30, memory=memory, cold=cold)
     complete = _measure(console, plan, result, runs, json)
+    if complete:
+        # Something else may have run at the start.
+        machine.raise_limits(result, machine.limits(device))
+        _save(json, result)
     report.print_table(console, result)
     _write(result, html, plot)
     if not complete:
@@ -118,7 +123,6 @@ def _measure(console: Console, plan: Plan, result: Result, runs: list[Run], json
         TimeRemainingColumn,
     )
 
-    from ..benchmarks.result import save
     from ..benchmarks.runner import Runner
 
     columns = (
@@ -136,11 +140,17 @@ def _measure(console: Console, plan: Plan, result: Result, runs: list[Run], json
                 result.rows.append(row)
                 bar.console.print(_line(row), highlight=False, markup=False, style="yellow" if row.behind else None)
                 bar.advance(task)
-                if json:
-                    save(json, result)
+                _save(json, result)
         except KeyboardInterrupt:
             return False
     return True
+
+
+def _save(json: Path | None, result: Result) -> None:
+    from ..benchmarks.result import save
+
+    if json:
+        save(json, result)
 
 
 def _line(row: Row) -> str:
