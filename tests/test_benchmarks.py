@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -308,6 +309,29 @@ def test_a_peer_that_fails_is_a_row_with_its_reason() -> None:
         runner._worker(OURS)._patience = 0.05
         with pytest.raises(WorkerError, match="no answer"):
             runner._worker(OURS).ask(do="setup", run="model/lm/fp32/step")
+
+
+class _Worker:
+    """Stands for a worker process of which two fit into memory."""
+
+    alive: ClassVar[set[_Worker]] = set()
+
+    def ask(self, do: str, **_: object) -> dict[str, object]:
+        if do == "time":
+            return {"times": [1.0]}
+        (self.alive.discard if do == "drop" else self.alive.add)(self)
+        assert len(self.alive) <= 2
+        return {"fingerprint": {"x": [1.0, 1.0]}, "held": 60, "free": 100}
+
+
+def test_workers_take_turns_in_groups_that_fit_into_memory() -> None:
+    runner = Runner(Plan((OURS, "torch", "torch+thp", "torch.compile"), rounds=1, memory=False), {})
+    runner._worker = {name: _Worker() for name in (*runner.plan.implementations, "reference")}.__getitem__  # type: ignore
+    (run,) = suite.select(patterns=["mse_loss/4096x1024"], dtypes=["fp32"], phases=["forward"])
+    _Worker.alive.clear()
+    runner._drop = lambda name: runner._worker(name).ask(do="drop")  # type: ignore
+    assert [m.ratio for m in runner.row(run).results.values()] == [1.0] * 4
+    assert not _Worker.alive
 
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
