@@ -208,7 +208,8 @@ def _spread(ratio: dict[str, float]) -> Text:
     if not _busy(ratio):
         return Text(said)
     return Text(
-        f"{said}\nThat is a wide spread: other work keeps this machine busy. Trust the fastest.", style="yellow"
+        f"{said}\nThat is a wide spread: other work keeps this machine busy. Run it again when it is idle.",
+        style="yellow",
     )
 
 

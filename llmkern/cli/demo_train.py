@@ -159,7 +159,7 @@ def differences(both: list[Runner]) -> list[float]:
 
 def agreement(both: list[Runner]) -> Agreement:
     apart = differences(both)
-    bounds = (2e-2, 1e-1) if both[0].settings.bf16 else (1e-5, 5e-2)
+    bounds = (1e-3, 1e-1) if both[0].settings.bf16 else (1e-5, 5e-2)
     return Agreement(max(apart[:SEGMENT], default=0.0), max(apart, default=0.0), *bounds)
 
 
