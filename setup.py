@@ -8,12 +8,15 @@
 ``off``      builds nothing: Triton and reference paths only
 """
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +25,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("LLMKERN_BUILD", "auto")
 if MODE not in ("auto", "require", "off"):
-    sys.exit(f"LLMKERN_BUILD is {MODE!r}; expected auto, require or off")
+    sys.exit(f"LLMKERN_BUILD: got {MODE!r}, expected auto, require or off; set it to one of these, or unset it")
+
+GET_TORCH = (
+    "no torch >= 2.10 in the environment that llmkern was built in; pip install 'torch>=2.10', then install llmkern"
+    " again (torch outside this environment: with --no-build-isolation)"
+)
+GET_COMPILER = (
+    "llmkern needs a C++20 compiler and Python's headers: install them (Debian, Ubuntu: apt-get install g++"
+    " python3-dev; Fedora: dnf install gcc-c++ python3-devel; macOS: xcode-select --install; conda: conda install"
+    " cxx-compiler), then install llmkern again; `pip install -v .` shows the whole build"
+)
+# CMake's and a compiler's complaint: a line, and the indented ones below it.
+COMPLAINT = re.compile(r"^.*(?:CMake Error|error:).*(?:\n(?:[ \t].*)?)*", re.MULTILINE)
+
+
+class BuildError(Exception):
+    """Why CMake gave up, and what to do."""
 
 
 def find_torch_include() -> Path | None:
@@ -31,43 +50,65 @@ def find_torch_include() -> Path | None:
     A build-isolation environment has no torch of its own, but runs on the interpreter it builds for, so that
     ``purelib`` is still the user's site-packages.
     """
-    for key in ("purelib", "platlib"):
-        include = Path(sysconfig.get_paths()[key]) / "torch" / "include"
-        if (include / "torch" / "csrc" / "stable" / "library.h").exists():
-            return include
+    seen = importlib.util.find_spec("torch")
+    folders = [*((seen and seen.submodule_search_locations) or ())]
+    folders += [os.path.join(sysconfig.get_path(key), "torch") for key in ("purelib", "platlib")]
+    for folder in folders:
+        # The header came with 2.10, as did what the bindings use.
+        if Path(folder, "include", "torch", "csrc", "stable", "version.h").exists():
+            return Path(folder, "include")
     return None
 
 
+def cmake(*arguments: str) -> None:
+    """Runs CMake and passes its output on."""
+    try:
+        process = subprocess.Popen(
+            ["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except FileNotFoundError:
+        raise BuildError("cmake was not found; pip install cmake, then install llmkern again") from None
+    output = ""
+    for line in process.stdout or ():
+        print(line, end="", flush=True)
+        output += line
+    if process.wait():
+        complaint = COMPLAINT.search(output)
+        what = textwrap.shorten(complaint[0] if complaint else output[-300:], 300, placeholder=" ...")
+        raise BuildError(f"the CMake build failed ({what}); {GET_COMPILER}")
+
+
 class CMakeBuild(build_ext):
-    """One CMake build for all extensions; ``optional`` ones may be missing afterwards."""
+    """One CMake build for all libraries; they may be missing afterwards, unless required."""
 
     def run(self) -> None:
         package = ROOT / "llmkern" if self.inplace else Path(self.build_lib).resolve() / "llmkern"
         package.mkdir(parents=True, exist_ok=True)
+        # An earlier build's libraries would pass for this one's.
+        for library in package.glob("*.so"):
+            library.unlink()
         missing: dict[str, str] = {}
-        include = find_torch_include()
         if MODE == "off":
-            missing = {"_native": "LLMKERN_BUILD=off", "_C_cpu": "LLMKERN_BUILD=off"}
+            missing = dict.fromkeys(("_native", "_C_cpu"), "LLMKERN_BUILD=off")
         else:
+            include = find_torch_include()
             if include is None:
-                missing["_C_cpu"] = "no torch headers in this environment; install torch >= 2.10, then llmkern again"
+                missing["_C_cpu"] = GET_TORCH
             try:
-                self.cmake(package, include)
-            except (OSError, subprocess.CalledProcessError) as error:
-                reason = self.why(error)
-                missing = {"_native": reason, "_C_cpu": reason}
+                self.build(package, include)
+            except (OSError, BuildError) as error:
+                missing = dict.fromkeys(("_native", "_C_cpu"), str(error))
         if missing and MODE == "require":
             sys.exit("LLMKERN_BUILD=require, but not built: " + "; ".join(f"{k}: {v}" for k, v in missing.items()))
         for name, reason in missing.items():
             print(f"llmkern: {name} was not built: {reason}", file=sys.stderr)
-        info = {"mode": MODE, "missing": missing, "torch_include": str(include) if include else None}
-        (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        (package / "_build_info.json").write_text(json.dumps({"mode": MODE, "missing": missing}, indent=2) + "\n")
 
-    def cmake(self, package: Path, include: Path | None) -> None:
+    def build(self, package: Path, include: Path | None) -> None:
         build = Path(os.environ.get("LLMKERN_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build),
+            "-S", str(ROOT), "-B", str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLLMKERN_TORCH_INCLUDE={include or ''}",
@@ -81,17 +122,9 @@ class CMakeBuild(build_ext):
             configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
         except ImportError:
             pass
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
-
-    @staticmethod
-    def why(error: Exception) -> str:
-        if isinstance(error, FileNotFoundError):
-            return "cmake was not found; pip install cmake"
-        if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-            return "no C++ compiler was found; install g++ or clang++ (Debian: apt-get install g++)"
-        return f"the CMake build failed ({error}); run `pip install -v .` to see its output"
+        cmake(*configure)
+        cmake("--build", str(build), "--parallel")
+        cmake("--install", str(build), "--prefix", str(package))
 
     def get_outputs(self) -> list[str]:
         return []
@@ -100,7 +133,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(
-    ext_modules=[] if MODE == "off" else [Extension("llmkern._native", sources=[], optional=MODE != "require")],
-    cmdclass={"build_ext": CMakeBuild},
-)
+# Without its compiled parts too: a wheel says which Python it was built for, whatever the machine could build.
+setup(ext_modules=[Extension("llmkern._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -22,7 +22,7 @@ class Device(str, Enum):
 
 
 def demo(
-    epochs: Annotated[float, typer.Option(help="Passes over the text, for each implementation.")] = 8.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the text, for each implementation.")] = 6.0,
     text: Annotated[Path | None, typer.Option(help="A text file; by default Python's own reference manual.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")] = False,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.cpu,
