@@ -1,7 +1,7 @@
 """Installing as users do: a wheel under build isolation, without a compiler, without torch, from an sdist.
 
-Every environment here is a fresh one that sees the packages of the running one through a path file, so that torch is not
-installed again. Path files of a folder added that way are not read: our own editable install stays out of sight.
+Every environment here is fresh and sees the packages of the running one through a path file. The path files of a folder
+that is added so are not read: our own editable install stays out of sight.
 """
 
 from __future__ import annotations

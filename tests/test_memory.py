@@ -110,3 +110,38 @@ def test_a_result_behaves_like_any_tensor() -> None:
     assert torch.equal(result.detach().share_memory_(), torch.ones(2048, 256))
     with pytest.raises(RuntimeError, match="resize"):
         lookup(2048).resize_(4096, 256)
+
+
+class _Made(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the ops that gave a tensor of at least so many elements."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.names = numel, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.numel:
+                self.names.append(str(function))
+        return result
+
+
+def test_the_backward_of_a_loss_makes_nothing_as_large_as_the_logits() -> None:
+    """The forward made the gradient; autograd's zeros for outputs without one would cost more than the kernel."""
+    logits = torch.randn(64, 500, requires_grad=True)
+    with llmkern.backend("native"):
+        loss = LF.cross_entropy(logits, torch.randint(500, (64,)))
+    with _Made(logits.numel()) as made:
+        loss.backward()
+    assert [name for name in made.names if "detach" not in name and "view" not in name] == []
+
+
+def test_the_backward_of_an_lstm_makes_no_zeros_for_its_gates() -> None:
+    T, B, I, H = 5, 4, 3, 64
+    lstm = llmkern.nn.LSTM(I, H)
+    with llmkern.backend("native"):
+        y, _ = lstm(torch.randn(T, B, I))
+    with _Made(T * B * 4 * H) as made:
+        y.sum().backward()
+    assert [name for name in made.names if "zero" in name] == []

@@ -70,13 +70,17 @@ class CrossEntropyFunction(KernelFunction):
         _, stats, dlogits = output
         ctx.bet = dlogits if ctx.scale is not None else None
         ctx.mark_non_differentiable(stats, dlogits)
+        # Autograd would make zeros for dlogits, as large as the logits, on every backward.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, stats)
         ctx.save_for_forward(logits, target, weight)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         logits, target, weight, stats = ctx.saved_tensors
-        if ctx.bet is not None and _won(dloss, ctx.scale):
+        if dloss is None:
+            dlogits = None
+        elif ctx.bet is not None and _won(dloss, ctx.scale):
             dlogits, ctx.bet = ctx.bet, None
         else:
             dlogits = CrossEntropyBackwardFunction.run(dloss.contiguous(), logits, target, weight, stats, *ctx.options)

@@ -84,15 +84,23 @@ class RNNFunction(KernelFunction):
         ctx.options = (mode, reverse, backend)
         y, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
+        # Autograd would make zeros for the gates, the largest of all tensors, on every backward.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, y, gates, cells)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dhy: Tensor, dcy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dhy: Tensor | None, dcy: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         mode, reverse, backend = ctx.options
         needs = ctx.needs_input_grad
-        cotangents = (dy.contiguous(), dhy.contiguous(), dcy.contiguous() if mode == "lstm" else None)
+        y, hx, cx = tensors[9], tensors[1], tensors[2]
+        cotangents = [
+            None if like is None else torch.zeros_like(like) if d is None else d.contiguous()
+            for d, like in ((dy, y), (dhy, hx), (dcy, cx))
+        ]
         grads = RNNBackwardFunction.run(*cotangents, *tensors, mode, reverse, needs[0], any(needs[3:8]), backend)
         return *_wanted(grads, tensors, needs), None, None, None, None
 
