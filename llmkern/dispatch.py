@@ -56,6 +56,11 @@ def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str
     return None if sizes["products"] >= 1 << 21 else "too small to gain"
 
 
+def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Measured: benchmarks/bench_rnn.py, lstm/decode."""
+    return "one step does not pay for packing the weights" if sizes["T"] == 1 else None
+
+
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
 # TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
@@ -68,7 +73,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {},
     "mse_loss": {"native": _cpu()},
-    "lstm": {"native": _cpu()},
+    "lstm": {"native": _cpu(unless=_lstm_is_faster_in_torch)},
     "gru": {},
     "rnn_tanh": {},
     "rnn_relu": {},

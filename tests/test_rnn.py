@@ -306,6 +306,7 @@ def test_explain() -> None:
     lstm, gru = nn.LSTM(5, 7), nn.GRU(5, 7)
     x = torch.randn(4, 3, 5)
     assert llmkern.explain(lstm, x).backends == ("native",)
+    assert llmkern.explain(lstm, x[:1]).backends == ("torch",)
     told = llmkern.explain(gru, x)
     assert told.backends == ("torch",)
     assert "no kernel for this op yet" in str(told)
