@@ -107,15 +107,17 @@ class CMakeBuild(build_ext):
     def build(self, package: Path, include: Path | None) -> None:
         build = Path(os.environ.get("LLMKERN_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
         build.mkdir(parents=True, exist_ok=True)
+        # Each build looks for compiler and tools anew: an earlier one's may be too old, or gone. Objects stay.
+        for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")):
+            found.unlink(missing_ok=True)
         configure = [
             "-S", str(ROOT), "-B", str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLLMKERN_TORCH_INCLUDE={include or ''}",
         ]  # fmt: skip
-        if ninja := shutil.which("ninja"):
-            # Named, because a cache from an earlier isolated build names a ninja that is gone.
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
         try:
             import pybind11
 
