@@ -28,12 +28,16 @@ def _repeatable_and_poisoned() -> Iterator[None]:
 @pytest.fixture(params=["native", "triton", "torch", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per backend that this machine has. LLMKERN_TEST_REQUIRE=native,... turns a skip into a
-    failure, so that a missing build cannot pass for a green run."""
+    failure, so that a missing build cannot pass for a green run. A module whose ``OP`` names an op is spared the
+    backends that have no kernel for it."""
     name = request.param
     if (reason := dispatch.unavailable(name)) is not None:
         if name in os.environ.get("LLMKERN_TEST_REQUIRE", "").split(","):
             pytest.fail(f"{name}: {reason}")
         pytest.skip(f"{name}: {reason}")
+    op = getattr(request.module, "OP", None)
+    if op is not None and name not in ("torch", "reference", *dispatch.TABLE[op]):
+        pytest.skip(f"{name}: no kernel for this op yet")
     with llmkern.backend(name):
         yield name
 

@@ -24,14 +24,6 @@ needs_torch = pytest.mark.skipif(not TORCH_HAS_IT, reason="this torch has no lin
 OP = "linear_cross_entropy"
 
 
-@pytest.fixture(autouse=True)
-def _serving_backends_only(request: pytest.FixtureRequest) -> None:
-    if "backend" in request.fixturenames:
-        name = request.getfixturevalue("backend")
-        if name not in ("torch", "reference", *dispatch.TABLE[OP]):
-            pytest.skip(f"{name}: no kernel for this op yet")
-
-
 def composition(
     input: Tensor,
     linear_weight: Tensor,
