@@ -41,6 +41,21 @@ def draw(
     return module, indices, place(torch.randn(N, D, generator=g))
 
 
+def lookup(phase: str, module: Any, indices: torch.Tensor, dout: torch.Tensor) -> Call:
+    """A call of an embedding or a bag, and in training its backward for dout."""
+
+    def run() -> dict[str, Any]:
+        if phase == "forward":
+            with torch.no_grad():
+                return {"out": module(indices)}
+        module.weight.grad = None
+        out = module(indices)
+        out.backward(dout)
+        return {"out": out, "dweight": module.weight.grad}
+
+    return run
+
+
 def make(V: int, D: int, N: int, kind: str = "uniform", quick: tuple[str, ...] = ()) -> Case:
     sizes = {"V": V, "D": D, "N": N, "kind": kind}
 
@@ -51,18 +66,7 @@ def make(V: int, D: int, N: int, kind: str = "uniform", quick: tuple[str, ...] =
         return Cost(N * D, looked_up + out + 16 * N, out + table)
 
     def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
-        module, indices, dout = draw(ns, sizes, place)
-
-        def run() -> dict[str, Any]:
-            if phase == "forward":
-                with torch.no_grad():
-                    return {"out": module(indices)}
-            module.weight.grad = None
-            out = module(indices)
-            out.backward(dout)
-            return {"out": out, "dweight": module.weight.grad}
-
-        return run
+        return lookup(phase, *draw(ns, sizes, place))
 
     name = f"embedding/{V}x{D}x{N}" + (f"/{kind}" if kind != "uniform" else "")
     phases = ("forward", "forward+backward")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .bench_embedding import indices_of, rows_of
+from .bench_embedding import indices_of, lookup, rows_of
 from .suite import Call, Case, Cost, Place, Run, measure
 
 
@@ -34,18 +34,7 @@ def make(V: int, D: int, B: int, L: int, mode: str, quick: tuple[str, ...] = ())
         return Cost(2.0 * B * L * D, looked_up + out + 16 * B * L, out + V * D * itemsize)
 
     def setup(ns: SimpleNamespace, phase: str, place: Place) -> Call:
-        module, indices, dout = draw(ns, sizes, place)
-
-        def run() -> dict[str, Any]:
-            if phase == "forward":
-                with torch.no_grad():
-                    return {"out": module(indices)}
-            module.weight.grad = None
-            out = module(indices)
-            out.backward(dout)
-            return {"out": out, "dweight": module.weight.grad}
-
-        return run
+        return lookup(phase, *draw(ns, sizes, place))
 
     name = f"embedding_bag/{V}x{D}x{B}x{L}/{mode}"
     phases = ("forward", "forward+backward")

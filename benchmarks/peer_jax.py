@@ -24,7 +24,7 @@ from . import (
     bench_optim,
     peer_jax_rnn,
 )
-from .peers import AbsentError, Implementation
+from .peers import AbsentError, Rewritten
 from .suite import Call, Place, Run, namespace
 
 
@@ -107,14 +107,9 @@ def adam_all(t: Any, params: Any, grads: Any, ms: Any, vs: Any) -> tuple[Any, An
     return pick(0), pick(1), pick(2)
 
 
-class Peer(Implementation):
+class Peer(Rewritten):
     compiles = True
-
-    def setup(self, run: Run, device: str) -> Call:
-        build = getattr(self, f"_{run.case.problem}", None)
-        if build is None or run.case.threads:
-            raise AbsentError(f"no JAX version of {run.case.problem}" + (" on fewer threads" if build else ""))
-        return build(run, run.place(device))
+    library = "JAX"
 
     def wait(self, results: dict[str, Any]) -> None:
         jax.block_until_ready(results)

@@ -22,7 +22,7 @@ from . import (
     bench_mse_loss,
     bench_rnn,
 )
-from .peers import AbsentError, Implementation
+from .peers import AbsentError, Rewritten
 from .suite import Call, Place, Run, namespace
 
 # torch's gates in Keras's order.
@@ -76,14 +76,9 @@ def cross_entropy(logits: Any, target: Any) -> Any:
     return tf.reduce_sum(tf.where(valid, losses, 0)) / tf.reduce_sum(tf.cast(valid, losses.dtype))
 
 
-class Peer(Implementation):
+class Peer(Rewritten):
     compiles = True
-
-    def setup(self, run: Run, device: str) -> Call:
-        build = getattr(self, f"_{run.case.problem}", None)
-        if build is None or run.case.threads:
-            raise AbsentError(f"no TensorFlow version of {run.case.problem}" + (" on fewer threads" if build else ""))
-        return build(run, run.place(device))
+    library = "TensorFlow"
 
     def _cross_entropy(self, run: Run, place: Place) -> Call:
         logits, target, options = bench_cross_entropy.draw(run.case.sizes, place)

@@ -132,6 +132,20 @@ class Reference(TorchShaped):
         return forced
 
 
+class Rewritten(Implementation):
+    """A library with an interface of its own: ``_<problem>(run, place)`` writes the case in it."""
+
+    library: str
+
+    def setup(self, run: Run, device: str) -> Call:
+        build = getattr(self, f"_{run.case.problem}", None)
+        if build is None or run.case.threads:
+            raise AbsentError(
+                f"no {self.library} version of {run.case.problem}" + (" on fewer threads" if build else "")
+            )
+        return build(run, run.place(device))
+
+
 @dataclass(frozen=True)
 class Base:
     """A peer: ``load`` it in a process of its own; it needs the Python module ``requires``, runs on ``devices``, and
