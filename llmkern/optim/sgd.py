@@ -9,21 +9,25 @@ import torch.optim
 from .. import dispatch
 
 
-class SGD(torch.optim.SGD):
+class _Picked(torch.optim.Optimizer):
+    """Asks dispatch for ``_op`` once a group, where torch's step collects the group's tensors."""
+
+    _op: str
+
+    def _init_group(self, group: Any, params: Any, *lists: Any) -> Any:
+        result = super()._init_group(group, params, *lists)  # type: ignore[misc]
+        if params:
+            dispatch.pick(self._op, params[0])
+        return result
+
+
+class SGD(_Picked, torch.optim.SGD):
     """Stochastic gradient descent; see :class:`torch.optim.SGD`."""
 
-    def _init_group(self, group: Any, params: Any, grads: Any, *args: Any) -> Any:
-        result = super()._init_group(group, params, grads, *args)
-        if params:
-            dispatch.pick("sgd", params[0])
-        return result
+    _op = "sgd"
 
 
-class Adagrad(torch.optim.Adagrad):
+class Adagrad(_Picked, torch.optim.Adagrad):
     """Adagrad; see :class:`torch.optim.Adagrad`."""
 
-    def _init_group(self, group: Any, params_with_grad: Any, grads: Any, *args: Any) -> Any:
-        result = super()._init_group(group, params_with_grad, grads, *args)
-        if params_with_grad:
-            dispatch.pick("adagrad", params_with_grad[0])
-        return result
+    _op = "adagrad"
