@@ -1,10 +1,11 @@
 // Large blocks that were given back are kept, oldest first, up to a limit; a request takes the smallest that holds it
-// and wastes no more than a quarter. What is kept is never more than what was in use at one time.
+// and wastes no more than a quarter.
 //
 // LLMKERN_CACHE_MB sets the limit (0 keeps nothing). With LLMKERN_POISON every block is filled with NaN, so that the
 // tests see an element that a kernel forgot to write.
 #include "core/memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -31,12 +32,13 @@ size_t whole(size_t bytes) {
 
 size_t limit() {
   if (const char* megabytes = std::getenv("LLMKERN_CACHE_MB")) return std::strtoull(megabytes, nullptr, 10) << 20;
-  size_t bytes = size_t{1} << 30;
+  constexpr size_t kMost = size_t{2} << 30;
 #if defined(_SC_PHYS_PAGES)
   const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  if (machine / 16 < 2 * bytes) bytes = machine / 16;
+  return std::min(kMost, machine / 16);
+#else
+  return kMost;
 #endif
-  return bytes;
 }
 
 void* allocate(size_t bytes) {

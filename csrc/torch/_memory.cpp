@@ -16,18 +16,13 @@ extern "C" AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_
 namespace llmkern {
 namespace {
 
-size_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  const size_t item = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  return std::accumulate(sizes.begin(), sizes.end(), item, std::multiplies<>());
-}
-
 void empty_cache() { cpu::empty_cache(); }
 
 }  // namespace
 
 Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype) {
   const ScalarType type = dtype.value_or(self.scalar_type());
-  const size_t bytes = bytes_of(sizes, type);
+  const size_t bytes = std::accumulate(sizes.begin(), sizes.end(), itemsize(dtype_of(type)), std::multiplies<>());
   if (bytes < cpu::kLargeBytes || !torch_from_blob) return torch::stable::new_empty(self, sizes, dtype);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];

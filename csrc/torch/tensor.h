@@ -24,8 +24,8 @@ inline void require(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);
 }
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline DType dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::BFloat16:
@@ -38,6 +38,8 @@ inline DType dtype_of(const Tensor& t) {
       throw std::invalid_argument("expected float32, bfloat16, float16 or float64");
   }
 }
+
+inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 inline void require_contiguous(const Tensor& t, const char* name) {
   require(t.is_cpu() && t.is_contiguous(), std::string(name) + ": expected a contiguous CPU tensor");
