@@ -15,7 +15,7 @@ from torch import Tensor
 
 lnp = pytest.importorskip("llmkern.numpy")
 
-# Around the tile (14 x 32, 6 x 16, 4 x 8), the block of k (256) and the pass over k (6144), and shapes that
+# Around the tile (14 x 32, 6 x 16, 4 x 8), the block of k (384; bf16: 768) and the pass over k (9216), and shapes that
 # take each path: few rows, one row (b used in place), one column, many of everything, nothing.
 SIZES = [
     (1, 1, 1),
@@ -23,13 +23,14 @@ SIZES = [
     (1, 96, 50),
     (2, 1000, 300),
     (1000, 1, 300),
-    (13, 31, 255),
-    (14, 32, 256),
-    (15, 33, 257),
-    (28, 64, 514),
+    (13, 31, 383),
+    (14, 32, 384),
+    (15, 33, 385),
+    (28, 64, 770),
     (300, 513, 801),
     (270, 70, 500),
-    (17, 40, 6200),
+    (500, 40, 9300),
+    (300, 33, 4000),
     (5, 0, 3),
     (0, 5, 3),
     (3, 4, 0),

@@ -1,16 +1,18 @@
-// Matrix product. 2 M N K FLOPs; the bar is the machine's FMA peak.
+// Matrix product. 2 M N K FLOPs; the bar is the machine's FMA peak (bf16: its dot-product peak).
 //
-// B is packed once per block of columns, whole in k, by all threads; then each thread takes blocks of C from
-// a queue, packs the rows of A that it needs and runs tiles of C that stay in registers over a block of k:
+// B is packed once per block of columns and pass over k, by all threads; then each thread takes blocks of C from a
+// queue, packs the rows of A that it needs and runs tiles of C that stay in registers over a block of k:
 //
-//   for columns of N, up to 8 MB of packed B           (in L3, shared)
-//     for blocks of C                                  (the queue)
-//       for blocks of k, up to 256                     (sums of one block stay in registers)
-//         pack A: rows x k, up to half a megabyte      (in L2, the thread's own)
-//         for panels of B, for panels of A: one tile   (b in L1, a from L2)
+//   for passes over k                                  (few products are that deep)
+//     for columns of N, up to 8 MB of packed B         (in L3, shared)
+//       for blocks of C                                (the queue)
+//         for blocks of k, up to 384                   (sums of one block stay in registers)
+//           pack A: rows x k, up to half a megabyte    (in L2, the thread's own)
+//           for panels of B, for panels of A: one tile (b in L1 or L2, a from L2)
 //
-// Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work.
-// Rows and columns are dealt out evenly (15 rows: 8 + 7, not 14 + 1). Few rows take other ways, below.
+// Panels hold fp32 (fp64 for f64), whatever the operands are: conversion costs O(1/N) and O(1/M) of the work. Two bf16
+// operands are packed in pairs, where the CPU multiplies those. Rows are dealt out evenly (15 rows: 8 + 7, not 14 + 1).
+// The blocks of k, and so the order of every sum, depend on K alone. Few rows take other ways, below.
 #include "core/gemm.h"
 
 #include <omp.h>
@@ -24,12 +26,14 @@
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kDepth = 256;              // of a block of k: a panel of B fits L1, sums stay short
-constexpr int64_t kDotDepth = 1024;          // the same for inner products, whose sums are spread over lanes
-constexpr int64_t kMaxDepth = 24 * kDepth;   // of packed B; more goes in several passes
-constexpr int64_t kBlockBytes = 384 * 1024;  // of packed A
+constexpr int64_t kDepth = 384;              // of a block of k, in steps of a tile
+constexpr int64_t kPassBlocks = 24;          // of k in one pass, which packs B
+constexpr int64_t kFlatElements = 1 << 20;   // of A in one pass, which packs A
+constexpr int64_t kDotDepth = 1024;          // of a block of k for inner products, whose sums are spread over lanes
+constexpr int64_t kBlockBytes = 512 * 1024;  // of packed A
 constexpr int64_t kPanelBytes = 8 << 20;     // of packed B
-constexpr int64_t kBlockCols = 512;          // of a block of C, about
+constexpr int64_t kBlockCols = 1024;         // of a block of C, about
+constexpr int64_t kBlocksPerThread = 6;      // of C
 constexpr int64_t kSlack = 16;               // elements that packing may write past its end
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds that are worth a thread
 
@@ -59,6 +63,19 @@ int threads_for(int64_t M, int64_t N, int64_t K) {
   return static_cast<int>(std::clamp<double>(worth, 1, omp_get_max_threads()));
 }
 
+// A block of k: `depth` numbers from `first` on; `steps` elements of a panel, `at` from where the pass over k begins.
+struct Depth {
+  int64_t first, depth, at, steps;
+};
+
+bool cpu_has_pairs() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 template <class S>
 struct Problem {
   const GemmKernels<S>& kernels;
@@ -69,9 +86,17 @@ struct Problem {
   int64_t ldc;
   bool accumulate;
   const S* bias;
+  int64_t d0 = 0, d1 = depths().count;  // the blocks of k of this pass
 
-  Split depths() const { return split(K, kDepth); }
-  int64_t depth() const { return std::clamp<int64_t>(K, 1, kDepth); }  // at least that of any block
+  Split rows() const { return split(M, kernels.rows); }
+  Split depths() const { return split(ceil_div(K, kernels.step), kDepth); }
+  Depth depth(int64_t begin, int64_t end) const {
+    const int64_t step = depths()[begin], steps = depths()[end] - step, k = step * kernels.step;
+    return {k, std::min(K - k, steps * kernels.step), step - depths()[d0], steps};
+  }
+  Depth depth(int64_t d) const { return depth(d, d + 1); }
+  Depth pass() const { return depth(d0, d1); }
+  int64_t longest() const { return std::clamp<int64_t>(ceil_div(K, kernels.step), 1, kDepth); }  // steps of a block
   DType own() const { return sizeof(S) == 4 ? DType::f32 : DType::f64; }
   bool narrow() const { return c_dtype != own(); }
   char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
@@ -99,37 +124,40 @@ struct Sums {
   }
 };
 
-// Panels of A, one per (block of k, tile of rows), each with room for what packing writes past its end.
+// Panels of A, one per (block of k, tile of rows), for tiles [first, last); each has room for what packing writes past
+// its end.
 template <class S>
 struct RowPanels {
-  Split rows;
-  int64_t pitch;
+  const Problem<S>& p;
+  int64_t first, count, pitch;
   S* data;
 
-  RowPanels(const Problem<S>& p, int64_t n, S* data)
-      : rows(split(n, p.kernels.rows)), pitch(round_up(p.kernels.rows * p.depth() + kSlack)), data(data) {}
-  int height(int64_t r) const { return static_cast<int>(rows[r + 1] - rows[r]); }
-  S* panel(int64_t d, int64_t r) const { return data + (d * rows.count + r) * pitch; }
+  RowPanels(const Problem<S>& p, int64_t first, int64_t last, S* data)
+      : p(p), first(first), count(last - first), pitch(round_up(p.kernels.rows * p.longest() + kSlack)), data(data) {}
+  int64_t row(int64_t r) const { return p.rows()[first + r] - p.rows()[first]; }
+  int height(int64_t r) const { return static_cast<int>(row(r + 1) - row(r)); }
+  S* panel(int64_t d, int64_t r) const { return data + (d * count + r) * pitch; }
+  void pack(const Depth& k, int64_t d, int64_t r) const {
+    p.kernels.pack(p.A, p.M, p.rows()[first + r], height(r), k.first, k.depth, height(r), panel(d, r));
+  }
 };
 
-// Rows [i0, i1) of columns [j0, j1), from panels of B that begin at column `origin`.
+// Tiles of rows [r0, r1) of columns [j0, j1), from panels of B that begin at column `origin`.
 template <class S>
-void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
+void block(const Problem<S>& p, int64_t r0, int64_t r1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
            S* scratch) {
   const auto& kernels = p.kernels;
-  const int64_t cols = kernels.cols;
-  const Sums<S> sums(p, i0, i1, j0, j1, scratch);
-  const RowPanels<S> A(p, i1 - i0, a);
-  const Split depths = p.depths();
-  for (int64_t d = 0; d < depths.count; ++d) {
-    const int64_t k = depths[d], depth = depths[d + 1] - k;
-    for (int64_t r = 0; r < A.rows.count; ++r)
-      kernels.pack(p.A, p.M, i0 + A.rows[r], A.height(r), k, depth, A.height(r), A.panel(0, r));
+  const int64_t cols = kernels.cols, pitch = p.pass().steps;
+  const Sums<S> sums(p, p.rows()[r0], p.rows()[r1], j0, j1, scratch);
+  const RowPanels<S> A(p, r0, r1, a);
+  for (int64_t d = p.d0; d < p.d1; ++d) {
+    const Depth k = p.depth(d);
+    for (int64_t r = 0; r < A.count; ++r) A.pack(k, 0, r);
     for (int64_t j = j0; j < j1; j += cols)
-      for (int64_t r = 0; r < A.rows.count; ++r)
-        kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), depth, A.panel(0, r),
-                     panels + (j - origin) * p.K + k * cols, cols, sums.at + A.rows[r] * sums.ld + (j - j0), sums.ld,
-                     sums.start(j, d), d > 0 || sums.accumulate);
+      for (int64_t r = 0; r < A.count; ++r)
+        kernels.tile(A.height(r), static_cast<int>(std::min(cols, j1 - j)), k.steps, A.panel(0, r),
+                     panels + (j - origin) * pitch + k.at * cols, cols, sums.at + A.row(r) * sums.ld + (j - j0),
+                     sums.ld, sums.start(j, d), d > 0 || sums.accumulate);
   }
   sums.finish();
 }
@@ -137,22 +165,23 @@ void block(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, 
 template <class S>
 void run(const Problem<S>& p) {
   const auto& kernels = p.kernels;
-  const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S);
+  const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S), pitch = p.pass().steps;
   const int threads = threads_for(p.M, p.N, p.K);
-  const int64_t panels = ceil_div(p.N, cols);
-  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, p.K) * cols * size)));
+  const int64_t panels = ceil_div(p.N, cols), row_tiles = p.rows().count;
+  const Split outer = split(panels, std::max<int64_t>(1, kPanelBytes / (std::max<int64_t>(1, pitch) * cols * size)));
   const int64_t widest = ceil_div(panels, outer.count);
-  // Blocks of C: A's pack fits L2, and each thread has four or more of them, where there are as many tiles.
-  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.depth() * rows * size)), ceil_div(p.M, rows));
+  // Blocks of C: A's pack fits L2, and there are several for each thread, where there are as many tiles.
+  int64_t tiles = std::min(std::max<int64_t>(1, kBlockBytes / (p.longest() * rows * size)), row_tiles);
   int64_t width = std::min(widest, kBlockCols / cols);
-  while (threads > 1 && ceil_div(p.M, tiles * rows) * ceil_div(widest, width) < 4 * threads && tiles * width > 4) {
+  while (threads > 1 && ceil_div(row_tiles, tiles) * ceil_div(widest, width) < kBlocksPerThread * threads &&
+         tiles * width > 4) {
     int64_t& longer = tiles * rows > width * cols ? tiles : width;
     longer = ceil_div(longer, 2);
   }
-  const Split row_blocks = split(p.M, tiles * rows);
-  const int64_t a_size = tiles * RowPanels<S>(p, 0, nullptr).pitch;
+  const Split row_blocks = split(row_tiles, tiles);
+  const int64_t a_size = tiles * RowPanels<S>(p, 0, 0, nullptr).pitch;
   const int64_t own = round_up(a_size + (p.narrow() ? tiles * rows * width * cols : 0));
-  const int64_t shared = round_up(widest * cols * p.K);
+  const int64_t shared = round_up(widest * cols * pitch);
   S* const packed = workspace<S>(shared + threads * own);
 #pragma omp parallel num_threads(threads)
   {
@@ -162,8 +191,8 @@ void run(const Problem<S>& p) {
 #pragma omp for schedule(static)
       for (int64_t panel = first; panel < last; ++panel) {
         const int64_t j = panel * cols;
-        kernels.pack(p.B, p.N, j, static_cast<int>(std::min(cols, p.N - j)), 0, p.K, static_cast<int>(cols),
-                     packed + (j - origin) * p.K);
+        kernels.pack(p.B, p.N, j, static_cast<int>(std::min(cols, p.N - j)), p.pass().first, p.pass().depth,
+                     static_cast<int>(cols), packed + (j - origin) * pitch);
       }
       const Split col_blocks = split(last - first, width);
 #pragma omp for schedule(dynamic)
@@ -176,7 +205,8 @@ void run(const Problem<S>& p) {
   }
 }
 
-// --- few rows: A is packed once and stays in L2; each panel of B is packed, used and forgotten in L1 ---
+// --- few rows: A is packed once per pass, and a block of k of it stays in L2; a panel of B is packed, used, forgotten
+// ---
 
 // Columns [j0, j1). With one tile of rows, B is used where it lies.
 template <class S>
@@ -184,22 +214,21 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
   const Sums<S> sums(p, 0, p.M, j0, j1, scratch);
-  const Split depths = p.depths();
-  const bool in_place = A.rows.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
-  for (int64_t d = 0; d < depths.count; ++d) {
-    const int64_t k = depths[d], depth = depths[d + 1] - k;
+  const bool in_place = A.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
+  for (int64_t d = p.d0; d < p.d1; ++d) {
+    const Depth k = p.depth(d);
     for (int64_t j = j0, step; j < j1; j += step) {
       step = in_place && p.M == 1 && j1 - j >= kernels.wide ? kernels.wide : cols;
       const int width = static_cast<int>(std::min(step, j1 - j));
       const S* from = b;
       int64_t ldb = cols;
       if (in_place && width == step)
-        from = static_cast<const S*>(p.B.data) + k * p.B.ld + j, ldb = p.B.ld;
+        from = static_cast<const S*>(p.B.data) + k.first * p.B.ld + j, ldb = p.B.ld;
       else
-        kernels.pack(p.B, p.N, j, width, k, depth, static_cast<int>(cols), b);
-      for (int64_t r = 0; r < A.rows.count; ++r)
-        kernels.tile(A.height(r), width, depth, A.panel(d, r), from, ldb, sums.at + A.rows[r] * sums.ld + (j - j0),
-                     sums.ld, sums.start(j, d), d > 0 || sums.accumulate);
+        kernels.pack(p.B, p.N, j, width, k.first, k.depth, static_cast<int>(cols), b);
+      for (int64_t r = 0; r < A.count; ++r)
+        kernels.tile(A.height(r), width, k.steps, A.panel(d - p.d0, r), from, ldb,
+                     sums.at + A.row(r) * sums.ld + (j - j0), sums.ld, sums.start(j, d), d > 0 || sums.accumulate);
     }
   }
   sums.finish();
@@ -215,7 +244,7 @@ void run_dots(const Problem<S>& p) {
   const int64_t own = p.narrow() ? round_up(p.M * longest) : 0;
   const Split depths = split(p.K, kDotDepth);
   S* const a = workspace<S>(p.M * pitch + threads * own);
-  for (int64_t i = 0; i < p.M; ++i) kernels.pack(p.A, p.M, i, 1, 0, p.K, 1, a + i * pitch);
+  for (int64_t i = 0; i < p.M; ++i) kernels.line(p.A, i, p.K, a + i * pitch);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t c = 0; c < blocks.count; ++c) {
     const int64_t j0 = blocks[c], j1 = blocks[c + 1];
@@ -240,28 +269,26 @@ bool is_short(const Problem<S>& p) {
 
 template <class S>
 bool is_flat(const Problem<S>& p) {
-  return p.M * p.K * static_cast<int64_t>(sizeof(S)) <= kBlockBytes;
+  return p.M * p.longest() * static_cast<int64_t>(sizeof(S)) <= kBlockBytes;
 }
 
 template <class S>
 void run_flat(const Problem<S>& p) {
   const auto& kernels = p.kernels;
   const int threads = threads_for(p.M, p.N, p.K);
-  const int64_t cols = kernels.cols, panels = ceil_div(p.N, cols);
-  const Split depths = p.depths(), blocks = split(panels, std::clamp<int64_t>(panels / (4 * threads), 1, 8));
-  const int64_t a_size = depths.count * split(p.M, kernels.rows).count * RowPanels<S>(p, 0, nullptr).pitch;
-  const int64_t b_size = round_up(p.depth() * cols);
+  const int64_t cols = kernels.cols, panels = ceil_div(p.N, cols), depths = p.d1 - p.d0;
+  const Split blocks = split(panels, std::clamp<int64_t>(panels / (kBlocksPerThread * threads), 1, 8));
+  const int64_t a_size = depths * p.rows().count * RowPanels<S>(p, 0, 0, nullptr).pitch;
+  const int64_t b_size = round_up(p.longest() * cols);
   const int64_t own = b_size + (p.narrow() ? round_up(p.M * ceil_div(panels, blocks.count) * cols) : 0);
   S* const packed = workspace<S>(a_size + threads * own);
-  const RowPanels<S> A(p, p.M, packed);
+  const RowPanels<S> A(p, 0, p.rows().count, packed);
 #pragma omp parallel num_threads(threads)
   {
     S* const b = packed + a_size + omp_get_thread_num() * own;
 #pragma omp for schedule(static) collapse(2)
-    for (int64_t d = 0; d < depths.count; ++d)
-      for (int64_t r = 0; r < A.rows.count; ++r)
-        kernels.pack(p.A, p.M, A.rows[r], A.height(r), depths[d], depths[d + 1] - depths[d], A.height(r),
-                     A.panel(d, r));
+    for (int64_t d = 0; d < depths; ++d)
+      for (int64_t r = 0; r < A.count; ++r) A.pack(p.depth(p.d0 + d), d, r);
 #pragma omp for schedule(dynamic)
     for (int64_t c = 0; c < blocks.count; ++c)
       columns(p, blocks[c] * cols, std::min(p.N, blocks[c + 1] * cols), A, b, b + b_size);
@@ -274,26 +301,16 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate, static_cast<const S*>(bias)};
   p.B.transposed = !B.transposed;
   if (is_short(p)) return run_dots(p);
-  if (is_flat(p)) return run_flat(p);
-  if (K <= kMaxDepth) return run(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
-  const bool narrow = p.narrow();
+  const bool flat = is_flat(p);
+  const int64_t blocks = flat ? std::max<int64_t>(1, kFlatElements / (M * kDepth)) : kPassBlocks;
+  const Split passes = split(p.depths().count, blocks);
+  const bool narrow = p.narrow() && passes.count > 1;
   const Buffer<S> wide(narrow ? M * N : 0);
   if (narrow) p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false, p.c_dtype = p.own();
-  const Split passes = split(K, kMaxDepth);
-  for (int64_t d = 0; d < passes.count; ++d) {
-    const int64_t k = passes[d];
-    const auto from = [k](Matrix X, bool along_rows) {
-      const int64_t skip = k * (along_rows ? X.ld : 1) * static_cast<int64_t>(itemsize(X.dtype));
-      X.data = static_cast<const char*>(X.data) + skip;
-      return X;
-    };
-    Problem<S> pass = p;
-    pass.K = passes[d + 1] - k;
-    pass.A = from(p.A, p.A.transposed), pass.B = from(p.B, p.B.transposed);
-    pass.accumulate = d > 0 || p.accumulate;
-    pass.bias = d == 0 ? p.bias : nullptr;
-    run(pass);
+  for (int64_t pass = 0; pass < passes.count; ++pass) {
+    p.d0 = passes[pass], p.d1 = passes[pass + 1];
+    flat ? run_flat(p) : run(p);
   }
   if (narrow)
     for (int64_t i = 0; i < M; ++i)
@@ -318,6 +335,8 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
     gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
+  else if (A.dtype == DType::bf16 && B.dtype == DType::bf16 && table.pairs.tile && cpu_has_pairs())
+    gemm_in(table.pairs, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
   else
     gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
 }

@@ -20,9 +20,11 @@ struct Matrix {
 void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
           const void* bias = nullptr);
 
-// The inner loops, for sums in S = float or double.
+// The inner loops, for sums in S = float or double. A panel's element is one number in S, or (`step` 2) a pair of bf16
+// that follow each other in k: then a block of k is `depth` numbers, but half as many steps of a tile.
 template <class S>
 struct GemmKernels {
+  int step;
   int rows, cols;  // the largest tile
   int wide;        // columns of a tile of a single row, in addition
 
@@ -31,10 +33,13 @@ struct GemmKernels {
   // written past the panel's end.
   void (*pack)(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, S* to);
 
-  // c (rows, cols) = sum over k < depth of a[k * rows + i] b[k * ldb + j], or +=. Sums start from
+  // c (rows, cols) = sum over k < steps of a[k * rows + i] b[k * ldb + j], or +=. Sums start from
   // start (cols), or from 0 if it is null. Reads b up to a whole vector.
-  void (*tile)(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
+  void (*tile)(int rows, int cols, int64_t steps, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
                const S* start, bool accumulate);
+
+  // to[k] = X[i][k], k < depth, in S also where panels hold pairs; writes up to a vector past the end.
+  void (*line)(Matrix X, int64_t i, int64_t depth, S* to);
 
   // c (rows, lines) = inner products of rows of a with lines of b (lines, depth), of dtype, or +=.
   void (*dots)(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
@@ -47,6 +52,7 @@ struct GemmKernels {
 struct GemmTable {
   GemmKernels<float> f32;
   GemmKernels<double> f64;
+  GemmKernels<float> pairs;  // of bf16; empty where there is no such instruction
 };
 
 }  // namespace llmkern::cpu

@@ -18,11 +18,25 @@ inline constexpr int kWide = 8;
 
 // --- tiles ---
 
-template <class S, int R, int V>
+// sum + b * a; kPairs: each lane holds two bf16, and two products are added.
+template <class S, bool kPairs>
+static inline Vec<S> multiply_add(Vec<S> sum, Vec<S> b, const S* a) {
+#if defined(__AVX512F__)
+  if constexpr (kPairs) return dot_pairs(sum, b, splat_bits(a));
+#endif
+  return sum + b * *a;
+}
+
+template <class S, bool kPairs, int R, int V>
 void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, const S* start,
           bool accumulate) {
   constexpr int L = kLanes<S>;
   const int last = cols - (V - 1) * L;
+  // C comes from L3 or memory; it is on its way while the sums are taken.
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) __builtin_prefetch(c + i * ldc + v * L, 1);
   Vec<S> sum[R][V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
@@ -38,7 +52,7 @@ void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, in
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sum[i][v] += row[v] * a[i];
+      for (int v = 0; v < V; ++v) sum[i][v] = multiply_add<S, kPairs>(sum[i][v], row[v], a + i);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
@@ -56,22 +70,22 @@ void tile(int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, in
 template <class S>
 using Tile = void (*)(int, int64_t, const S*, const S*, int64_t, S*, int64_t, const S*, bool);
 
-// tile<S, rows, vectors> for rows <= R and vectors <= V, found at run time.
-template <class S, int R, int V>
+// tile<S, kPairs, rows, vectors> for rows <= R and vectors <= V, found at run time.
+template <class S, bool kPairs, int R, int V>
 Tile<S> find_tile(int rows, int vectors) {
   if constexpr (R > 1)
-    if (rows < R) return find_tile<S, R - 1, V>(rows, vectors);
+    if (rows < R) return find_tile<S, kPairs, R - 1, V>(rows, vectors);
   if constexpr (V > 1)
-    if (vectors < V) return find_tile<S, R, V - 1>(rows, vectors);
-  return &tile<S, R, V>;
+    if (vectors < V) return find_tile<S, kPairs, R, V - 1>(rows, vectors);
+  return &tile<S, kPairs, R, V>;
 }
 
-template <class S>
+template <class S, bool kPairs>
 void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc, const S* start,
               bool accumulate) {
-  if (cols == kWide * kLanes<S>) return tile<S, 1, kWide>(cols, depth, a, b, ldb, c, ldc, start, accumulate);
+  if (cols == kWide * kLanes<S>) return tile<S, kPairs, 1, kWide>(cols, depth, a, b, ldb, c, ldc, start, accumulate);
   const int vectors = (cols + kLanes<S> - 1) / kLanes<S>;
-  find_tile<S, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, start, accumulate);
+  find_tile<S, kPairs, kRows<S>, kVectors<S>>(rows, vectors)(cols, depth, a, b, ldb, c, ldc, start, accumulate);
 }
 
 // --- packing ---
@@ -110,13 +124,15 @@ static inline void transpose(Vec<S> (&rows)[kLanes<S>]) {
   }
 }
 
-// Memory runs along k: L lines by L steps are transposed in registers. Lines past the n-th repeat it.
+// Memory runs along k, in lines `pitch` bytes apart: L lines by L steps are transposed in registers. Lines past the
+// n-th repeat it.
 template <class S, class T>
-void pack_lines(const T* x, int64_t ld, int n, int64_t depth, int stride, S* to) {
+void pack_lines(const void* x, int64_t pitch, int n, int64_t depth, int stride, S* to) {
   constexpr int L = kLanes<S>;
   for (int i = 0; i < stride; i += L, to += L) {
     const T* line[L];
-    for (int l = 0; l < L; ++l) line[l] = x + (i + l < n ? i + l : n - 1) * ld;
+    for (int l = 0; l < L; ++l)
+      line[l] = reinterpret_cast<const T*>(static_cast<const char*>(x) + (i + l < n ? i + l : n - 1) * pitch);
     Vec<S> block[L];
     int64_t k = 0;
     for (; k + L <= depth; k += L) {
@@ -160,10 +176,44 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
       if (X.transposed)
         pack_rows(x + k0 * X.ld + first, X.ld, n, first + (stride + L - 1) / L * L <= extent, depth, stride, to);
       else
-        pack_lines(x + first * X.ld + k0, X.ld, n, depth, stride, to);
+        pack_lines<S, T>(x + first * X.ld + k0, X.ld * static_cast<int64_t>(sizeof(T)), n, depth, stride, to);
     }
   });
 }
+
+template <class S>
+void line(Matrix X, int64_t i, int64_t depth, S* to) {
+  pack<S>(X, 0, i, 1, 0, depth, 1, to);
+}
+
+#if defined(__AVX512F__)
+// Panels of pairs: an element is X[i][k] and X[i][k + 1], k even; past an odd depth stands a zero.
+void pack_pairs(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t depth, int stride, float* to) {
+  const int64_t whole = depth / 2;
+  const bf16* x = static_cast<const bf16*>(X.data) + (X.transposed ? k0 * X.ld + first : first * X.ld + k0);
+  if (!X.transposed) {
+    // Pairs lie in memory as they are wanted: a transposition of 32-bit elements.
+    pack_lines<float, float>(x, X.ld * 2, n, whole, stride, to);
+    for (int i = 0; depth % 2 && i < stride; ++i) {
+      const uint32_t bits = x[(i < n ? i : n - 1) * X.ld + depth - 1].bits;
+      to[whole * stride + i] = bits_as<float>(bits);
+    }
+    return;
+  }
+  constexpr int L = kLanes<float>;
+  const bool inside = first + (stride + L - 1) / L * L <= extent;
+  for (int64_t k = 0; k < depth; k += 2, x += 2 * X.ld, to += stride)
+    for (int i = 0; i < stride; i += L) {
+      const auto row = [&](const bf16* p) {
+        return bits_as<vu32>(inside || n - i >= L ? load<float>(p + i)
+                             : n > i              ? load<float>(p + i, n - i, 0.f)
+                                                  : vf32{});
+      };
+      const vu32 high = k + 1 < depth ? row(x + X.ld) : vu32{};
+      store(to + i, bits_as<vf32>(row(x) >> 16 | high));
+    }
+}
+#endif
 
 // --- inner products ---
 
@@ -249,10 +299,25 @@ void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) 
 
 template <class S>
 inline constexpr GemmKernels<S> kKernels{
-    kRows<S>, kVectors<S>* kLanes<S>, kWide* kLanes<S>, &pack<S>, &any_tile<S>, &dots<S>, &convert<S>};
+    1,        kRows<S>,   kVectors<S>* kLanes<S>, kWide* kLanes<S>, &pack<S>, &any_tile<S, false>, &line<S>,
+    &dots<S>, &convert<S>};
+
+#if defined(__AVX512F__)
+inline constexpr GemmKernels<float> kPairKernels{2,
+                                                 kRows<float>,
+                                                 kVectors<float>* kLanes<float>,
+                                                 kWide* kLanes<float>,
+                                                 &pack_pairs,
+                                                 &any_tile<float, true>,
+                                                 &line<float>,
+                                                 &dots<float>,
+                                                 &convert<float>};
+#else
+inline constexpr GemmKernels<float> kPairKernels{};
+#endif
 
 }  // namespace
 
-extern const GemmTable gemm{kKernels<float>, kKernels<double>};
+extern const GemmTable gemm{kKernels<float>, kKernels<double>, kPairKernels};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

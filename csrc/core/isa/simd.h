@@ -216,6 +216,22 @@ static inline vf64 sqrt(vf64 x) {
   return x;
 }
 
+#if defined(__AVX512F__)
+// All lanes are the 32 bits at p, whatever they mean.
+static inline vf32 splat_bits(const float* p) {
+  int32_t bits;
+  memcpy(&bits, p, sizeof bits);
+  return bits_as<vf32>(bits + vi32{});
+}
+
+// sum + a.low * b.low + a.high * b.high, lane by lane, for lanes of two bf16: AVX-512 BF16, for CPUs that have it.
+// In assembly, because this unit is compiled for those that do not, too. Denormal operands count as zero.
+static inline vf32 dot_pairs(vf32 sum, vf32 a, vf32 b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#endif
+
 // Fixed trees: the order of a reduction depends on the lane count only.
 template <class A, class V, class F>
 static inline A reduce(V v, F f) {
