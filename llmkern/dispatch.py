@@ -56,22 +56,39 @@ def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str
     return None if sizes["products"] >= 1 << 21 else "too small to gain"
 
 
+def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return "torch.func batches the composition" if sizes["transformed"] else None
+
+
 def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     """Measured: benchmarks/bench_rnn.py, lstm/decode."""
     return "one step does not pay for packing the weights" if sizes["T"] == 1 else None
 
 
+_LOSS_OPTIONS = (
+    "weight",
+    "label_smoothing",
+    "probabilities",
+    "z_loss",
+    "softcap",
+    "logit_scale",
+    "token_weight",
+    "outputs",
+)
+
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
 # TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
     "cross_entropy": {
-        "native": _cpu("weight", "label_smoothing", "z_loss", "softcap", "logit_scale", "token_weight"),
+        "native": _cpu(*_LOSS_OPTIONS),
     },
     "nll_loss": {},
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
-    "linear_cross_entropy": {},
+    "linear_cross_entropy": {
+        "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
+    },
     "mse_loss": {"native": _cpu()},
     "lstm": {"native": _cpu(unless=_lstm_is_faster_in_torch)},
     "gru": {},
@@ -86,7 +103,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "adagrad": {},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
-    "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight"}),
+    "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
 }
 REFERENCE_LACKS: dict[str, frozenset[str]] = {
     "embedding": frozenset({"sparse"}),

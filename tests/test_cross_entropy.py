@@ -54,8 +54,10 @@ def test_values_and_gradients(
     got = _both(F.cross_entropy, logits, target, weight, **options)
     own = _both(TF.cross_entropy, logits, target, weight, **options)
     exact = _both(TF.cross_entropy, logits.double(), target, None if weight is None else weight.double(), **options)
+    # With one class the gradient is 0: the difference of terms as large as the smoothing.
+    scale = smoothing if V == 1 else 0
     for ours, theirs, right in zip(got, own, exact, strict=True):
-        assert_accurate(ours, right, theirs)
+        assert_accurate(ours, right, theirs, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -116,7 +118,7 @@ def test_probabilities_in_the_reference(weighted: bool, smoothing: float) -> Non
         torch.randn(5, 7, dtype=torch.float64).softmax(-1),
     )
     weight = torch.rand(7, dtype=torch.float64) if weighted else None
-    got = reference.cross_entropy(logits, target, weight, label_smoothing=smoothing)
+    got = reference.cross_entropy(logits, target, weight, label_smoothing=smoothing)[0]
     want = TF.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(got, want)
     mixed = F.cross_entropy(logits, target, weight, label_smoothing=smoothing, z_loss=0.1)
@@ -381,11 +383,7 @@ def test_explain_tells_the_backend() -> None:
     logits, target = _inputs(3, 5, torch.float32)
     native = llmkern.dispatch.unavailable("native") is None
     assert llmkern.explain(F.cross_entropy, logits, target).backends == ("native" if native else "torch",)
-    soft = llmkern.explain(F.cross_entropy, logits, logits.softmax(-1))
-    assert soft.backends == ("torch",)
-    if native:
-        assert "probabilities" in str(soft)
     both = llmkern.explain(F.cross_entropy, logits, logits.softmax(-1), z_loss=0.1)
-    assert both.backends == ("reference",)
+    assert both.backends == ("native" if native else "reference",)
     with llmkern.backend("torch"), pytest.raises(llmkern.dispatch.BackendError, match="z_loss"):
         F.cross_entropy(logits, target, z_loss=0.1)

@@ -33,8 +33,8 @@ BUILD: dict[str, Any] = {
 OURS = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]
 # Options of ours beyond torch's, neutral by default.
 EXTRA = {
-    "CrossEntropyLoss": {"z_loss", "softcap", "logit_scale"},
-    "LinearCrossEntropyLoss": {"z_loss", "softcap", "logit_scale"},
+    "CrossEntropyLoss": {"z_loss", "softcap", "logit_scale", "outputs", "inplace"},
+    "LinearCrossEntropyLoss": {"z_loss", "softcap", "logit_scale", "outputs", "workspace"},
 }
 
 

@@ -1,17 +1,23 @@
-// Cross-entropy from logits, by rows.
+// Cross-entropy from logits.
 //
-// Traffic: the forward reads the N*V logits once from memory; with the gradient it also writes N*V once. A row (V =
-// 32,000 in fp32: 128 KB) stays in the L2 cache while three sweeps pass over it: maximum, exponentials (kept in a
-// scratch row) and their sum, gradient. One exp per element. torch makes 8-9 passes over memory for the same.
+// Traffic: outputs read the N*V logits once from memory; with the gradient N*V are written once as well. torch makes
+// 8-9 passes over memory for the same. A row is taken in slabs: one sweep finds a slab's maximum, one its exponentials
+// e = exp(z - max of the slab), kept in a scratch row in the L2 cache, and their sum. Once all slabs are known, a last
+// sweep turns e into the gradient. One exp per element.
 //
-// The gradient in the forward is a bet on the gradient that will come back: functional knows the reduction, and so the
-// factor of each row. ops/cross_entropy.py takes the result if the bet was right and calls the backward kernel, which
-// recomputes from the logits, if not.
+// Rows are shared out among the threads; if there are fewer rows than threads, a row's slabs are. Classes that do not
+// lie side by side (D > 1) are transposed into scratch rows, as many as a cache line holds, and their gradients back.
+//
+// Asked for with the outputs, the gradient is a bet on the cotangents that will come: functional knows the reduction,
+// and so the factor of each row. ops/cross_entropy.py keeps it for the backward, and calls this function again if the
+// bet was lost: then the slabs are summed again, and the bits are the same.
 #include "core/cross_entropy.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -22,83 +28,269 @@ namespace llmkern::cpu {
 namespace {
 
 // A gradient larger than this does not stay in cache until the next op reads it.
-constexpr size_t kStreamBytes = size_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kGrain = 16 * 1024;  // elements that are worth a thread
+constexpr int64_t kGroup = 16;         // rows that are transposed together
 
-double weight_sum(const CrossEntropy& op) {
-  if (!op.weight) return static_cast<double>(op.V);
-  double sum = 0;
-  visit(op.dtype, [&](auto t) {
-    using T = decltype(t);
-    const T* w = static_cast<const T*>(op.weight);
-    for (int64_t v = 0; v < op.V; ++v) sum += to_double(w[v]);
-  });
-  return sum;
+template <class T>
+T* at(T* p, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return p ? reinterpret_cast<T*>(static_cast<Byte*>(p) + bytes) : nullptr;
 }
 
-template <class F>
-void for_rows(const CrossEntropy& op, const int64_t* target, const F& f) {
-  constexpr int64_t kGrainElements = 16 * 1024;
-  std::atomic<int64_t> bad{op.ignore_index};
-  parallel_for(op.N, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, op.V)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t y = target[i];
-                   if (y != op.ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(op.V)) {
-                     bad.store(y, std::memory_order_relaxed);
-                     return;
-                   }
-                 }
-                 f(begin, end);
-               });
-  if (bad != op.ignore_index) throw std::out_of_range("Target " + std::to_string(bad) + " is out of bounds.");
+// One call: what its rows share.
+template <class A>
+struct Call {
+  const CrossEntropy& op;
+  const CrossEntropyOutputs& outputs;
+  const CrossEntropyCotangents& cotangents;
+  const CrossEntropyKernels& kernels = LLMKERN_SELECT(cross_entropy);
+  bool stream, wants_gradient, needs_u;
+  double keep = 1 - op.label_smoothing, rest = op.label_smoothing / static_cast<double>(op.V);
+  Buffer<A> w{op.weight ? static_cast<size_t>(op.V) : 0};  // class weights
+  // u of index targets, which is one for all rows; without class weights it is the number `rest`.
+  Buffer<A> shared_u{op.weight && op.label_smoothing != 0 && op.target ? static_cast<size_t>(op.V) : 0};
+
+  Call(const CrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
+       const CrossEntropyGradients& gradients)
+      : op(op), outputs(outputs), cotangents(cotangents) {
+    const int64_t bytes = op.N * op.V * op.D * static_cast<int64_t>(itemsize(gradients.dtype));
+    stream = bytes > kStreamBytes && op.D == 1;
+    wants_gradient = gradients.dlogits || gradients.dtarget;
+    // Probabilities that need neither factor nor conversion are u themselves.
+    needs_u = op.probabilities && (op.weight || op.label_smoothing != 0 || itemsize(op.target_dtype) != sizeof(A));
+    if (op.weight) kernels.targets(op.weight, op.weight_dtype, nullptr, 1, 0, op.V, w.get());
+    if (shared_u_used()) kernels.targets(nullptr, accum(), w.get(), 0, rest, op.V, shared_u.get());
+  }
+  static constexpr DType accum() { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
+  const A* weights() const { return op.weight ? w.get() : nullptr; }
+  bool shared_u_used() const { return op.weight && op.label_smoothing != 0 && op.target; }
+  double uniform() const { return op.target ? rest : 0; }
+  int64_t slabs() const { return (op.V + kCrossEntropySlab - 1) / kCrossEntropySlab; }
+};
+
+// What a thread needs for a row.
+template <class A>
+struct Scratch {
+  Buffer<A> e, u;
+  Buffer<CrossEntropyPart> parts;
+
+  explicit Scratch(const Call<A>& call)
+      : e(call.wants_gradient ? call.op.V : 0), u(call.needs_u ? call.op.V : 0), parts(call.slabs()) {}
+};
+
+// One row, in phases that can be shared out by slabs: reduce, combine, gradient.
+template <class A>
+struct Row {
+  const Call<A>& call;
+  const CrossEntropy& op;  // of the call, or with the dtypes of scratch rows
+  const Scratch<A>& scratch;
+  int64_t i;
+  const void *x, *t;  // t: this row's probabilities
+  void *dx, *dt;
+  DType dx_dtype;
+  CrossEntropyFactors k{};
+
+  int64_t begin(int64_t s) const { return s * kCrossEntropySlab; }
+  int64_t size(int64_t s) const { return std::min(kCrossEntropySlab, op.V - begin(s)); }
+  const void* logits(int64_t v) const { return at(x, v * static_cast<int64_t>(itemsize(op.dtype))); }
+  const A* u(int64_t v) const {
+    if (call.needs_u) return scratch.u.get() + v;
+    if (op.probabilities) return static_cast<const A*>(t) + v;
+    return call.shared_u_used() ? call.shared_u.get() + v : nullptr;
+  }
+  static double value(const void* p, int64_t i) { return p ? static_cast<const A*>(p)[i] : 0.0; }
+  static void put(void* p, int64_t i, double value) {
+    if (p) static_cast<A*>(p)[i] = static_cast<A>(value);
+  }
+
+  void reduce(int64_t s0, int64_t s1) const {
+    const bool entropy = call.outputs.entropy || call.cotangents.entropy;
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t v = begin(s), n = size(s);
+      const void* const from = at(t, v * static_cast<int64_t>(itemsize(op.target_dtype)));
+      if (call.needs_u)
+        call.kernels.targets(from, op.target_dtype, call.weights() ? call.weights() + v : nullptr, call.keep, call.rest,
+                             n, scratch.u.get() + v);
+      call.kernels.reduce(op, logits(v), u(v), call.uniform(), n, entropy,
+                          call.wants_gradient ? scratch.e.get() + v : nullptr, &scratch.parts[s]);
+    }
+  }
+
+  void combine() {
+    const double inf = std::numeric_limits<double>::infinity();
+    double most = -inf, sum = 0, total = 0, weighted = 0, moment = 0;
+    for (int64_t s = 0; s < call.slabs(); ++s) most = std::max(most, scratch.parts[s].max);
+    // A row of -inf, or with +inf, has no softmax: everything that follows is NaN, as torch has it.
+    const double m = std::isinf(most) ? std::numeric_limits<double>::quiet_NaN() : most;
+    for (int64_t s = 0; s < call.slabs(); ++s) {
+      const CrossEntropyPart& part = scratch.parts[s];
+      const double factor = part.max == -inf ? 0 : std::exp(part.base - m);
+      sum += factor * part.sum, total += part.total;
+      weighted += part.weighted + part.total * (part.base - m);
+      if (part.max != -inf) moment += factor * (part.entropy + part.sum * (part.base - m));
+    }
+    const double log_sum = std::log(sum), lse = m + log_sum, entropy = log_sum - moment / sum;
+    double own = 0, loss = 0;
+    if (op.target) {
+      const int64_t y = op.target[i];
+      own = call.keep * (call.weights() ? static_cast<double>(call.weights()[y]) : 1.0);
+      loss = own * (log_sum - (call.kernels.logit(op, logits(y)) - m));
+    }
+    if (op.probabilities || call.rest != 0) loss += total * log_sum - weighted;
+    if (op.z_loss != 0) loss += op.z_loss * lse * lse;
+    put(call.outputs.loss, i, loss), put(call.outputs.entropy, i, entropy);
+    put(call.outputs.lse, i, std::isinf(most) && find(m) < 0 ? most : lse);
+    const double g = value(call.cotangents.loss, i), g_entropy = value(call.cotangents.entropy, i);
+    k.p = 1 / sum, k.m = m, k.log_sum = log_sum, k.loss = g, k.entropy = g_entropy, k.own = g * own;
+    k.softmax = g * (own + total + 2 * op.z_loss * lse) + value(call.cotangents.lse, i);
+    if (g_entropy != 0) k.softmax += g_entropy * (log_sum - entropy);
+    k.uniform = call.uniform(), k.keep = call.keep;
+    if (call.outputs.argmax) call.outputs.argmax[i] = std::max<int64_t>(0, find(most));
+  }
+
+  // The first z that equals `value` or is NaN, or -1.
+  int64_t find(double value) const {
+    for (int64_t s = 0; s < call.slabs(); ++s) {
+      const CrossEntropyPart& part = scratch.parts[s];
+      if (part.max != value && !std::isnan(part.sum)) continue;
+      const int64_t found = call.kernels.find(op, logits(begin(s)), size(s), value);
+      if (found >= 0) return begin(s) + found;
+    }
+    return -1;
+  }
+
+  void gradient(int64_t s0, int64_t s1) const {
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t v = begin(s), n = size(s), y = op.target ? op.target[i] - v : -1;
+      const CrossEntropyPart& part = scratch.parts[s];
+      CrossEntropyFactors of_slab = k;
+      of_slab.p *= std::isinf(part.max) && part.max < 0 ? 0 : std::exp(part.base - k.m);
+      call.kernels.gradient(op, of_slab, logits(v), u(v), call.weights() ? call.weights() + v : nullptr,
+                            scratch.e.get() + v, n, y < n ? std::max<int64_t>(y, -1) : -1,
+                            at(dx, v * static_cast<int64_t>(itemsize(dx_dtype))), dx_dtype, call.stream,
+                            at(dt, v * static_cast<int64_t>(itemsize(op.target_dtype))));
+    }
+  }
+
+  bool ignored() const { return op.target && op.target[i] == op.ignore_index; }
+  void skip() const {
+    for (void* p : {call.outputs.loss, call.outputs.lse, call.outputs.entropy}) put(p, i, 0);
+    if (call.outputs.argmax) call.outputs.argmax[i] = -1;
+    if (dx) std::memset(dx, 0, op.V * itemsize(dx_dtype));
+  }
+  void run() {
+    if (ignored()) return skip();
+    reduce(0, call.slabs());
+    combine();
+    if (call.wants_gradient) gradient(0, call.slabs());
+  }
+};
+
+// Classes side by side.
+template <class A>
+void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
+  const CrossEntropy& op = call.op;
+  const auto row = [&](const Scratch<A>& scratch, int64_t i) {
+    const auto of = [&](auto* p, DType dtype) { return at(p, i * op.V * static_cast<int64_t>(itemsize(dtype))); };
+    return Row<A>{call,
+                  op,
+                  scratch,
+                  i,
+                  of(logits, op.dtype),
+                  of(op.probabilities, op.target_dtype),
+                  of(gradients.dlogits, gradients.dtype),
+                  of(gradients.dtarget, op.target_dtype),
+                  gradients.dtype};
+  };
+  if (op.N >= omp_get_max_threads() || call.slabs() == 1 || omp_in_parallel())
+    return parallel_for(op.N, std::max<int64_t>(1, kGrain / op.V), [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(call);
+      for (int64_t i = begin; i < end; ++i) row(scratch, i).run();
+    });
+  const Scratch<A> scratch(call);
+  for (int64_t i = 0; i < op.N; ++i) {
+    Row<A> one = row(scratch, i);
+    if (one.ignored()) {
+      one.skip();
+      continue;
+    }
+    constexpr int64_t kSlabs = kGrain / kCrossEntropySlab;
+    parallel_for(call.slabs(), kSlabs, [&](int64_t begin, int64_t end) { one.reduce(begin, end); });
+    one.combine();
+    if (call.wants_gradient)
+      parallel_for(call.slabs(), kSlabs, [&](int64_t begin, int64_t end) { one.gradient(begin, end); });
+  }
+}
+
+// Classes D elements apart.
+template <class A>
+void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
+  const CrossEntropy& op = call.op;
+  CrossEntropy wide = op;
+  wide.dtype = Call<A>::accum();
+  if (op.probabilities) wide.target_dtype = wide.dtype;
+  const int64_t groups = (op.D + kGroup - 1) / kGroup;
+  parallel_for(op.N * groups, std::max<int64_t>(1, kGrain / (op.V * kGroup)), [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(call);
+    const size_t size = static_cast<size_t>(kGroup * op.V);
+    const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
+      const int64_t origin = n * op.V * op.D + d;
+      const auto gather = [&](const void* from, DType dtype, A* to) {
+        call.kernels.transpose(at(from, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D, op.V, width, to,
+                               wide.dtype, op.V);
+      };
+      const auto scatter = [&](const A* from, void* to, DType dtype) {
+        call.kernels.transpose(from, wide.dtype, op.V, width, op.V,
+                               at(to, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D);
+      };
+      gather(logits, op.dtype, x.get());
+      if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
+      for (int64_t r = 0; r < width; ++r) {
+        A* const own = x.get() + r * op.V;
+        Row<A>{call,
+               wide,
+               scratch,
+               n * op.D + d + r,
+               own,
+               op.probabilities ? t.get() + r * op.V : nullptr,
+               gradients.dlogits ? own : nullptr,
+               gradients.dtarget ? dt.get() + r * op.V : nullptr,
+               wide.dtype}
+            .run();
+      }
+      if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
+      if (gradients.dtarget) scatter(dt.get(), gradients.dtarget, op.target_dtype);
+    }
+  });
 }
 
 }  // namespace
 
-void cross_entropy_forward(const CrossEntropy& op, const void* logits, const int64_t* target, const void* scale,
-                           void* loss, void* stats, void* dlogits) {
-  const size_t item = itemsize(op.dtype), accum = op.dtype == DType::f64 ? 8 : 4, row = op.V * item;
-  const bool stream = op.N * row > kStreamBytes;
-  const double weights = weight_sum(op);
-  const auto& kernels = LLMKERN_SELECT(cross_entropy);
-  for_rows(op, target, [&](int64_t begin, int64_t end) {
-    const Buffer<char> scratch(scale ? op.V * accum : 0);
+void check_targets(const CrossEntropy& op) {
+  if (!op.target) return;
+  std::atomic<int64_t> bad{op.ignore_index};
+  parallel_for(op.N * op.D, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      char* const dx = scale ? static_cast<char*>(dlogits) + i * row : nullptr;
-      char *const loss_i = static_cast<char*>(loss) + i * accum, *const stats_i =
-                                                                     static_cast<char*>(stats) + 2 * i * accum;
-      if (target[i] == op.ignore_index) {
-        std::memset(loss_i, 0, accum);
-        const double ignored[2] = {0, 1};
-        const float ignored_f[2] = {0, 1};
-        std::memcpy(stats_i, accum == 8 ? static_cast<const void*>(ignored) : ignored_f, 2 * accum);
-        if (dx) std::memset(dx, 0, row);
-        continue;
-      }
-      kernels.forward(op, static_cast<const char*>(logits) + i * row, target[i], weights,
-                      scale ? static_cast<const char*>(scale) + i * accum : nullptr, loss_i, stats_i, dx, scratch.get(),
-                      stream);
+      const int64_t y = op.target[i];
+      if (y != op.ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(op.V)) return bad.store(y);
     }
   });
+  if (bad != op.ignore_index) throw std::out_of_range("Target " + std::to_string(bad) + " is out of bounds.");
 }
 
-void cross_entropy_backward(const CrossEntropy& op, const void* dloss, const void* logits, const int64_t* target,
-                            const void* stats, void* dlogits) {
-  const size_t item = itemsize(op.dtype), accum = op.dtype == DType::f64 ? 8 : 4, row = op.V * item;
-  const bool stream = op.N * row > kStreamBytes;
-  const double weights = weight_sum(op);
-  const auto& kernels = LLMKERN_SELECT(cross_entropy);
-  for_rows(op, target, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      char* const dx = static_cast<char*>(dlogits) + i * row;
-      if (target[i] == op.ignore_index)
-        std::memset(dx, 0, row);
-      else
-        kernels.backward(op, static_cast<const char*>(logits) + i * row, target[i], weights,
-                         static_cast<const char*>(dloss) + i * accum, static_cast<const char*>(stats) + 2 * i * accum,
-                         dx, stream);
-    }
-  });
+void cross_entropy(const CrossEntropy& op, const void* logits, const CrossEntropyOutputs& outputs,
+                   const CrossEntropyCotangents& cotangents, const CrossEntropyGradients& gradients) {
+  check_targets(op);
+  const auto run = [&](auto call) {
+    op.D == 1 ? rows(call, logits, gradients) : transposed_rows(call, logits, gradients);
+  };
+  if (op.dtype == DType::f64)
+    run(Call<double>(op, outputs, cotangents, gradients));
+  else
+    run(Call<float>(op, outputs, cotangents, gradients));
 }
 
 }  // namespace llmkern::cpu

@@ -5,35 +5,86 @@
 
 namespace llmkern::cpu {
 
-// What one call shares between its rows. With z = cap(logit_scale * x), cap(u) = softcap * tanh(u / softcap):
-//   loss = (1 - e) w[y] (lse(z) - z[y]) + (e / V) sum_c w[c] (lse(z) - z[c]) + z_loss lse(z)^2
+// What one call shares between its rows. With z = cap(logit_scale * x), cap(u) = softcap * tanh(u / softcap), and e the
+// label smoothing, a row's loss is
+//   index y:          (1 - e) w[y] (lse(z) - z[y]) + sum_c u[c] (lse(z) - z[c]) + z_loss lse(z)^2,  u = w e / V
+//   probabilities t:                                 sum_c u[c] (lse(z) - z[c]) + z_loss lse(z)^2,  u = w (t (1 - e) +
+//   e / V)
 struct CrossEntropy {
-  int64_t N, V;
-  DType dtype;         // of logits, weight and dlogits
+  int64_t N, V, D;            // logits (N, V, D): N * D rows of V classes
+  DType dtype;                // of logits
+  const int64_t* target;      // (N, D); null if there are
+  const void* probabilities;  // (N, V, D)
+  DType target_dtype;
   const void* weight;  // (V), or null for ones
-  int64_t ignore_index;
+  DType weight_dtype;
+  int64_t ignore_index;                                  // of index targets only
   double label_smoothing, z_loss, softcap, logit_scale;  // softcap 0: none
 };
 
-// loss (N) and stats (N, 2), in Accum: stats holds max(z) and sum(exp(z - max)) of each row, so that lse = max +
-// log(sum). With scale (N, Accum) not null, dlogits (N, V) = scale * dloss/dlogits is written in the same pass over the
-// row. Ignored rows give loss 0, gradient 0 and stats (0, 1). Throws std::out_of_range, with torch's text, if a target
-// is neither ignore_index nor in [0, V).
-void cross_entropy_forward(const CrossEntropy& op, const void* logits, const int64_t* target, const void* scale,
-                           void* loss, void* stats, void* dlogits);
+// (N, D), in Accum of the logits' dtype; null where not wanted. Ignored rows give 0, and -1 for argmax.
+struct CrossEntropyOutputs {
+  void *loss, *lse, *entropy;  // entropy of softmax(z), in nats
+  int64_t* argmax;             // the first of the largest z; that of NaN if there is one
+};
 
-// dlogits = dloss * d loss / d logits, from the stats of the forward: bit for bit what the forward
-// would have written with scale = dloss.
-void cross_entropy_backward(const CrossEntropy& op, const void* dloss, const void* logits, const int64_t* target,
-                            const void* stats, void* dlogits);
+// (N, D), in Accum: the gradients that came for the outputs. Null: none.
+struct CrossEntropyCotangents {
+  const void *loss, *lse, *entropy;
+};
+
+// dlogits (N, V, D) may be the logits themselves if it has their dtype; else they are bf16 for logits in f32. dtarget
+// (N, V, D) is of target_dtype. Null where not wanted.
+struct CrossEntropyGradients {
+  void* dlogits;
+  DType dtype;
+  void* dtarget;
+};
+
+// Everything in one pass over the logits: outputs, and gradients for the cotangents that are given. The bits depend on
+// neither the number of threads nor on what else is asked for. Checks the targets, with torch's text, before anything
+// is written.
+void cross_entropy(const CrossEntropy& op, const void* logits, const CrossEntropyOutputs& outputs,
+                   const CrossEntropyCotangents& cotangents, const CrossEntropyGradients& gradients);
+
+// Throws std::out_of_range if a target is neither ignore_index nor in [0, V).
+void check_targets(const CrossEntropy& op);
+
+// Of a slab of a row: max z; with base = max, or 0 if that is -inf: sum of e = exp(z - base), of u, of u (z - base),
+// and of e (z - base).
+struct CrossEntropyPart {
+  double max, base, sum, total, weighted, entropy;
+};
+
+// What turns a slab's e into its gradients:
+//   dz = s (softmax - entropy (z - m)) - loss u, s = e p the softmax of z; at the target, own of `softmax` goes with s
+//   - 1 dt = loss keep w (m + log_sum - z)
+struct CrossEntropyFactors {
+  double p, softmax, entropy, loss;
+  double uniform;  // u, where there is no array of it
+  double m, log_sum, own, keep;
+};
 
 struct CrossEntropyKernels {
-  // One row. `scratch`: V elements of Accum. `scale`: null, or what the gradient is multiplied by.
-  void (*forward)(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* scale, void* loss,
-                  void* stats, void* dx, void* scratch, bool stream);
-  void (*backward)(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* dloss,
-                   const void* stats, void* dx, bool stream);
+  // u = w (t keep + uniform), n elements; t null: zeros, w null: ones. t of `dtype`, w and u in Accum.
+  void (*targets)(const void* t, DType dtype, const void* w, double keep, double uniform, int64_t n, void* u);
+  // A slab of n <= kCrossEntropySlab logits; u null: `uniform`. e (n, Accum) may be null.
+  void (*reduce)(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
+                 CrossEntropyPart* part);
+  // y: the target's place in the slab, or -1. dx, or dt with w (Accum, or null for ones), or both.
+  void (*gradient)(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* w,
+                   const void* e, int64_t n, int64_t y, void* dx, DType dx_dtype, bool stream, void* dt);
+  // The first z that equals `value` or is NaN, or -1.
+  int64_t (*find)(const CrossEntropy& op, const void* x, int64_t n, double value);
+  // z[0], in double.
+  double (*logit)(const CrossEntropy& op, const void* x);
+  // to (cols, *) = from (rows, cols)^T, converted; leading dimensions to_ld and ld.
+  void (*transpose)(const void* from, DType from_dtype, int64_t ld, int64_t rows, int64_t cols, void* to,
+                    DType to_dtype, int64_t to_ld);
 };
+
+// Elements of a row that are taken together: the logits and their exponentials stay in the first-level cache.
+inline constexpr int64_t kCrossEntropySlab = 2048;
 
 }  // namespace llmkern::cpu
 

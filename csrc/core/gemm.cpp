@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "core/memory.h"
+#include "core/threads.h"
 
 namespace llmkern::cpu {
 namespace {
@@ -35,6 +36,7 @@ constexpr int64_t kPanelBytes = 8 << 20;     // of packed B
 constexpr int64_t kBlockCols = 1024;         // of a block of C, about
 constexpr int64_t kBlocksPerThread = 6;      // of C
 constexpr int64_t kSlack = 16;               // elements that packing may write past its end
+constexpr int64_t kConvertGrain = 1 << 15;   // elements that are worth a thread
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds that are worth a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -67,14 +69,6 @@ int threads_for(int64_t M, int64_t N, int64_t K) {
 struct Depth {
   int64_t first, depth, at, steps;
 };
-
-bool cpu_has_pairs() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
 
 template <class S>
 struct Problem {
@@ -320,6 +314,25 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
 
 }  // namespace
 
+bool gemm_multiplies_bf16() {
+#if defined(__x86_64__)
+  return LLMKERN_SELECT(gemm).pairs.tile && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+void convert(const void* from, int64_t n, void* to, DType dtype) {
+  const auto& table = LLMKERN_SELECT(gemm);
+  parallel_for(n, kConvertGrain, [&](int64_t begin, int64_t end) {
+    char* const at = static_cast<char*>(to) + begin * static_cast<int64_t>(itemsize(dtype));
+    if (dtype == DType::f64)
+      table.f64.convert(static_cast<const double*>(from) + begin, end - begin, at, dtype, false);
+    else
+      table.f32.convert(static_cast<const float*>(from) + begin, end - begin, at, dtype, false);
+  });
+}
+
 void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
           const void* bias) {
   const bool wide = A.dtype == DType::f64;
@@ -335,7 +348,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
     gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
-  else if (A.dtype == DType::bf16 && B.dtype == DType::bf16 && table.pairs.tile && cpu_has_pairs())
+  else if (A.dtype == DType::bf16 && B.dtype == DType::bf16 && gemm_multiplies_bf16())
     gemm_in(table.pairs, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
   else
     gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);

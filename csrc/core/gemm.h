@@ -20,6 +20,12 @@ struct Matrix {
 void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
           const void* bias = nullptr);
 
+// Whether products of two bf16 matrices are taken by the CPU's own instruction, twice as fast as in fp32.
+bool gemm_multiplies_bf16();
+
+// to (n), of dtype, = from (n), fp32 (fp64 for f64).
+void convert(const void* from, int64_t n, void* to, DType dtype);
+
 // The inner loops, for sums in S = float or double. A panel's element is one number in S, or (`step` 2) a pair of bf16
 // that follow each other in k: then a block of k is `depth` numbers, but half as many steps of a tile.
 template <class S>

@@ -5,21 +5,23 @@
 #include "core/linear.h"
 
 #include "core/gemm.h"
-#include "core/memory.h"
 
 namespace llmkern::cpu {
 
+WideBias::WideBias(const void* bias, DType dtype, int64_t n)
+    : wide_(bias && itemsize(dtype) == 2 ? n : 0), data_(bias) {
+  if (!bias || itemsize(dtype) != 2) return;
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t i = 0; i < n; ++i) wide_[i] = static_cast<float>(to_double(static_cast<const T*>(bias)[i]));
+  });
+  data_ = wide_.get();
+}
+
 void linear_forward(const void* x, const void* weight, const void* bias, DType dtype, int64_t N, int64_t I, int64_t O,
                     void* y) {
-  // Low precision: the sums start from the bias in fp32.
-  const bool widen = bias && itemsize(dtype) == 2;
-  const Buffer<float> wide(widen ? O : 0);
-  if (widen)
-    visit(dtype, [&](auto t) {
-      using T = decltype(t);
-      for (int64_t o = 0; o < O; ++o) wide[o] = static_cast<float>(to_double(static_cast<const T*>(bias)[o]));
-    });
-  gemm(N, O, I, {x, dtype, I, false}, {weight, dtype, I, true}, y, dtype, O, false, widen ? wide.get() : bias);
+  const WideBias wide(bias, dtype, O);
+  gemm(N, O, I, {x, dtype, I, false}, {weight, dtype, I, true}, y, dtype, O, false, wide.get());
 }
 
 void linear_backward(const void* dy, const void* x, const void* weight, DType dtype, int64_t N, int64_t I, int64_t O,

@@ -22,7 +22,8 @@ void empty_cache() { cpu::empty_cache(); }
 
 Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype) {
   const ScalarType type = dtype.value_or(self.scalar_type());
-  const size_t bytes = std::accumulate(sizes.begin(), sizes.end(), itemsize(dtype_of(type)), std::multiplies<>());
+  const size_t item = type == ScalarType::Long ? sizeof(int64_t) : itemsize(dtype_of(type));
+  const size_t bytes = std::accumulate(sizes.begin(), sizes.end(), item, std::multiplies<>());
   if (bytes < cpu::kLargeBytes || !torch_from_blob) return torch::stable::new_empty(self, sizes, dtype);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * sizes[d];

@@ -2,76 +2,138 @@
 
 #include <tuple>
 
+#include "torch/cross_entropy.h"
 #include "torch/tensor.h"
 
 namespace llmkern {
-namespace {
 
-cpu::CrossEntropy describe(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                           int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
-                           double logit_scale) {
-  require_contiguous(logits, "logits"), require_contiguous(target, "target");
-  require(logits.dim() == 2 && target.dim() == 1 && target.size(0) == logits.size(0),
-          "cross_entropy: expected logits (N, V) and target (N)");
-  require(target.scalar_type() == ScalarType::Long, "cross_entropy: expected an int64 target");
+cpu::CrossEntropy describe(DType dtype, int64_t N, int64_t V, int64_t D, const Tensor& target,
+                           const std::optional<Tensor>& weight, const CrossEntropyOptions& options) {
+  require_contiguous(target, "target");
+  cpu::CrossEntropy op{};
+  op.N = N, op.V = V, op.D = D, op.dtype = dtype;
+  if (target.scalar_type() == ScalarType::Long) {
+    require(target.numel() == N * D, "cross_entropy: expected a target for every row");
+    op.target = static_cast<const int64_t*>(target.const_data_ptr());
+  } else {
+    require(target.numel() == N * V * D, "cross_entropy: expected probabilities of the logits' shape");
+    op.probabilities = target.const_data_ptr(), op.target_dtype = dtype_of(target);
+    require((op.target_dtype == DType::f64) == (dtype == DType::f64), "cross_entropy: float64 cannot be mixed");
+  }
   if (weight) {
     require_contiguous(*weight, "weight");
-    require(weight->numel() == logits.size(1) && weight->scalar_type() == logits.scalar_type(),
-            "cross_entropy: expected weight (V) of the logits' dtype");
+    op.weight = weight->const_data_ptr(), op.weight_dtype = dtype_of(*weight);
+    require(weight->numel() == V && (op.weight_dtype == DType::f64) == (dtype == DType::f64),
+            "cross_entropy: expected weight (V), in float64 if the logits are");
   }
-  return {logits.size(0), logits.size(1),  dtype_of(logits), weight ? weight->const_data_ptr() : nullptr,
-          ignore_index,   label_smoothing, z_loss,           softcap,
-          logit_scale};
+  op.ignore_index = options.ignore_index, op.label_smoothing = options.label_smoothing;
+  op.z_loss = options.z_loss, op.softcap = options.softcap, op.logit_scale = options.logit_scale;
+  return op;
 }
 
-void require_rows(const Tensor& t, const Tensor& logits, int64_t width, const char* name) {
-  require_contiguous(t, name);
-  const bool wide = logits.scalar_type() == ScalarType::Double;
-  require(t.numel() == width * logits.size(0) && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-          std::string(name) + ": expected (N) or (N, 2), float32 (float64 for float64 logits)");
+const void* rows_of(const std::optional<Tensor>& t, const cpu::CrossEntropy& op, const char* name) {
+  if (!t) return nullptr;
+  require_contiguous(*t, name);
+  require(t->numel() == op.N * op.D && dtype_of(*t) == accum_of(op.dtype),
+          std::string(name) + ": expected one for every row, float32 (float64 for float64)");
+  return t->const_data_ptr();
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& logits, const Tensor& target,
-                                                         std::optional<Tensor> weight, std::optional<Tensor> scale,
-                                                         int64_t ignore_index, double label_smoothing, double z_loss,
-                                                         double softcap, double logit_scale) {
-  const auto op = describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
-  if (scale) require_rows(*scale, logits, 1, "scale");
-  const ScalarType accum = op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor loss = empty(logits, {op.N}, accum), stats = empty(logits, {op.N, 2}, accum);
-  Tensor dlogits = empty(logits, scale ? std::vector<int64_t>{op.N, op.V} : std::vector<int64_t>{0});
-  cpu::cross_entropy_forward(op, logits.const_data_ptr(), static_cast<const int64_t*>(target.const_data_ptr()),
-                             scale ? scale->const_data_ptr() : nullptr, loss.mutable_data_ptr(),
-                             stats.mutable_data_ptr(), dlogits.mutable_data_ptr());
-  return {loss, stats, dlogits};
+CrossEntropyResults::CrossEntropyResults(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype,
+                                         bool entropy, bool argmax) {
+  const ScalarType accum = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  const std::vector<int64_t> none{0};
+  loss = empty(like, sizes, accum), lse = empty(like, sizes, accum);
+  this->entropy = empty(like, entropy ? sizes : none, accum);
+  this->argmax = empty(like, argmax ? sizes : none, ScalarType::Long);
+  outputs = {loss.mutable_data_ptr(), lse.mutable_data_ptr(), entropy ? this->entropy.mutable_data_ptr() : nullptr,
+             argmax ? static_cast<int64_t*>(this->argmax.mutable_data_ptr()) : nullptr};
 }
 
-Tensor cross_entropy_backward(const Tensor& dloss, const Tensor& logits, const Tensor& target,
-                              std::optional<Tensor> weight, const Tensor& stats, int64_t ignore_index,
-                              double label_smoothing, double z_loss, double softcap, double logit_scale) {
-  const auto op = describe(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
-  require_rows(dloss, logits, 1, "dloss"), require_rows(stats, logits, 2, "stats");
-  Tensor dlogits = empty(logits, {op.N, op.V});
-  cpu::cross_entropy_backward(op, dloss.const_data_ptr(), logits.const_data_ptr(),
-                              static_cast<const int64_t*>(target.const_data_ptr()), stats.const_data_ptr(),
-                              dlogits.mutable_data_ptr());
-  return dlogits;
+namespace {
+
+// Logits (N, V) or (N, V, D).
+cpu::CrossEntropy describe(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                           const CrossEntropyOptions& options) {
+  require_contiguous(logits, "logits");
+  require(logits.dim() == 2 || logits.dim() == 3, "cross_entropy: expected logits (N, V) or (N, V, D)");
+  return describe(dtype_of(logits), logits.size(0), logits.size(1), logits.dim() == 3 ? logits.size(2) : 1, target,
+                  weight, options);
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+std::vector<int64_t> row_sizes(const Tensor& logits) {
+  return logits.dim() == 3 ? std::vector<int64_t>{logits.size(0), logits.size(2)}
+                           : std::vector<int64_t>{logits.size(0)};
+}
+
+Tensor like(const Tensor& t, bool wanted) { return empty(t, wanted ? sizes_of(t) : std::vector<int64_t>{0}); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& logits, const Tensor& target, std::optional<Tensor> weight, std::optional<Tensor> dloss,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, bool entropy,
+    bool argmax, bool need_logits, bool need_target) {
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
+  Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
+  cpu::cross_entropy(op, logits.const_data_ptr(), results.outputs, {rows_of(dloss, op, "dloss"), nullptr, nullptr},
+                     {need_logits ? dlogits.mutable_data_ptr() : nullptr, op.dtype,
+                      need_target ? dtarget.mutable_data_ptr() : nullptr});
+  return {results.loss, results.lse, results.entropy, results.argmax, dlogits, dtarget};
+}
+
+// The gradient replaces the logits.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_(Tensor logits, const Tensor& target,
+                                                                          std::optional<Tensor> weight,
+                                                                          const Tensor& dloss, int64_t ignore_index,
+                                                                          double label_smoothing, double z_loss,
+                                                                          double softcap, double logit_scale,
+                                                                          bool entropy, bool argmax, bool need_target) {
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
+  Tensor dtarget = like(target, need_target);
+  cpu::cross_entropy(op, logits.const_data_ptr(), results.outputs, {rows_of(dloss, op, "dloss"), nullptr, nullptr},
+                     {logits.mutable_data_ptr(), op.dtype, need_target ? dtarget.mutable_data_ptr() : nullptr});
+  return {results.loss, results.lse, results.entropy, results.argmax, dtarget};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> dloss, std::optional<Tensor> dlse,
+                                                  std::optional<Tensor> dentropy, const Tensor& logits,
+                                                  const Tensor& target, std::optional<Tensor> weight,
+                                                  int64_t ignore_index, double label_smoothing, double z_loss,
+                                                  double softcap, double logit_scale, bool need_logits,
+                                                  bool need_target) {
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
+  cpu::cross_entropy(op, logits.const_data_ptr(), {},
+                     {rows_of(dloss, op, "dloss"), rows_of(dlse, op, "dlse"), rows_of(dentropy, op, "dentropy")},
+                     {need_logits ? dlogits.mutable_data_ptr() : nullptr, op.dtype,
+                      need_target ? dtarget.mutable_data_ptr() : nullptr});
+  return {dlogits, dtarget};
 }
 
 }  // namespace
 
+#define LLMKERN_OPTIONS " int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
+  m.def("cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss," LLMKERN_OPTIONS
+        ", bool entropy, bool argmax, bool need_logits, bool need_target)"
+        " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dlogits, Tensor dtarget)");
+  m.def("cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor dloss," LLMKERN_OPTIONS
+        ", bool entropy, bool argmax, bool need_target)"
+        " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dtarget)");
   m.def(
-      "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? scale, int ignore_index,"
-      " float label_smoothing, float z_loss, float softcap, float logit_scale)"
-      " -> (Tensor loss, Tensor stats, Tensor dlogits)");
-  m.def(
-      "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor? weight, Tensor stats,"
-      " int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale) -> Tensor");
+      "cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor target,"
+      " Tensor? weight," LLMKERN_OPTIONS ", bool need_logits, bool need_target) -> (Tensor dlogits, Tensor dtarget)");
 }
+
+#undef LLMKERN_OPTIONS
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
+  m.impl("cross_entropy_forward_", TORCH_BOX(&cross_entropy_forward_));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional
 
+from ._losses import CrossEntropyOutput
 from .cross_entropy import cross_entropy, nll_loss
 from .embedding import embedding
 from .embedding_bag import embedding_bag
@@ -17,6 +18,7 @@ from .mse_loss import mse_loss
 from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 
 __all__ = [
+    "CrossEntropyOutput",
     "cross_entropy",
     "embedding",
     "embedding_bag",

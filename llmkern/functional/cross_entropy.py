@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from .. import dispatch, ops, reference
+from .. import dispatch, ops
+from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
 
 
+@overload
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -24,7 +29,44 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
-) -> Tensor:
+    outputs: Sequence[str],
+    inplace: bool = False,
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    outputs: tuple[()] = (),
+    inplace: bool = False,
+) -> Tensor: ...
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    inplace: bool = False,
+) -> Tensor | CrossEntropyOutput:
     """Cross-entropy between logits and targets; see :func:`torch.nn.functional.cross_entropy`.
 
     Args:
@@ -39,81 +81,86 @@ def cross_entropy(
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118). Default: none.
         logit_scale: logits are multiplied by this first, before ``softcap``. Default: 1.
         token_weight: multiplies each target's loss, of the losses' shape. Default: ones.
+        outputs: names among ``"lse"``, ``"entropy"``, ``"argmax"`` and ``"accuracy"``: what to return beside the loss,
+            from the same pass over the logits. Default: nothing.
+        inplace: lets the gradient take the place of the logits, which saves as much memory. ``input`` must not be used
+            afterwards, and the loss allows one backward. Where no gradient is made at once (no grad mode,
+            ``reduction="none"``, another backend, under the compiler) nothing is overwritten. Default: ``False``.
 
     Returns:
         A scalar, or with ``"none"`` the losses of the target's shape; of ``input``'s dtype. ``"mean"`` divides by the
         sum of ``weight[target] * token_weight`` over the targets that are not ignored (with probabilities: by the
-        number of targets, or the sum of ``token_weight``).
+        number of targets, or the sum of ``token_weight``). With ``outputs`` a :class:`CrossEntropyOutput`.
 
     Raises:
         IndexError: if an index is neither ``ignore_index`` nor in [0, C): "Target 7 is out of bounds."
-        ValueError: if ``token_weight`` has another shape than the losses.
+        ValueError: if ``token_weight`` has another shape than the losses, or for an unknown name in ``outputs``.
 
-    Losses are computed and summed in fp32 (fp64 for fp64). No input is written to.
+    Losses are computed and summed in fp32 (fp64 for fp64). No input is written to, but with ``inplace``.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    extra = {"z_loss": z_loss != 0, "softcap": bool(softcap), "logit_scale": logit_scale != 1}
-    extra["token_weight"] = token_weight is not None
-    if not _well_formed(input, target, weight, reduction, label_smoothing, token_weight):
+    check_outputs(outputs)
+    if not _well_formed(input, target, weight, ignore_index, reduction, label_smoothing, token_weight):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     soft = target.shape == input.shape
     used = {
         "weight": weight is not None,
         "label_smoothing": label_smoothing != 0,
         "probabilities": soft,
-        **extra,
+        "z_loss": z_loss != 0,
+        "softcap": bool(softcap),
+        "logit_scale": logit_scale != 1,
+        "token_weight": token_weight is not None,
+        "outputs": bool(outputs),
     }
+    x, t = input, target
     if torch.is_autocast_enabled(input.device.type):
-        input, weight = input.float(), None if weight is None else weight.float()
-    tensors = [t for t in (input, weight) if t is not None]
-    backend = dispatch.pick("cross_entropy", *tensors, options=[name for name, on in used.items() if on])
+        x, weight = x.float(), None if weight is None else weight.float()
+    if soft:
+        x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))
+    backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=[name for name, on in used.items() if on])
     if backend == "torch":
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    options = (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale)
-    logits = _rows(input)
-    if soft:
-        losses = reference.cross_entropy(logits, _rows(target), weight, *options)
-        per_target = None
-        scale = None
-    else:
-        target = target.reshape(-1).to(torch.int64)
-        per_target = _target_weights(target, weight, ignore_index, losses_dtype(input))
-    if token_weight is not None:
-        tokens = token_weight.reshape(-1).to(losses_dtype(input))
-        per_target = tokens if per_target is None else per_target * tokens
-    total = None
-    if reduction == "mean":
-        total = (
-            input.new_full((), logits.shape[0], dtype=losses_dtype(input)) if per_target is None else per_target.sum()
-        )
-    if not soft:
-        scale = _expected_gradient(logits, reduction, total, token_weight)
-        losses = ops.cross_entropy(logits, target.contiguous(), weight, scale, *options, backend)
-    if token_weight is not None:
-        losses = losses * tokens
-    if reduction == "none":
-        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
-        return losses.to(input.dtype).reshape(shape)
-    return (losses.sum() if total is None else losses.sum() / total).to(input.dtype)
+    logits = _canonical(x)
+    shape = (logits.shape[0], *logits.shape[2:])
+    t = _canonical(t) if soft else t.reshape(shape).to(torch.int64).contiguous()
+    reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, losses_dtype(x))
+    rows = ops.cross_entropy(
+        logits,
+        t,
+        None if weight is None else weight.contiguous(),
+        reduced.scale,
+        (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale),
+        "entropy" in outputs,
+        "argmax" in outputs or "accuracy" in outputs,
+        inplace and logits.data_ptr() == input.data_ptr(),
+        backend,
+    )
+    outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    loss = reduced(rows).to(x.dtype)
+    return present(loss.reshape(outer) if reduction == "none" else loss, rows, outputs, t, soft, outer)
 
 
-def losses_dtype(input: Tensor) -> torch.dtype:
-    """What losses of such logits are computed in."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+def _tensors(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
 
 
-def _rows(input: Tensor) -> Tensor:
-    """(N, C, d1, ...) as contiguous rows (N * d1 * ..., C)."""
-    if input.dim() > 2:
-        input = input.movedim(1, -1)
-    return input.reshape(-1, input.shape[-1]).contiguous()
+def _canonical(input: Tensor) -> Tensor:
+    """(C), (N, C) or (N, C, d1, ...) as contiguous (N, C) or (N, C, D): classes side by side if they lie so."""
+    if input.dim() <= 2:
+        return torch.atleast_2d(input).contiguous()
+    if input.movedim(1, -1).is_contiguous():
+        return input.movedim(1, -1).reshape(-1, input.shape[1]).contiguous()
+    flat = input.reshape(*input.shape[:2], -1).contiguous()
+    return flat.squeeze(2) if flat.shape[2] == 1 else flat
 
 
 def _well_formed(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    ignore_index: int,
     reduction: str,
     label_smoothing: float,
     token_weight: Tensor | None,
@@ -124,7 +171,7 @@ def _well_formed(
     classes = input.shape[0 if input.dim() == 1 else 1]
     outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     if target.shape == input.shape:
-        fits = target.is_floating_point()
+        fits = target.is_floating_point() and ignore_index < 0
     else:
         fits = target.shape == outer and target.dtype in (torch.int64, torch.uint8)
     if weight is not None:
@@ -135,29 +182,6 @@ def _well_formed(
             f"token_weight: got shape {tuple(token_weight.shape)}, expected that of the losses, {tuple(outer)}"
         )
     return fits
-
-
-def _target_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """What each target counts for in a mean: its class weight, 0 if ignored. Targets out of range count for nothing
-    here; the kernel raises for them."""
-    valid = target != ignore_index
-    if weight is None:
-        return valid.to(dtype)
-    known = valid & (target >= 0) & (target < weight.shape[0])
-    return weight.to(dtype)[target.where(known, 0)].where(known, 0)
-
-
-def _expected_gradient(
-    logits: Tensor, reduction: str, total: Tensor | None, token_weight: Tensor | None
-) -> Tensor | None:
-    """The gradient that the losses will get if the reduced loss gets 1."""
-    if reduction == "none" or not (logits.requires_grad and torch.is_grad_enabled()):
-        return None
-    one = torch.ones((), dtype=losses_dtype(logits), device=logits.device)
-    if total is not None:
-        one = one / total.detach()
-    rows = one.expand(logits.shape[0])
-    return (rows if token_weight is None else rows * token_weight.detach().reshape(-1)).contiguous()
 
 
 def nll_loss(

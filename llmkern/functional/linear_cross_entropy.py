@@ -1,23 +1,28 @@
 """Cross-entropy of linearly transformed inputs, as ``torch.nn.functional`` has it from torch 2.13 on.
 
-No kernel fuses the two yet: ``llmkern.functional.linear`` gives logits, its ``cross_entropy`` the loss.
+The fused kernel takes logits in chunks and never has them as a whole. What it does not serve is composed:
+``llmkern.functional.linear`` gives logits, its ``cross_entropy`` the loss.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, functional
+from .. import dispatch, functional, ops
+from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
 
 _TORCH_CHUNKS = hasattr(F, "linear_cross_entropy")
+WORKSPACE = 64 << 20
 
 
+@overload
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -33,7 +38,46 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
-) -> Tensor:
+    outputs: Sequence[str],
+    workspace: int = WORKSPACE,
+) -> CrossEntropyOutput: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    outputs: tuple[()] = (),
+    workspace: int = WORKSPACE,
+) -> Tensor: ...
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    outputs: Sequence[str] = (),
+    workspace: int = WORKSPACE,
+) -> Tensor | CrossEntropyOutput:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)``; see torch 2.13's function.
 
     Args:
@@ -45,45 +89,173 @@ def linear_cross_entropy(
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
         ignore_index: a class index that counts for nothing; not with probabilities. Default: -100.
         label_smoothing: in ``[0, 1]``, mixes the target with the uniform distribution. Default: 0.
-        options: ``torch.nn.LinearCrossEntropyOptions``: torch's chunked function, which saves memory and has
-            no second derivative; where torch cannot chunk, a warning says so. Default: none.
+        options: ``torch.nn.LinearCrossEntropyOptions``. The kernel takes ``batch_chunk_size`` from it; sums are in fp32
+            and a second backward is allowed whatever it says. Where no kernel serves, it means torch's chunked
+            function, and where torch cannot chunk, a warning says so. Default: none.
         z_loss: adds ``z_loss * logsumexp(logits)^2``. Default: 0.
         softcap: bounds the logits to ``softcap * tanh(logits / softcap)``. Default: off.
         logit_scale: multiplies the logits. Default: 1.
         token_weight: a factor ``(*, d_1, ..., d_K)`` for each row's loss. Default: none.
 
-    The last four are llmkern's own; :func:`llmkern.functional.cross_entropy` defines them.
+        outputs: names of what to return beside the loss, from the same pass. Default: nothing.
+        workspace: bytes that the kernel's chunk of logits, and their gradient, may take; a row is taken in any case.
+            Default: 64 MiB, for any number of rows. In bf16 and fp16 the weight's gradient takes another 4 bytes for
+            each of its elements, to be summed in fp32, if there are several chunks.
+
+    The last six are llmkern's own; :func:`llmkern.functional.cross_entropy` defines the first five.
 
     Returns:
-        A scalar, or ``(*, d_1, ..., d_K)`` for ``"none"``.
+        A scalar, or ``(*, d_1, ..., d_K)`` for ``"none"``; of the arguments' dtype (under autocast: fp32). With
+        ``outputs`` a :class:`CrossEntropyOutput`.
 
     Raises:
         RuntimeError: for shapes that do not fit, or an ``ignore_index`` with probabilities.
         IndexError: for a class index outside ``[0, C)``.
+        ValueError: for a ``workspace`` that is not positive, or an unknown name in ``outputs``.
+
+    The kernel sums in fp32 (fp64 for fp64), skips ignored rows before the first product, and computes only the
+    gradients that are needed: those of a reduced loss in the forward.
     """
     _check(input, linear_weight, target, linear_bias, ignore_index)
-    batch, (num_classes, *out_features, in_features) = input.shape[:-1], linear_weight.shape
+    check_outputs(outputs)
+    if workspace < 1:
+        raise ValueError(f"workspace: got {workspace}, expected a positive number of bytes")
+    batch, (_, *out_features, in_features) = input.shape[:-1], linear_weight.shape
+    rows = math.prod(batch)
     if len(batch) > 1:
-        rows = math.prod(batch)
         input, target = input.reshape(rows, in_features), target.reshape(rows, *target.shape[len(batch) :])
         token_weight = None if token_weight is None else token_weight.reshape(rows, *out_features)
     own: dict[str, Any] = {
         "z_loss": z_loss or None,
-        "softcap": softcap,
+        "softcap": softcap or None,
         "logit_scale": None if logit_scale == 1.0 else logit_scale,
         "token_weight": token_weight,
+        "outputs": outputs or None,
     }
     extras = {name: value for name, value in own.items() if value is not None}
     common: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
-    chunked = options is not None and _can_chunk(extras)
+    chunked = options is not None
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
+    if autocast:
+        operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
     backend = dispatch.pick(
         "linear_cross_entropy",
-        *(t for t in (input, linear_weight, linear_bias) if t is not None),
+        *operands,
         options=[*extras, *["options"] * chunked],
         torch_does=None if chunked else "linear, then cross_entropy",
+        transformed=int(torch._C._are_functorch_transforms_active()),
     )
-    if chunked and backend == "torch":
-        loss = F.linear_cross_entropy(
+    # What is not well formed is composed, for torch's errors.
+    well_formed = _well_formed(input, linear_weight, target, linear_bias, common, autocast)
+    if backend in ("torch", "reference") or not well_formed:
+        loss = _composed(input, linear_weight, target, linear_bias, ignore_index, options, backend, common, extras)
+    else:
+        if options is not None and options.batch_chunk_size is not None:
+            # Logits in fp32 (fp64), and in bf16 their gradient beside them.
+            each = losses_dtype(operands[0]).itemsize + (2 if operands[0].dtype == torch.bfloat16 else 0)
+            workspace = options.batch_chunk_size * linear_weight.shape[0] * each
+        result = torch.float32 if autocast else input.dtype
+        ignored = -100 if ignore_index is None else ignore_index
+        loss = _fused(operands, target, ignored, workspace, backend, common, own, result)
+    if len(batch) < 2:
+        return loss
+    if isinstance(loss, CrossEntropyOutput):
+        shaped = [t if t is None or t.dim() == 0 else t.reshape(*batch, *out_features) for t in loss]
+        return CrossEntropyOutput._make(shaped)
+    return loss.reshape(*batch, *out_features) if reduction == "none" else loss
+
+
+def _well_formed(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    common: dict[str, Any],
+    autocast: bool,
+) -> bool:
+    """Whether torch would accept the call, but for what :func:`_check` knows."""
+    weight, batch, (classes, *inner, _) = common["weight"], input.shape[:-1], linear_weight.shape
+    if target.shape == (*batch, classes, *inner):
+        fits = target.is_floating_point()
+    else:
+        fits = target.shape == (*batch, *inner) and target.dtype in (torch.int64, torch.uint8)
+    if weight is not None:
+        fits = fits and weight.shape == (classes,) and (autocast or weight.dtype == input.dtype)
+        fits = fits and not weight.requires_grad
+    fits = fits and classes > 0 and 0 not in inner and common["reduction"] in ("none", "mean", "sum")
+    return fits and 0 <= common["label_smoothing"] <= 1
+
+
+def _fused(
+    operands: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    workspace: int,
+    backend: str,
+    common: dict[str, Any],
+    own: dict[str, Any],
+    result: torch.dtype,
+) -> Tensor | CrossEntropyOutput:
+    input, linear_weight, *bias = operands
+    classes, *inner, in_features = linear_weight.shape
+    x = input.reshape(-1, in_features).contiguous()
+    accumulated, weight, wanted = losses_dtype(input), common["weight"], own["outputs"] or ()
+    soft = target.shape == (*input.shape[:-1], classes, *inner)
+    if soft:
+        result = torch.promote_types(result, target.dtype)
+        kept = target.dtype in (accumulated, input.dtype)
+        t = target.reshape(x.shape[0], classes, *inner).to(target.dtype if kept else accumulated)
+    else:
+        t = target.reshape(x.shape[0], *inner).to(torch.int64)
+    reduced = Reduction.of(common["reduction"], t, soft, weight, ignore_index, own["token_weight"], accumulated)
+
+    def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.Rows:
+        return ops.linear_cross_entropy(
+            x,
+            linear_weight.contiguous(),
+            None if linear_bias is None else linear_bias.contiguous(),
+            target.contiguous(),
+            None if weight is None else weight.contiguous(),
+            scale,
+            (ignore_index, common["label_smoothing"], own["z_loss"] or 0.0, own["softcap"] or 0.0,
+             own["logit_scale"] or 1.0),
+            workspace,
+            "entropy" in wanted,
+            "argmax" in wanted or "accuracy" in wanted,
+            backend,
+        )  # fmt: skip
+
+    if inner:
+        # Each place of the K dimensions has a weight and targets of its own.
+        places = math.prod(inner)
+        biases = bias[0].flatten(1).unbind(1) if bias else [None] * places
+        targets = t.flatten(2).unbind(2) if soft else t.flatten(1).unbind(1)
+        each = zip(linear_weight.flatten(1, -2).unbind(1), biases, targets, [None] * places, strict=True)
+        _, *parts = zip(*(run(*place) for place in each), strict=True)
+        stacked = [None if part[0] is None else torch.stack(part, 1).unflatten(1, inner) for part in parts]
+        rows = ops.Rows._make([None, *stacked])
+    else:
+        rows = run(linear_weight, bias[0] if bias else None, t, reduced.scale)
+    outer = (*input.shape[:-1], *inner)
+    loss = reduced(rows).to(result)
+    return present(loss.reshape(outer) if common["reduction"] == "none" else loss, rows, wanted, t, soft, outer)
+
+
+def _composed(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int | None,
+    options: Any,
+    backend: str,
+    common: dict[str, Any],
+    extras: dict[str, Any],
+) -> Tensor | CrossEntropyOutput:
+    """torch's chunked function, if ``options`` ask for it and it can; else the definition."""
+    if options is not None and _can_chunk(extras) and backend == "torch":
+        return F.linear_cross_entropy(
             input,
             linear_weight,
             target,
@@ -92,13 +264,12 @@ def linear_cross_entropy(
             options=options,
             **common,
         )
-    else:
-        flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
-        logits = functional.linear(input, linear_weight.reshape(-1, in_features), flat_bias)
-        logits = logits.reshape(*input.shape[:-1], num_classes, *out_features)
-        ignored = -100 if ignore_index is None else ignore_index
-        loss = functional.cross_entropy(logits, target, ignore_index=ignored, **common, **extras)
-    return loss.reshape(*batch, *out_features) if reduction == "none" and len(batch) > 1 else loss
+    num_classes, *out_features, in_features = linear_weight.shape
+    flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = functional.linear(input, linear_weight.reshape(-1, in_features), flat_bias)
+    logits = logits.reshape(*input.shape[:-1], num_classes, *out_features)
+    ignored = -100 if ignore_index is None else ignore_index
+    return functional.cross_entropy(logits, target, ignore_index=ignored, **common, **extras)
 
 
 def _can_chunk(extras: dict[str, Any]) -> bool:
@@ -106,7 +277,7 @@ def _can_chunk(extras: dict[str, Any]) -> bool:
     if _TORCH_CHUNKS and not extras:
         return True
     reason = f"it does not know {', '.join(extras)}" if extras else f"torch {torch.__version__} has none"
-    warnings.warn(f"linear_cross_entropy: ``options`` ignored; chunked path: {reason}.", stacklevel=3)
+    warnings.warn(f"linear_cross_entropy: ``options`` ignored; chunked path: {reason}.", stacklevel=4)
     return False
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn
 from torch import Tensor
 
@@ -11,8 +14,8 @@ from .. import functional as F
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Cross-entropy from logits; see :class:`torch.nn.CrossEntropyLoss`.
 
-    Takes three options more, with neutral defaults: ``z_loss``, ``softcap`` and ``logit_scale``, and a
-    ``token_weight`` at call; see :func:`llmkern.functional.cross_entropy`.
+    Takes five options more, with neutral defaults: ``z_loss``, ``softcap``, ``logit_scale``, ``outputs`` and
+    ``inplace``, and a ``token_weight`` at call; see :func:`llmkern.functional.cross_entropy`.
     """
 
     def __init__(
@@ -27,11 +30,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        outputs: Sequence[str] = (),
+        inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.outputs, self.inplace = outputs, inplace
 
-    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Any:
         return F.cross_entropy(
             input,
             target,
@@ -43,6 +49,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             token_weight=token_weight,
+            outputs=self.outputs,
+            inplace=self.inplace,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from .. import functional as F
+from ..functional.linear_cross_entropy import WORKSPACE
 
 _Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
@@ -29,8 +31,8 @@ class LinearCrossEntropyLoss(_Base):
         ignore_index: a class index that counts for nothing. Default: -100.
         label_smoothing: in ``[0, 1]``. Default: 0.
         options: ``torch.nn.LinearCrossEntropyOptions``. Default: none.
-        z_loss, softcap, logit_scale: as in :func:`llmkern.functional.linear_cross_entropy`, like the
-            ``token_weight`` of ``forward``. Default: neutral.
+        z_loss, softcap, logit_scale, outputs, workspace: as in :func:`llmkern.functional.linear_cross_entropy`, like
+            the ``token_weight`` of ``forward``. Default: neutral; 64 MiB.
 
     Raises:
         RuntimeError: for a ``weight`` that is not ``(C,)``, or a ``label_smoothing`` outside ``[0, 1]``.
@@ -55,6 +57,8 @@ class LinearCrossEntropyLoss(_Base):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        outputs: Sequence[str] = (),
+        workspace: int = WORKSPACE,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
@@ -70,8 +74,9 @@ class LinearCrossEntropyLoss(_Base):
         self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
         self.options = options
         self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.outputs, self.workspace = outputs, workspace
 
-    def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, token_weight: Tensor | None = None) -> Any:
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
         return F.linear_cross_entropy(
             input,
@@ -87,6 +92,8 @@ class LinearCrossEntropyLoss(_Base):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             token_weight=token_weight,
+            outputs=self.outputs,
+            workspace=self.workspace,
         )
 
     def extra_repr(self) -> str:
@@ -96,7 +103,7 @@ class LinearCrossEntropyLoss(_Base):
             f" reduction={self.reduction}, ignore_index={self.ignore_index},"
             f" label_smoothing={self.label_smoothing}, options={self.options}"
         )
-        own = {"z_loss": 0.0, "softcap": None, "logit_scale": 1.0}
+        own = {"z_loss": 0.0, "softcap": None, "logit_scale": 1.0, "outputs": (), "workspace": WORKSPACE}
         return text + "".join(
             f", {name}={getattr(self, name)}" for name, neutral in own.items() if getattr(self, name) != neutral
         )

@@ -4,20 +4,24 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
+from ._losses import Rows
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .embedding_bag import embedding_bag, stands_in_for_torch
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adam_step
 from .rnn import rnn
 
 __all__ = [
+    "Rows",
     "adam_step",
     "cross_entropy",
     "embedding",
     "embedding_bag",
     "linear",
+    "linear_cross_entropy",
     "mse_loss",
     "rnn",
     "stands_in_for_torch",

@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# exp of it is 0: keeps p log p at 0 where p is, and its derivative too.
+_NOTHING = -800.0
+
 
 def cross_entropy(
     logits: Tensor,
@@ -24,10 +27,18 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     logit_scale: float = 1.0,
-) -> Tensor:
-    """Losses (N), in fp32 (fp64 for fp64), of ``logits`` (N, V) and ``target``: indices (N) or probabilities (N, V).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, logsumexp, entropy (in nats) and argmax of every row.
 
-    ``softcap`` 0: none. Rows whose index is ``ignore_index`` have loss 0.
+    Args:
+        logits: ``(N, V, *)``.
+        target: indices ``(N, *)`` or probabilities ``(N, V, *)``.
+        weight: ``(V)``. Default: ones.
+        softcap: 0: none.
+
+    Returns:
+        Four tensors ``(N, *)``, in fp32 (fp64 for fp64), the last in int64. Rows whose index is ``ignore_index``
+        have 0, and argmax -1.
 
     Raises:
         IndexError: if an index is neither ``ignore_index`` nor in [0, V).
@@ -36,13 +47,13 @@ def cross_entropy(
     z = logits.to(accumulated) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    log_p = z.log_softmax(-1)
-    V = logits.shape[-1]
-    weights = None if weight is None else weight.to(accumulated)
+    log_p = z.log_softmax(1)
+    V = logits.shape[1]
+    weights = None if weight is None else weight.to(accumulated).reshape(-1, *[1] * (z.dim() - 2))
     if target.is_floating_point():
         t = target.to(accumulated)
         t = t if label_smoothing == 0 else t * (1 - label_smoothing) + label_smoothing / V
-        losses = -(log_p * t if weights is None else log_p * t * weights).sum(-1)
+        losses = -(log_p * t if weights is None else log_p * t * weights).sum(1)
         ignored = None
     else:
         ignored = target == ignore_index
@@ -51,11 +62,17 @@ def cross_entropy(
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
             for bad in y[(y < 0) | (y >= V)]:
                 raise IndexError(f"Target {int(bad)} is out of bounds.")
-        losses = -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        losses = losses if weights is None else losses * weights[y]
+        losses = -log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+        losses = losses if weights is None else losses * weights.flatten()[y]
         if label_smoothing:
-            uniform = -(log_p if weights is None else log_p * weights).sum(-1)
+            uniform = -(log_p if weights is None else log_p * weights).sum(1)
             losses = (1 - label_smoothing) * losses + label_smoothing / V * uniform
+    lse = z.logsumexp(1)
     if z_loss:
-        losses = losses + z_loss * z.logsumexp(-1).square()
-    return losses if ignored is None else losses.masked_fill(ignored, 0)
+        losses = losses + z_loss * lse.square()
+    entropy = -(log_p.exp() * log_p.clamp(min=_NOTHING)).sum(1)
+    argmax = z.argmax(1)
+    if ignored is not None:
+        losses, lse, entropy = (row.masked_fill(ignored, 0) for row in (losses, lse, entropy))
+        argmax = argmax.masked_fill(ignored, -1)
+    return losses, lse, entropy, argmax

@@ -12,15 +12,12 @@ from .. import reference
 
 
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None, **options: Any
-) -> Tensor:
-    """``input`` (N, H) or (H), ``linear_weight`` (C, ..., H), ``linear_bias`` (C, ...).
+    x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`llmkern.reference.cross_entropy` gives for the logits of ``x`` (N, H).
 
-    ``target`` and ``options`` are those of :func:`llmkern.reference.cross_entropy`, for logits (N, C, ...).
+    ``linear_weight`` (V, H), ``linear_bias`` (V) or None; ``target`` and ``options`` as there.
     """
-    accumulate = torch.promote_types(input.dtype, torch.float32)
-    features = linear_weight.shape[-1]
-    bias = None if linear_bias is None else linear_bias.reshape(-1).to(accumulate)
-    logits = F.linear(input.to(accumulate), linear_weight.reshape(-1, features).to(accumulate), bias)
-    logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
-    return reference.cross_entropy(logits, target, **options).to(input.dtype)
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    bias = None if linear_bias is None else linear_bias.to(accumulate)
+    return reference.cross_entropy(F.linear(x.to(accumulate), linear_weight.to(accumulate), bias), target, *options)

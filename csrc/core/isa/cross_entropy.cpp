@@ -5,157 +5,272 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Calls f(v, n) for every vector of [0, V); n = lanes in use.
+// Calls f(v, n) for every vector of [0, size); n = lanes in use.
 template <class A, class F>
-inline void for_vectors(int64_t V, const F& f) {
+inline void for_vectors(int64_t size, const F& f) {
   constexpr int L = kLanes<A>;
   int64_t v = 0;
-  for (; v + L <= V; v += L) f(v, L);
-  if (v < V) f(v, static_cast<int>(V - v));
+  for (; v + L <= size; v += L) f(v, L);
+  if (v < size) f(v, static_cast<int>(size - v));
 }
 
 template <class A, class T>
-inline Vec<A> load_n(const T* p, int n, A fill) {
+inline Vec<A> load_n(const T* p, int n, A fill = {}) {
   return n == kLanes<A> ? load<A>(p) : load<A>(p, n, fill);
 }
 
-template <class T>
-struct Row {
-  using A = Accum<T>;
-  using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
+template <class A>
+inline Vec<A> pad(Vec<A> v, int n, A fill) {
+  for (int i = n; i < kLanes<A>; ++i) v[i] = fill;
+  return v;
+}
 
-  const CrossEntropy& op;
-  const T* x;
-  const T* w;
-  int64_t y;
-  A weight_sum;
+// The logit as the softmax sees it, and its derivative by the raw one.
+template <class A, bool kCap>
+struct Logit {
+  A scale, cap;
 
-  A weight_of(int64_t v) const { return w ? load_one(w + v) : A{1}; }
-  A smoothing() const { return static_cast<A>(op.label_smoothing) / static_cast<A>(op.V); }
-
-  // The logit as the softmax sees it, and its derivative by the raw logit.
-  template <bool kCap>
-  V z(V raw) const {
-    const A s = static_cast<A>(op.logit_scale);
-    if constexpr (!kCap) return raw * s;
-    const A cap = static_cast<A>(op.softcap);
-    return cap * tanh(raw * (s / cap));
+  explicit Logit(const CrossEntropy& op) : scale(static_cast<A>(op.logit_scale)), cap(static_cast<A>(op.softcap)) {}
+  Vec<A> z(Vec<A> raw) const {
+    if constexpr (!kCap) return raw * scale;
+    return cap * tanh(raw * (scale / cap));
   }
-  template <bool kCap>
-  V dz(V raw) const {
-    const A s = static_cast<A>(op.logit_scale);
-    if constexpr (!kCap) return splat(s);
-    const V t = tanh(raw * (s / static_cast<A>(op.softcap)));
-    return s * (1 - t * t);
-  }
-
-  // The gradient; probability(v, n, raw, 1 / sum) = exp(z - max) / sum, for a vector of logits.
-  template <bool kCap, class E>
-  void gradient(A scale, const A* stats, T* dx, bool stream, const E& probability) const {
-    const A lse = stats[0] + log_of(stats[1]), inverse = 1 / stats[1];
-    const A e = static_cast<A>(op.label_smoothing), ew = smoothing();
-    const A own = (1 - e) * weight_of(y);
-    const A total = scale * (own + (e != 0 ? ew * weight_sum : A{0}) + 2 * static_cast<A>(op.z_loss) * lse);
-    const A uniform = scale * ew;
-    stream = stream && reinterpret_cast<uintptr_t>(dx) % kVectorBytes == 0 && sizeof(T) == sizeof(A);
-    for_vectors<A>(op.V, [&](int64_t v, int n) {
-      const V raw = load_n<A>(x + v, n, A{0});
-      V g = total * probability(v, n, raw, inverse);
-      if (uniform != 0) g -= w ? uniform * load_n<A>(w + v, n, A{0}) : splat(uniform);
-      g *= dz<kCap>(raw);
-      if (n < L)
-        store(dx + v, g, n);
-      else if (stream)
-        store_streaming(dx + v, g);
-      else
-        store(dx + v, g);
-    });
-    // The target's own term: p - 1 is exact near 1, where the difference of the two terms would cancel.
-    const V raw = load<A>(x + y, 1, A{0});
-    const A p = probability(y, 1, raw, inverse)[0];
-    A g = scale * (own * (p - 1) + 2 * static_cast<A>(op.z_loss) * lse * p);
-    if (uniform != 0) g += uniform * (weight_sum * p - weight_of(y));
-    store_one(dx + y, static_cast<A>(g * dz<kCap>(raw)[0]));
-  }
-
-  template <bool kCap>
-  void forward(const A* scale, A* loss, A* stats, T* dx, A* scratch, bool stream) const {
-    const A inf = static_cast<A>(__builtin_inf());
-    const bool smooth = op.label_smoothing != 0;
-    V top = splat(-inf);
-    for_vectors<A>(op.V, [&](int64_t v, int n) { top = max(top, pad(z<kCap>(load_n<A>(x + v, n, A{0})), n, -inf)); });
-    A m = reduce_max<A>(top);
-    // A row of -inf, or with +inf, has no softmax: everything that follows is NaN, as torch has it.
-    if (m == -inf || m == inf) m = static_cast<A>(__builtin_nan(""));
-    V sum{}, weighted{};
-    for_vectors<A>(op.V, [&](int64_t v, int n) {
-      const V below = z<kCap>(load_n<A>(x + v, n, A{0})) - m;
-      const V p = exp(pad(below, n, -inf));
-      sum += p;
-      if (smooth) weighted += pad(below, n, A{0}) * (w ? load_n<A>(w + v, n, A{0}) : splat(A{1}));
-      if (dx) n == L ? store(scratch + v, p) : store(scratch + v, p, n);
-    });
-    const A s = reduce_add<A>(sum), log_s = log_of(s);
-    const A e = static_cast<A>(op.label_smoothing), below_y = z<kCap>(load<A>(x + y, 1, A{0}))[0] - m;
-    A value = (1 - e) * weight_of(y) * (log_s - below_y);
-    if (smooth) value += smoothing() * (weight_sum * log_s - reduce_add<A>(weighted));
-    if (op.z_loss != 0) value += static_cast<A>(op.z_loss) * (m + log_s) * (m + log_s);
-    *loss = value, stats[0] = m, stats[1] = s;
-    if (dx)
-      gradient<kCap>(*scale, stats, dx, stream,
-                     [&](int64_t v, int n, V, A inverse) { return load_n<A>(scratch + v, n, A{0}) * inverse; });
-  }
-
-  static A log_of(A s) {
-    if constexpr (sizeof(A) == 8) return ::log(s);
-    return ::logf(s);
-  }
-  static V pad(V v, int n, A fill) {
-    for (int i = n; i < L; ++i) v[i] = fill;
-    return v;
+  Vec<A> dz(Vec<A> raw) const {
+    if constexpr (!kCap) return splat(scale);
+    const Vec<A> t = tanh(raw * (scale / cap));
+    return scale * (1 - t * t);
   }
 };
 
-template <class T>
-Row<T> row_of(const CrossEntropy& op, const void* x, int64_t y, double weight_sum) {
-  return {op, static_cast<const T*>(x), static_cast<const T*>(op.weight), y, static_cast<Accum<T>>(weight_sum)};
+// 0 * -inf is NaN; where e is 0 this keeps e (z - m) at 0. exp of it is 0 in fp64 too.
+template <class A>
+inline Vec<A> bounded(Vec<A> below) {
+  return max(below, splat(A{-800}));
 }
 
-void forward(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* scale, void* loss,
-             void* stats, void* dx, void* scratch, bool stream) {
-  visit(op.dtype, [&](auto t) {
-    using T = decltype(t);
+// --- a slab ---
+
+template <class T, bool kCap, bool kMore>
+void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double uniform, int64_t n, bool entropy,
+                 Accum<T>* e, CrossEntropyPart* part) {
+  using A = Accum<T>;
+  constexpr int L = kLanes<A>;
+  const Logit<A, kCap> logit(op);
+  const A inf = static_cast<A>(__builtin_inf());
+  // Four chains: a maximum takes longer than a load.
+  Vec<A> top[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
+  int64_t v = 0;
+  for (; v + 4 * L <= n; v += 4 * L)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) top[i] = max(top[i], logit.z(load<A>(x + v + i * L)));
+  for_vectors<A>(n - v,
+                 [&](int64_t i, int m) { top[0] = max(top[0], pad(logit.z(load_n<A>(x + v + i, m)), m, -inf)); });
+  const A most = reduce_max<A>(max(max(top[0], top[1]), max(top[2], top[3]))), base = most == -inf ? A{0} : most;
+  Vec<A> sum{}, total{}, weighted{}, moment{};
+  for_vectors<A>(n, [&](int64_t i, int m) {
+    const Vec<A> below = logit.z(load_n<A>(x + i, m)) - base;
+    const Vec<A> p = exp(pad(below, m, -inf));
+    sum += p;
+    if (e) m == L ? store(e + i, p) : store(e + i, p, m);
+    if constexpr (kMore) {
+      const Vec<A> known = pad(below, m, A{0});
+      if (u) {
+        const Vec<A> share = load_n<A>(u + i, m);
+        total += share;
+        weighted += share * known;
+      } else {
+        weighted += known;
+      }
+      if (entropy) moment += p * bounded<A>(below);
+    }
+  });
+  *part = {most,
+           base,
+           static_cast<double>(reduce_add<A>(sum)),
+           u ? static_cast<double>(reduce_add<A>(total)) : uniform * static_cast<double>(n),
+           static_cast<double>(reduce_add<A>(weighted)) * (u ? 1 : uniform),
+           static_cast<double>(reduce_add<A>(moment))};
+}
+
+// kMore: the logits are needed beside their exponentials, for the cap, the entropy or dt.
+template <class T, class X, bool kCap, bool kMore>
+void gradient_slab(const CrossEntropy& op, const CrossEntropyFactors& k, const T* x, const Accum<T>* u,
+                   const Accum<T>* e, int64_t n, int64_t y, X* dx, bool stream) {
+  using A = Accum<T>;
+  constexpr int L = kLanes<A>;
+  const Logit<A, kCap> logit(op);
+  const A p = static_cast<A>(k.p), softmax = static_cast<A>(k.softmax), entropy = static_cast<A>(k.entropy);
+  const A m = static_cast<A>(k.m), loss = static_cast<A>(k.loss), uniform = static_cast<A>(k.loss * k.uniform);
+  const auto gradient = [&](int64_t v, int lanes, A coefficient) {
+    Vec<A> g = load_n<A>(e + v, lanes) * p;
+    if constexpr (kMore) {
+      const Vec<A> raw = load_n<A>(x + v, lanes);
+      g *= coefficient - entropy * bounded<A>(logit.z(raw) - m);
+      g -= u ? loss * load_n<A>(u + v, lanes) : splat(uniform);
+      return g * logit.dz(raw);
+    } else {
+      g = g * coefficient - (u ? loss * load_n<A>(u + v, lanes) : splat(uniform));
+      return g * logit.scale;
+    }
+  };
+  // The target's own term: p - 1 is exact near 1, where the difference of the two terms would cancel. Taken before dx,
+  // which may lie where x does.
+  A own{};
+  if (y >= 0) {
+    const A probability = e[y] * p;
+    const Vec<A> chain = logit.dz(load<A>(x + y, 1, A{0}));
+    own = gradient(y, 1, static_cast<A>(k.softmax - k.own))[0] + static_cast<A>(k.own) * (probability - 1) * chain[0];
+  }
+  stream = stream && reinterpret_cast<uintptr_t>(dx) % kVectorBytes == 0 && sizeof(X) == sizeof(A);
+  for_vectors<A>(n, [&](int64_t v, int lanes) {
+    const Vec<A> g = gradient(v, lanes, softmax);
+    if (lanes < L)
+      store(dx + v, g, lanes);
+    else if (stream)
+      store_streaming(dx + v, g);
+    else
+      store(dx + v, g);
+  });
+  if (y >= 0) store_one(dx + y, own);
+}
+
+template <class T, class D>
+void target_gradient(const CrossEntropy& op, const CrossEntropyFactors& k, const T* x, const Accum<T>* w, int64_t n,
+                     D* dt) {
+  using A = Accum<T>;
+  const A factor = static_cast<A>(k.loss * k.keep), lse = static_cast<A>(k.log_sum), m = static_cast<A>(k.m);
+  const auto run = [&](auto logit) {
+    for_vectors<A>(n, [&](int64_t v, int lanes) {
+      Vec<A> g = factor * (lse - (logit.z(load_n<A>(x + v, lanes)) - m));
+      if (w) g *= load_n<A>(w + v, lanes);
+      lanes == kLanes<A> ? store(dt + v, g) : store(dt + v, g, lanes);
+    });
+  };
+  op.softcap != 0 ? run(Logit<A, true>(op)) : run(Logit<A, false>(op));
+}
+
+// --- the table's functions: dtypes and options become types ---
+
+template <class F>
+void with_cap(const CrossEntropy& op, const F& f) {
+  op.softcap != 0 ? f(Bool<true>{}) : f(Bool<false>{});
+}
+
+void targets(const void* t, DType dtype, const void* w, double keep, double uniform, int64_t n, void* u) {
+  visit(dtype, [&](auto type) {
+    using T = decltype(type);
     using A = Accum<T>;
-    const Row<T> row = row_of<T>(op, x, y, weight_sum);
-    auto run = [&](auto cap) {
-      row.template forward<decltype(cap)::value>(static_cast<const A*>(scale), static_cast<A*>(loss),
-                                                 static_cast<A*>(stats), static_cast<T*>(dx), static_cast<A*>(scratch),
-                                                 stream);
-    };
-    op.softcap != 0 ? run(Bool<true>{}) : run(Bool<false>{});
+    const T* const from = static_cast<const T*>(t);
+    const A *const weights = static_cast<const A*>(w), share = static_cast<A>(keep), rest = static_cast<A>(uniform);
+    A* const to = static_cast<A*>(u);
+    for_vectors<A>(n, [&](int64_t v, int lanes) {
+      Vec<A> value = from ? load_n<A>(from + v, lanes) * share + rest : splat(rest);
+      if (weights) value *= load_n<A>(weights + v, lanes);
+      lanes == kLanes<A> ? store(to + v, value) : store(to + v, value, lanes);
+    });
   });
 }
 
-void backward(const CrossEntropy& op, const void* x, int64_t y, double weight_sum, const void* dloss, const void* stats,
-              void* dx, bool stream) {
+void reduce(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
+            CrossEntropyPart* part) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
-    const Row<T> row = row_of<T>(op, x, y, weight_sum);
-    const A* const st = static_cast<const A*>(stats);
-    auto run = [&](auto cap) {
+    with_cap(op, [&](auto cap) {
       constexpr bool kCap = decltype(cap)::value;
-      row.template gradient<kCap>(
-          *static_cast<const A*>(dloss), st, static_cast<T*>(dx), stream,
-          [&](int64_t, int, Vec<A> raw, A inverse) { return exp(row.template z<kCap>(raw) - st[0]) * inverse; });
-    };
-    op.softcap != 0 ? run(Bool<true>{}) : run(Bool<false>{});
+      const auto run = u || uniform != 0 || entropy ? &reduce_slab<T, kCap, true> : &reduce_slab<T, kCap, false>;
+      run(op, static_cast<const T*>(x), static_cast<const A*>(u), uniform, n, entropy, static_cast<A*>(e), part);
+    });
+  });
+}
+
+template <class T, class X>
+void gradient_to(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* e,
+                 int64_t n, int64_t y, void* dx, bool stream) {
+  using A = Accum<T>;
+  const auto run = op.softcap != 0    ? &gradient_slab<T, X, true, true>
+                   : k.entropy != 0.0 ? &gradient_slab<T, X, false, true>
+                                      : &gradient_slab<T, X, false, false>;
+  run(op, k, static_cast<const T*>(x), static_cast<const A*>(u), static_cast<const A*>(e), n, y, static_cast<X*>(dx),
+      stream);
+}
+
+void gradient(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* w,
+              const void* e, int64_t n, int64_t y, void* dx, DType dx_dtype, bool stream, void* dt) {
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    // Before dx, which may lie where x does.
+    if (dt)
+      visit(op.target_dtype, [&](auto d) {
+        using D = decltype(d);
+        if constexpr (sizeof(Accum<D>) == sizeof(Accum<T>))
+          target_gradient(op, k, static_cast<const T*>(x), static_cast<const Accum<T>*>(w), n, static_cast<D*>(dt));
+      });
+    if (!dx) return;
+    if (dx_dtype == op.dtype) return gradient_to<T, T>(op, k, x, u, e, n, y, dx, stream);
+    if constexpr (__is_same(T, float)) gradient_to<T, bf16>(op, k, x, u, e, n, y, dx, stream);
+  });
+}
+
+int64_t find(const CrossEntropy& op, const void* x, int64_t n, double value) {
+  int64_t at = -1;
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    const A wanted = static_cast<A>(value);
+    with_cap(op, [&](auto cap) {
+      const Logit<A, decltype(cap)::value> logit(op);
+      for (int64_t v = 0; v < n && at < 0; v += kLanes<A>) {
+        const int lanes = n - v < kLanes<A> ? static_cast<int>(n - v) : kLanes<A>;
+        const Vec<A> z = logit.z(load_n<A>(static_cast<const T*>(x) + v, lanes));
+        for (int i = 0; i < lanes && at < 0; ++i)
+          if (z[i] == wanted || z[i] != z[i]) at = v + i;
+      }
+    });
+  });
+  return at;
+}
+
+double logit(const CrossEntropy& op, const void* x) {
+  double z = 0;
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    with_cap(
+        op, [&](auto cap) { z = Logit<A, decltype(cap)::value>(op).z(load<A>(static_cast<const T*>(x), 1, A{0}))[0]; });
+  });
+  return z;
+}
+
+template <class From, class To>
+void transpose_as(const From* from, int64_t ld, int64_t rows, int64_t cols, To* to, int64_t to_ld) {
+  // Squares of a cache line: each is read and written once.
+  constexpr int64_t S = 16;
+  for (int64_t r = 0; r < rows; r += S)
+    for (int64_t c = 0; c < cols; c += S)
+      for (int64_t i = r; i < rows && i < r + S; ++i)
+        for (int64_t j = c; j < cols && j < c + S; ++j) {
+          if constexpr (__is_same(From, To))
+            to[j * to_ld + i] = from[i * ld + j];
+          else
+            store_one(to + j * to_ld + i, load_one(from + i * ld + j));
+        }
+}
+
+void transpose(const void* from, DType from_dtype, int64_t ld, int64_t rows, int64_t cols, void* to, DType to_dtype,
+               int64_t to_ld) {
+  visit(from_dtype, [&](auto f) {
+    visit(to_dtype, [&](auto t) {
+      using From = decltype(f);
+      using To = decltype(t);
+      if constexpr (sizeof(Accum<From>) == sizeof(Accum<To>))
+        transpose_as(static_cast<const From*>(from), ld, rows, cols, static_cast<To*>(to), to_ld);
+    });
   });
 }
 
 }  // namespace
 
-extern const CrossEntropyKernels cross_entropy{&forward, &backward};
+extern const CrossEntropyKernels cross_entropy{&targets, &reduce, &gradient, &find, &logit, &transpose};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

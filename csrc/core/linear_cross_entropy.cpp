@@ -1,0 +1,184 @@
+// Linear layer and cross-entropy as one: the N*V logits are never there as a whole.
+//
+// FLOPs: 2NHV for the logits, as much again for each of dx and dlinear_weight; rows that are ignored cost nothing. They
+// are taken in chunks of as many rows as the workspace holds:
+//
+//   for chunks of rows that count                       (gathered, if some do not)
+//     logits = x W^T + b              (R, V), fp32      a product
+//     losses, and dlogits in place    (R, V)            core/cross_entropy.cpp; bf16 operands get bf16 dlogits
+//     dx = dlogits W                  (R, H)            a product
+//     dW += dlogits^T x               (V, H)            a product; db += the sums of dlogits' columns
+//
+// Traffic: a chunk's logits are written once and read three times, which is small beside 6RHV FLOPs unless H is; so a
+// chunk need not fit a cache, but W is read twice and dW read and written for every chunk: the larger the better. dW is
+// summed in fp32, in scratch of its own (V, H) if there are several chunks and it is narrower.
+#include "core/linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/gemm.h"
+#include "core/linear.h"
+#include "core/memory.h"
+
+namespace llmkern::cpu {
+namespace {
+
+int64_t size_of(DType dtype) { return static_cast<int64_t>(itemsize(dtype)); }
+
+const char* at(const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; }
+char* at(void* p, int64_t bytes) { return p ? static_cast<char*>(p) + bytes : nullptr; }
+
+// Rows of one chunk, side by side: where they lie if none between them is ignored, else gathered.
+class Gather {
+ public:
+  Gather(const void* from, const std::vector<int64_t>& rows, int64_t begin, int64_t end, int64_t bytes)
+      : copy_(from && rows[end - 1] - rows[begin] != end - 1 - begin ? (end - begin) * bytes : 0),
+        data_(at(from, rows[begin] * bytes)) {
+    if (copy_.size() == 0) return;
+    for (int64_t r = begin; r < end; ++r) std::memcpy(&copy_[(r - begin) * bytes], at(from, rows[r] * bytes), bytes);
+    data_ = copy_.data();
+  }
+  const void* get() const { return data_; }
+
+ private:
+  std::vector<char> copy_;
+  const char* data_;
+};
+
+class Chunks {
+ public:
+  Chunks(const LinearCrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
+         const LinearCrossEntropyGradients& gradients)
+      : op_(op), outputs_(outputs), cotangents_(cotangents), gradients_(gradients) {
+    for (int64_t i = 0; i < op.loss.N; ++i)
+      if (!op.loss.target || op.loss.target[i] != op.loss.ignore_index) rows_.push_back(i);
+    needs_dlogits_ = gradients.dx || gradients.dlinear_weight || gradients.dlinear_bias;
+    // Where products of bf16 are faster, dlogits are rounded to it, as torch's are; else they stay where the logits
+    // were.
+    grad_dtype_ = op.dtype == DType::bf16 && gemm_multiplies_bf16() ? DType::bf16 : op.loss.dtype;
+    const int64_t row = op.loss.V * (size_of(op.loss.dtype) + (apart() ? size_of(grad_dtype_) : 0));
+    const int64_t N = static_cast<int64_t>(rows_.size()),
+                  most = std::max<int64_t>(1, op.workspace / std::max<int64_t>(1, row));
+    count_ = (N + most - 1) / most, longest_ = count_ ? (N + count_ - 1) / count_ : 0;
+  }
+
+  void run() {
+    const int64_t V = op_.loss.V, H = op_.H, N = static_cast<int64_t>(rows_.size());
+    skip_ignored();
+    const Buffer<char> logits(longest_ * V * size_of(op_.loss.dtype));
+    const Buffer<char> dlogits(apart() ? longest_ * V * size_of(grad_dtype_) : 0);
+    const bool wide = gradients_.dlinear_weight && count_ > 1 && op_.dtype != op_.loss.dtype;
+    const Buffer<char> dweight(wide ? V * H * size_of(op_.loss.dtype) : 0);
+    const Buffer<char> dbias(gradients_.dlinear_bias ? V * size_of(op_.loss.dtype) : 0);
+    const WideBias bias(op_.linear_bias, op_.dtype, V);
+    logits_ = logits.get(), dlogits_ = apart() ? dlogits.get() : logits.get();
+    dweight_ = wide ? dweight.get() : gradients_.dlinear_weight, dweight_dtype_ = wide ? op_.loss.dtype : op_.dtype;
+    dbias_ = dbias.get(), bias_ = bias.get();
+    for (int64_t c = 0; c < count_; ++c) chunk(N * c / count_, N * (c + 1) / count_, c > 0);
+    if (count_ == 0) return nothing();
+    if (wide) convert(dweight.get(), V * H, gradients_.dlinear_weight, op_.dtype);
+    if (gradients_.dlinear_bias) convert(dbias.get(), V, gradients_.dlinear_bias, op_.dtype);
+  }
+
+ private:
+  bool apart() const { return needs_dlogits_ && grad_dtype_ != op_.loss.dtype; }
+
+  void skip_ignored() {
+    const int64_t accum = size_of(op_.loss.dtype);
+    if (static_cast<int64_t>(rows_.size()) == op_.loss.N) return;
+    for (void* p : {outputs_.loss, outputs_.lse, outputs_.entropy})
+      if (p) std::memset(p, 0, op_.loss.N * accum);
+    if (outputs_.argmax) std::fill_n(outputs_.argmax, op_.loss.N, -1);
+    if (gradients_.dx) std::memset(gradients_.dx, 0, op_.loss.N * op_.H * size_of(op_.dtype));
+  }
+
+  void nothing() {
+    const int64_t bytes = op_.loss.V * size_of(op_.dtype);
+    if (gradients_.dlinear_weight) std::memset(gradients_.dlinear_weight, 0, bytes * op_.H);
+    if (gradients_.dlinear_bias) std::memset(gradients_.dlinear_bias, 0, bytes);
+  }
+
+  // Rows [begin, end) of those that count.
+  void chunk(int64_t begin, int64_t end, bool accumulate) {
+    const int64_t R = end - begin, V = op_.loss.V, H = op_.H;
+    const Gather x(op_.x, rows_, begin, end, H * size_of(op_.dtype));
+    const Matrix X{x.get(), op_.dtype, H, false}, W{op_.linear_weight, op_.dtype, H, false},
+        Wt{W.data, W.dtype, H, true};
+    gemm(R, V, H, X, Wt, logits_, op_.loss.dtype, V, false, bias_);
+    losses(begin, end);
+    const Matrix G{dlogits_, grad_dtype_, V, false}, Gt{dlogits_, grad_dtype_, V, true};
+    if (gradients_.dx) {
+      const int64_t bytes = H * size_of(op_.dtype);
+      const Buffer<char> apart(scattered(begin, end) ? R * bytes : 0);
+      gemm(R, H, V, G, W, scattered(begin, end) ? apart.get() : at(gradients_.dx, rows_[begin] * bytes), op_.dtype, H,
+           false);
+      if (scattered(begin, end)) scatter(apart.get(), gradients_.dx, begin, end, bytes);
+    }
+    if (gradients_.dlinear_weight) gemm(V, H, R, Gt, X, dweight_, dweight_dtype_, H, accumulate);
+    if (gradients_.dlinear_bias) sum_rows(G, R, accumulate);
+  }
+
+  void losses(int64_t begin, int64_t end) const {
+    const int64_t R = end - begin, accum = size_of(op_.loss.dtype);
+    const bool apart = scattered(begin, end);
+    const auto gather = [&](const void* from, int64_t bytes) { return Gather(from, rows_, begin, end, bytes); };
+    const Gather target = gather(op_.loss.target, 8), dloss = gather(cotangents_.loss, accum),
+                 dlse = gather(cotangents_.lse, accum), dentropy = gather(cotangents_.entropy, accum);
+    const Buffer<char> results(apart ? R * (8 + 3 * accum) : 0);
+    const auto part = [&](void* p, int64_t offset, int64_t bytes) -> void* {
+      return apart && p ? results.get() + R * offset : at(p, rows_[begin] * bytes);
+    };
+    const CrossEntropyOutputs outputs{part(outputs_.loss, 8, accum), part(outputs_.lse, 8 + accum, accum),
+                                      part(outputs_.entropy, 8 + 2 * accum, accum),
+                                      static_cast<int64_t*>(part(outputs_.argmax, 0, 8))};
+    CrossEntropy loss = op_.loss;
+    // Probabilities ignore no row: theirs are never gathered.
+    const int64_t of_target = begin * loss.V * size_of(loss.target_dtype);
+    loss.N = R, loss.target = static_cast<const int64_t*>(target.get());
+    loss.probabilities = at(loss.probabilities, of_target);
+    cross_entropy(loss, logits_, outputs, {dloss.get(), dlse.get(), dentropy.get()},
+                  {needs_dlogits_ ? dlogits_ : nullptr, grad_dtype_, at(gradients_.dtarget, of_target)});
+    if (!apart) return;
+    scatter(outputs.loss, outputs_.loss, begin, end, accum), scatter(outputs.lse, outputs_.lse, begin, end, accum);
+    scatter(outputs.entropy, outputs_.entropy, begin, end, accum),
+        scatter(outputs.argmax, outputs_.argmax, begin, end, 8);
+  }
+
+  void sum_rows(const Matrix& G, int64_t R, bool accumulate) const {
+    visit(op_.loss.dtype, [&](auto t) {
+      const std::vector<Accum<decltype(t)>> ones(R, 1);
+      gemm(1, op_.loss.V, R, {ones.data(), op_.loss.dtype, R, false}, G, dbias_, op_.loss.dtype, op_.loss.V,
+           accumulate);
+    });
+  }
+
+  bool scattered(int64_t begin, int64_t end) const { return rows_[end - 1] - rows_[begin] != end - 1 - begin; }
+  void scatter(const void* from, void* to, int64_t begin, int64_t end, int64_t bytes) const {
+    for (int64_t r = begin; to && r < end; ++r)
+      std::memcpy(at(to, rows_[r] * bytes), at(from, (r - begin) * bytes), bytes);
+  }
+
+  const LinearCrossEntropy& op_;
+  const CrossEntropyOutputs& outputs_;
+  const CrossEntropyCotangents& cotangents_;
+  const LinearCrossEntropyGradients& gradients_;
+  std::vector<int64_t> rows_;  // those that count
+  bool needs_dlogits_;
+  DType grad_dtype_;
+  int64_t count_, longest_;  // chunks, and rows of the longest
+  void *logits_, *dlogits_, *dweight_, *dbias_;
+  DType dweight_dtype_;
+  const void* bias_;
+};
+
+}  // namespace
+
+void linear_cross_entropy(const LinearCrossEntropy& op, const CrossEntropyOutputs& outputs,
+                          const CrossEntropyCotangents& cotangents, const LinearCrossEntropyGradients& gradients) {
+  check_targets(op.loss);
+  Chunks(op, outputs, cotangents, gradients).run();
+}
+
+}  // namespace llmkern::cpu

@@ -1,0 +1,30 @@
+// What the bindings of cross_entropy and linear_cross_entropy share.
+#pragma once
+#include "core/cross_entropy.h"
+#include "torch/tensor.h"
+
+namespace llmkern {
+
+struct CrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap, logit_scale;
+};
+
+// For logits (N, V, D) of `dtype`: checks target (indices or probabilities) and weight.
+cpu::CrossEntropy describe(DType dtype, int64_t N, int64_t V, int64_t D, const Tensor& target,
+                           const std::optional<Tensor>& weight, const CrossEntropyOptions& options);
+
+inline DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+// The data of a tensor with an element in Accum for every row, or null.
+const void* rows_of(const std::optional<Tensor>& t, const cpu::CrossEntropy& op, const char* name);
+
+// Tensors for the outputs; those not wanted are empty.
+struct CrossEntropyResults {
+  Tensor loss, lse, entropy, argmax;
+  cpu::CrossEntropyOutputs outputs;
+
+  CrossEntropyResults(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype, bool entropy, bool argmax);
+};
+
+}  // namespace llmkern

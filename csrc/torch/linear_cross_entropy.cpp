@@ -1,0 +1,101 @@
+#include "core/linear_cross_entropy.h"
+
+#include <tuple>
+
+#include "torch/cross_entropy.h"
+
+namespace llmkern {
+namespace {
+
+cpu::LinearCrossEntropy describe(const Tensor& x, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
+                                 const Tensor& target, const std::optional<Tensor>& weight,
+                                 const CrossEntropyOptions& options, int64_t workspace) {
+  require_contiguous(x, "x"), require_contiguous(linear_weight, "linear_weight");
+  require(x.dim() == 2 && linear_weight.dim() == 2 && x.size(1) == linear_weight.size(1),
+          "linear_cross_entropy: expected x (N, H) and linear_weight (V, H)");
+  require(linear_weight.scalar_type() == x.scalar_type(), "linear_cross_entropy: expected linear_weight of x's dtype");
+  const DType dtype = dtype_of(x);
+  cpu::LinearCrossEntropy op{};
+  op.loss = describe(accum_of(dtype), x.size(0), linear_weight.size(0), 1, target, weight, options);
+  op.H = x.size(1), op.dtype = dtype, op.workspace = workspace;
+  op.x = x.const_data_ptr(), op.linear_weight = linear_weight.const_data_ptr();
+  if (linear_bias) {
+    require_contiguous(*linear_bias, "linear_bias");
+    require(linear_bias->numel() == op.loss.V && linear_bias->scalar_type() == x.scalar_type(),
+            "linear_cross_entropy: expected linear_bias (V) of x's dtype");
+    op.linear_bias = linear_bias->const_data_ptr();
+  }
+  return op;
+}
+
+// Gradients that are not wanted are empty.
+struct Gradients {
+  Tensor dx, dlinear_weight, dlinear_bias, dtarget;
+  cpu::LinearCrossEntropyGradients pointers;
+
+  Gradients(const Tensor& x, const Tensor& linear_weight, const Tensor& target, const std::vector<bool>& need)
+      : dx(like(x, need[0])),
+        dlinear_weight(like(linear_weight, need[1])),
+        dlinear_bias(empty(x, {need[2] ? linear_weight.size(0) : 0})),
+        dtarget(like(target, need[3])) {
+    const auto data = [](Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; };
+    pointers = {data(dx, need[0]), data(dlinear_weight, need[1]), data(dlinear_bias, need[2]), data(dtarget, need[3])};
+  }
+  static Tensor like(const Tensor& t, bool wanted) {
+    return empty(t, wanted ? std::vector<int64_t>{t.sizes().begin(), t.sizes().end()} : std::vector<int64_t>{0});
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
+    const Tensor& x, const Tensor& linear_weight, std::optional<Tensor> linear_bias, const Tensor& target,
+    std::optional<Tensor> weight, std::optional<Tensor> dloss, int64_t ignore_index, double label_smoothing,
+    double z_loss, double softcap, double logit_scale, int64_t workspace, bool entropy, bool argmax, bool need_x,
+    bool need_weight, bool need_bias, bool need_target) {
+  const auto op = describe(x, linear_weight, linear_bias, target, weight,
+                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
+  CrossEntropyResults results(x, {op.loss.N}, op.loss.dtype, entropy, argmax);
+  Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
+  cpu::linear_cross_entropy(op, results.outputs, {rows_of(dloss, op.loss, "dloss"), nullptr, nullptr},
+                            gradients.pointers);
+  return {results.loss,           results.lse,      results.entropy,
+          results.argmax,         gradients.dx,     gradients.dlinear_weight,
+          gradients.dlinear_bias, gradients.dtarget};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    std::optional<Tensor> dloss, std::optional<Tensor> dlse, std::optional<Tensor> dentropy, const Tensor& x,
+    const Tensor& linear_weight, std::optional<Tensor> linear_bias, const Tensor& target, std::optional<Tensor> weight,
+    int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, int64_t workspace,
+    bool need_x, bool need_weight, bool need_bias, bool need_target) {
+  const auto op = describe(x, linear_weight, linear_bias, target, weight,
+                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
+  Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
+  cpu::linear_cross_entropy(
+      op, {},
+      {rows_of(dloss, op.loss, "dloss"), rows_of(dlse, op.loss, "dlse"), rows_of(dentropy, op.loss, "dentropy")},
+      gradients.pointers);
+  return {gradients.dx, gradients.dlinear_weight, gradients.dlinear_bias, gradients.dtarget};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
+  m.def(
+      "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
+      " Tensor? weight, Tensor? dloss, int ignore_index, float label_smoothing, float z_loss, float softcap,"
+      " float logit_scale, int workspace, bool entropy, bool argmax, bool need_x, bool need_weight, bool need_bias,"
+      " bool need_target) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dx,"
+      " Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtarget)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor x, Tensor linear_weight,"
+      " Tensor? linear_bias, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss,"
+      " float softcap, float logit_scale, int workspace, bool need_x, bool need_weight, bool need_bias,"
+      " bool need_target) -> (Tensor dx, Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtarget)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
+  m.impl("linear_cross_entropy_forward", TORCH_BOX(&linear_cross_entropy_forward));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward));
+}
+
+}  // namespace llmkern

@@ -1,0 +1,311 @@
+"""The autograd of cross-entropy, from logits and from the input of a linear layer.
+
+Both are one function of *primals*: (logits,) or (x, linear_weight, linear_bias), and the target where it holds
+probabilities. Both give per-row outputs, and a ``total``: the sum of the losses times ``scale``. functional knows what
+a row counts for, so the gradient of ``total`` is known before the backward but for a factor, and the forward kernel
+makes it in the same pass: a bet. The backward hands it out, times the factor; if it was given away already (a second
+backward), or other cotangents come (on the rows, or in a graph of the backward), it is computed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._autograd import (
+    KernelFunction,
+    differentiating,
+    reference_jvp,
+    reference_vjp,
+    reference_vjp_vjp,
+    zeros_for_none,
+)
+
+OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+_ROWS = 3  # differentiable ones: loss, lse, entropy
+
+
+class Rows(NamedTuple):
+    """What an op gives: ``total`` () or None; the rest per row, entropy and argmax None if they are not wanted."""
+
+    total: Tensor | None
+    loss: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    argmax: Tensor | None
+
+
+def empty_rows(like: Tensor, shape: Sequence[int], entropy: bool, argmax: bool) -> tuple[Tensor, ...]:
+    """Empty results for a fake: loss, lse, entropy, argmax."""
+    accumulated = torch.float64 if like.dtype == torch.float64 else torch.float32
+    sizes = (shape, shape, shape if entropy else (0,))
+    rows = tuple(like.new_empty(size, dtype=accumulated) for size in sizes)
+    return (*rows, like.new_empty(shape if argmax else (0,), dtype=torch.int64))
+
+
+def _op(phase: str, linear: bool) -> Any:
+    return getattr(torch.ops.llmkern, f"{'linear_' * linear}cross_entropy_{phase}").default
+
+
+class LossFunction(KernelFunction):
+    """(total, loss, lse, entropy, argmax) and, for a bet, the gradients of total by the primals."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        linear_weight: Tensor | None,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        logit_scale: float,
+        workspace: int,
+        entropy: bool,
+        argmax: bool,
+        bet: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        dloss = scale if bet else None
+        x_wanted, *need = (bet and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
+        if linear_weight is not None:
+            rows = _op("forward", True)(
+                x, linear_weight, linear_bias, target, weight, dloss, *options, workspace, entropy, argmax, x_wanted,
+                *need, backend,
+            )  # fmt: skip
+        elif inplace and x_wanted:
+            logits = x.detach()
+            *rows, dtarget = _op("forward_", False)(
+                logits, target, weight, dloss, *options, entropy, argmax, need[-1], backend
+            )
+            rows += [logits, dtarget]
+        else:
+            rows = _op("forward", False)(
+                x, target, weight, dloss, *options, entropy, argmax, x_wanted, need[-1], backend
+            )
+        total = rows[0].new_empty(0) if scale is None else (rows[0] * scale).sum()
+        return (total, *rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, linear_weight, linear_bias, target, weight, scale, *options = inputs
+        *ctx.options, ctx.entropy, _, bet, ctx.inplace, ctx.backend = options
+        ctx.linear, ctx.total = linear_weight is not None, scale is not None
+        ctx.bet = _spread(ctx.linear, output[5:]) if bet else None
+        ctx.mark_non_differentiable(*output[4:])
+        # Autograd would make zeros for the gradients, as large as they are, on every backward.
+        ctx.set_materialize_grads(False)
+        inplace = ctx.inplace and bet
+        ctx.save_for_backward(None if inplace else x, linear_weight, linear_bias, target, weight, scale)
+        ctx.save_for_forward(x, linear_weight, linear_bias, target, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor | None, *drows: Tensor | None) -> tuple[Tensor | None, ...]:
+        # torch.func gives zeros even for what is empty because it was not asked for.
+        given = [d if d is not None and (i < 2 or ctx.entropy) else None for i, d in enumerate(drows[:_ROWS])]
+        dtotal = dtotal if ctx.total else None
+        need = [ctx.needs_input_grad[i] for i in range(4)]
+        nothing = (None,) * (3 + len(ctx.options) + 4)
+        if dtotal is None and all(d is None for d in given):
+            return (None,) * 4 + nothing
+        if ctx.bet is not None and dtotal is not None and _plain(given):
+            gradients, ctx.bet = ctx.bet, None
+            if dtotal != 1:
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(dtotal)
+        else:
+            x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
+            if x is None:
+                raise RuntimeError(
+                    "cross_entropy: the logits were overwritten by inplace=True, which allows one backward, of the"
+                    " loss alone; use inplace=False"
+                )
+            if dtotal is not None:
+                given[0] = dtotal * scale if given[0] is None else given[0] + dtotal * scale
+            given = [None if d is None else d.contiguous() for d in given]
+            gradients = LossBackwardFunction.run(
+                *given, x, linear_weight, linear_bias, target, weight, *ctx.options, *need, ctx.backend
+            )
+        wanted = [g if n and g is not None else None for g, n in zip(gradients, need, strict=True)]
+        return (*wanted, *nothing)
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
+        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, (0, 1, 2))
+        moved = [t for t, p in zip(tangents[:4], (x, linear_weight, linear_bias, target), strict=True) if _counts(p)]
+        loss, lse, entropy = reference_jvp(function, primals, zeros_for_none(moved, primals))
+        total = loss.new_empty(0) if scale is None else (loss * scale).sum()
+        entropy = entropy if ctx.entropy else loss.new_empty(0)
+        return total, loss, lse, entropy, *(None,) * (1 + (4 if ctx.linear else 2))
+
+
+class LossBackwardFunction(KernelFunction):
+    """The gradients of the primals, for cotangents on the rows; those not needed are empty."""
+
+    @staticmethod
+    def forward(
+        dloss: Tensor | None,
+        dlse: Tensor | None,
+        dentropy: Tensor | None,
+        x: Tensor,
+        linear_weight: Tensor | None,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        logit_scale: float,
+        workspace: int,
+        need_x: bool,
+        need_weight: bool,
+        need_bias: bool,
+        need_target: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        cotangents = (dloss, dlse, dentropy)
+        options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        if linear_weight is None:
+            dx, dtarget = _op("backward", False)(*cotangents, x, target, weight, *options, need_x, need_target, backend)
+            gradients = (dx, x.new_empty(0), x.new_empty(0), dtarget)
+        else:
+            primals = (x, linear_weight, linear_bias, target, weight)
+            gradients = _op("backward", True)(
+                *cotangents, *primals, *options, workspace, need_x, need_weight, need_bias, need_target, backend
+            )
+        # Forward mode wants no integers among what it moves.
+        return gradients if need_target else (*gradients[:3], x.new_empty(0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *ctx.options, need_x, need_weight, need_bias, need_target, _ = inputs[8:]
+        ctx.need = (need_x, need_weight, need_bias, need_target)
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
+
+    @staticmethod
+    def backward(ctx: Any, *dgradients: Tensor) -> tuple[Tensor | None, ...]:
+        *given, x, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        kinds = tuple(i for i in range(_ROWS) if given[i] is not None)
+        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, kinds)
+        places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
+        moved = [dgradients[i] if ctx.need[i] else torch.zeros_like(p) for i, p in zip(places, primals, strict=True)]
+        of_primals, of_given = reference_vjp_vjp(function, primals, [given[i] for i in kinds], moved)
+        results: list[Tensor | None] = [None] * (8 + len(ctx.options) + 5)
+        for i, gradient in zip(kinds, of_given, strict=True):
+            results[i] = gradient
+        for i, gradient in zip(places, of_primals, strict=True):
+            results[_ROWS + i] = gradient
+        return tuple(results)
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, x, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        kinds = tuple(i for i in range(_ROWS) if given[i] is not None)
+        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, kinds)
+        count = len(primals)
+
+        def gradient(*arguments: Tensor) -> tuple[Tensor, ...]:
+            cotangents = arguments[count:]
+            return reference_vjp(function, arguments[:count], cotangents[0] if len(kinds) == 1 else cotangents)
+
+        everything = (*primals, *(given[i] for i in kinds))
+        places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
+        moved = [*(tangents[_ROWS + i] for i in places), *(tangents[i] for i in kinds)]
+        dgradients = dict(
+            zip(places, reference_jvp(gradient, everything, zeros_for_none(moved, everything)), strict=True)
+        )
+        nothing = x.new_empty(0)
+        return tuple(dgradients[i] if ctx.need[i] and i in dgradients else nothing for i in range(4))
+
+
+def _counts(primal: Tensor | None) -> bool:
+    """Whether it is there and has derivatives at all: an index target has none."""
+    return primal is not None and primal.is_floating_point()
+
+
+def _spread(linear: bool, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The forward's gradients in the order of the primals; None for what is empty because it was not wanted."""
+    places = gradients if linear else (gradients[0], None, None, gradients[1])
+    return [g if g is not None and g.numel() else None for g in places]
+
+
+def _plain(drows: Sequence[Tensor | None]) -> bool:
+    """Whether the backward is one of total alone: no graph of it, no transform."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(d is None for d in drows)
+
+
+def _reference(
+    x: Tensor,
+    linear_weight: Tensor | None,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Sequence[Any],
+    kinds: tuple[int, ...],
+) -> tuple[tuple[Tensor, ...], Any]:
+    """The primals, and the reference as a function of them that gives rows of these kinds; ``options`` end with the
+    workspace."""
+    everything = (x, linear_weight, linear_bias, target)
+    primals = tuple(p for p in everything if p is not None and _counts(p))
+
+    def function(*moving: Tensor) -> Any:
+        rest = iter(moving)
+        a, w, b, t = (next(rest) if _counts(p) else p for p in everything)
+        assert a is not None
+        assert t is not None
+        if w is None:
+            rows = reference.cross_entropy(a, t, weight, *options[:-1])
+        else:
+            rows = reference.linear_cross_entropy(a, w, b, t, weight, *options[:-1])
+        return rows[kinds[0]] if len(kinds) == 1 else tuple(rows[kind] for kind in kinds)
+
+    return primals, function
+
+
+def run(
+    x: Tensor,
+    linear_weight: Tensor | None,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    options: tuple[int, float, float, float, float],
+    workspace: int,
+    entropy: bool,
+    argmax: bool,
+    inplace: bool,
+    backend: str,
+) -> Rows:
+    """The outputs, from a backend; see the two ops for the arguments."""
+    if backend == "reference":
+        _, function = _reference(x, linear_weight, linear_bias, target, weight, (*options, 0), (0, 1, 2, 3))
+        primals = [p for p in (x, linear_weight, linear_bias, target) if _counts(p)]
+        loss, lse, entropies, best = function(*primals)
+        total = None if scale is None else (loss * scale).sum()
+        return Rows(total, loss, lse, entropies if entropy else None, best if argmax else None)
+    moving = differentiating(x, linear_weight, linear_bias, target)
+    # A bet is eager only: a compiler and torch.func see a pure function.
+    pure = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    bet = moving and scale is not None and torch.is_grad_enabled() and not pure
+    arguments = (x, linear_weight, linear_bias, target, weight, scale, *options, workspace, entropy, argmax, bet)
+    call = LossFunction.run if moving else LossFunction.forward
+    total, loss, lse, entropies, best = call(*arguments, inplace and bet, backend)[:5]
+    if inplace and bet:
+        # The op wrote behind autograd's back: whoever saved the logits for a backward of their own must know.
+        torch.autograd.graph.increment_version(x)
+    return Rows(None if scale is None else total, loss, lse, entropies if entropy else None, best if argmax else None)
