@@ -131,9 +131,16 @@ static inline void store_streaming(T* p, Vec<Accum<T>> v) {
   store(p, v);
 }
 
+// Tells the compiler what a tail may be: it would warn of copies past the buffer. Under the sanitizers, a check.
+template <class A>
+static inline void is_tail(int n) {
+  if (n < 0 || n > kLanes<A>) __builtin_unreachable();
+}
+
 // Tails: the first n elements only; memory past them is neither read nor written.
 template <class A, class T>
 static inline Vec<A> load(const T* p, int n, A fill) {
+  is_tail<A>(n);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<Vec<A>>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (1u << n) - 1, p));
@@ -158,6 +165,7 @@ static inline Vec<A> load(const T* p, int n, A fill) {
 
 template <class T>
 static inline void store(T* p, Vec<Accum<T>> v, int n) {
+  is_tail<Accum<T>>(n);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));
