@@ -23,6 +23,7 @@ import llmkern.nn as lnn
 from llmkern import dispatch
 
 OP = "mse_loss"
+needs_native = pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="needs the native library")
 REDUCTIONS = ("none", "mean", "sum")
 # A scalar, vector tails, the sum's chunk of 8192 and its neighbours, several chunks with a tail.
 SHAPES = ((), (1,), (7,), (5, 13), (8191,), (2, 4096), (8193,), (3, 11, 1009))
@@ -93,6 +94,76 @@ def test_views_and_expanded_tensors(backend: str, device: torch.device) -> None:
     compare((base.requires_grad_(), torch.randn(1, 10, device=device).expand(6, 10)), "sum")
 
 
+@pytest.fixture
+def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each call of the backward kernel."""
+    native, calls = dispatch.load("native"), []
+    backward = native.mse_loss_backward
+    monkeypatch.setattr(native, "mse_loss_backward", lambda *args: (calls.append(True), backward(*args))[1])
+    return calls
+
+
+# What the kernel gets is contiguous; the gradients find their way back.
+LAYOUTS = {
+    "contiguous": lambda a, b: (a, b),
+    "strided": lambda a, b: (a.t()[:, 1::2], b.t()[:, ::2]),
+    "expanded": lambda a, b: (a, b[:1].expand_as(a)),
+    "broadcast": lambda a, b: (a, b[0]),
+}
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_the_forward(dtype: torch.dtype, reduction: str, layout: str, recomputed: list[bool]) -> None:
+    """They are handed out once, to a plain backward of the loss itself; all others are computed anew."""
+    for needs in ((True, True), (True, False), (False, True)):
+        pair = [t.to(dtype).requires_grad_(need) for t, need in zip(torch.randn(2, 10, 14), needs, strict=True)]
+        wanted = [t for t in pair if t.requires_grad]
+        doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in pair]
+        ours = LF.mse_loss(*LAYOUTS[layout](*pair), reduction=reduction)
+        theirs = F.mse_loss(*LAYOUTS[layout](*pair), reduction=reduction)
+        exact = F.mse_loss(*LAYOUTS[layout](*doubles), reduction=reduction)
+        recomputed.clear()
+        first = torch.autograd.grad(ours, wanted, retain_graph=True)
+        assert not recomputed
+        for count, factor in enumerate((1, 1, 3, -0.5), start=1):
+            again = torch.autograd.grad(ours * factor, wanted, retain_graph=True)
+            assert len(recomputed) == count
+            torchs = torch.autograd.grad(theirs * factor, wanted, retain_graph=True)
+            expected = torch.autograd.grad(exact * factor, [t for t in doubles if t.requires_grad], retain_graph=True)
+            for f, a, t, e in zip(first, again, torchs, expected, strict=True):
+                assert factor != 1 or torch.equal(f, a)
+                assert_accurate(a, e, t)
+
+
+@needs_native
+def test_a_lost_bet(recomputed: list[bool]) -> None:
+    x, t = (torch.randn(8193, requires_grad=True) for _ in range(2))
+    for cotangent in (torch.tensor(3.0), torch.tensor(float("nan"))):
+        for a, e in zip(run(LF.mse_loss, (x, t), cotangent), run(F.mse_loss, (x, t), cotangent), strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+    assert len(recomputed) == 2
+    dx = torch.autograd.grad(LF.mse_loss(x, t), x, create_graph=True)[0]
+    assert len(recomputed) == 3
+    torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], torch.full_like(x, 2 / 8193))
+    dead = LF.mse_loss(x * 1, t)
+    torch.autograd.grad(dead * 0 + x.sum(), x)
+    assert len(recomputed) == 4
+
+
+@needs_native
+def test_no_gradient_of_an_operand_that_changed() -> None:
+    x = torch.randn(5, requires_grad=True)
+    changed = x * 1
+    loss = LF.mse_loss(changed, torch.zeros(5))
+    changed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_nan_and_infinity_come_through(backend: str, device: torch.device) -> None:
     x = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), float("inf")], device=device)
     t = torch.tensor([0.5, 1.0, 1.0, 1.0, float("inf")], device=device)
@@ -112,17 +183,20 @@ def test_half_precision_mean_does_not_overflow() -> None:
                 assert LF.mse_loss(x, t, reduction="sum").isinf()
 
 
-@pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="needs the native library")
-def test_same_bits_for_any_thread_count() -> None:
+@needs_native
+@pytest.mark.parametrize("count", [1_000_003, 4_200_003], ids=["cached", "streamed"])
+def test_same_bits_for_any_thread_count(count: int) -> None:
+    """Gradients of the forward (cotangent 1) and of the backward."""
     threads = torch.get_num_threads()
-    x, t = torch.randn(2, 1_000_003).unbind()
-    x.requires_grad_()
+    x, t = (torch.randn(count, requires_grad=True) for _ in range(2))
     results = []
     try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
             with llmkern.backend("native"):
-                results.append(run(LF.mse_loss, (x, t), torch.tensor(0.7)))
+                results.append(
+                    [*run(LF.mse_loss, (x, t), torch.ones(())), *run(LF.mse_loss, (x, t), torch.tensor(0.7))]
+                )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

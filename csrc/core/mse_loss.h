@@ -5,8 +5,10 @@
 
 namespace llmkern::cpu {
 
-// The sum of (input[i] - target[i])^2 over i < N.
-double mse_loss_forward_sum(const void* input, const void* target, DType dtype, int64_t N);
+// The sum of (input[i] - target[i])^2 over i < N. In the same pass, where they are not null, dinput and dtarget become,
+// bit for bit, what mse_loss_backward makes of dsum.
+double mse_loss_forward_sum(const void* input, const void* target, DType dtype, int64_t N, double dsum, void* dinput,
+                            void* dtarget);
 
 // out[i] = (input[i] - target[i])^2.
 void mse_loss_forward(const void* input, const void* target, DType dtype, int64_t N, void* out);
@@ -16,12 +18,13 @@ void mse_loss_forward(const void* input, const void* target, DType dtype, int64_
 void mse_loss_backward(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t N,
                        void* dinput, void* dtarget);
 
-// The same on one range of elements.
+// The same on one range of elements. `stream`: gradients go past the caches.
 struct MseLossKernels {
-  double (*sum)(const void* input, const void* target, DType dtype, int64_t n);
+  double (*sum)(const void* input, const void* target, DType dtype, int64_t n, double dsum, void* dinput, void* dtarget,
+                bool stream);
   void (*forward)(const void* input, const void* target, DType dtype, int64_t n, void* out);
   void (*backward)(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t n,
-                   void* dinput, void* dtarget);
+                   void* dinput, void* dtarget, bool stream);
 };
 
 }  // namespace llmkern::cpu

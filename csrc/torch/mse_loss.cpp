@@ -22,53 +22,65 @@ std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
-Tensor mse_loss_forward(const Tensor& input, const Tensor& target, bool reduce) {
+// A gradient of the sum, as the kernels take it.
+double scalar(const Tensor& t, const Tensor& input, const char* name) {
+  require_contiguous(t, name);
+  const bool wide = sums_in_f64(input);
+  require(t.numel() == 1 && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+          std::string("mse_loss: expected ") + name + " (), float32 or, for float64 input, float64");
+  return wide ? *static_cast<const double*>(t.const_data_ptr()) : *static_cast<const float*>(t.const_data_ptr());
+}
+
+// Of the input's shape, or, if it is not wanted, empty.
+Tensor gradient(const Tensor& input, bool wanted) {
+  return empty(input, wanted ? sizes_of(input) : std::vector<int64_t>{0});
+}
+
+void* pointer(Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> mse_loss_forward(const Tensor& input, const Tensor& target, bool reduce,
+                                                    std::optional<Tensor> scale, bool need_input, bool need_target) {
   check(input, target);
+  require(!(need_input || need_target) || (reduce && scale), "mse_loss: gradients need a sum and its scale");
   const void *x = input.const_data_ptr(), *t = target.const_data_ptr();
+  Tensor dinput = gradient(input, need_input), dtarget = gradient(input, need_target);
   if (!reduce) {
     Tensor out = empty(input, sizes_of(input));
     cpu::mse_loss_forward(x, t, dtype_of(input), input.numel(), out.mutable_data_ptr());
-    return out;
+    return {out, dinput, dtarget};
   }
+  const double dsum = scale ? scalar(*scale, input, "scale") : 0;
   Tensor out = empty(input, {}, sums_in_f64(input) ? ScalarType::Double : ScalarType::Float);
-  const double sum = cpu::mse_loss_forward_sum(x, t, dtype_of(input), input.numel());
+  const double sum = cpu::mse_loss_forward_sum(x, t, dtype_of(input), input.numel(), dsum, pointer(dinput, need_input),
+                                               pointer(dtarget, need_target));
   if (sums_in_f64(input))
     *static_cast<double*>(out.mutable_data_ptr()) = sum;
   else
     *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(sum);
-  return out;
+  return {out, dinput, dtarget};
 }
 
 std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& dloss, const Tensor& input, const Tensor& target,
                                              bool reduce, bool need_input, bool need_target) {
   check(input, target);
-  require_contiguous(dloss, "dloss");
-  double dsum = 0;
-  if (reduce) {
-    require(dloss.numel() == 1 && dloss.scalar_type() == (sums_in_f64(input) ? ScalarType::Double : ScalarType::Float),
-            "mse_loss_backward: expected dloss (), float32 or, for float64 input, float64");
-    dsum = sums_in_f64(input) ? *static_cast<const double*>(dloss.const_data_ptr())
-                              : *static_cast<const float*>(dloss.const_data_ptr());
-  } else {
-    check(input, dloss);
-  }
-  const std::vector<int64_t> sizes = sizes_of(input), none{0};
-  Tensor dinput = empty(input, need_input ? sizes : none), dtarget = empty(input, need_target ? sizes : none);
+  if (!reduce) check(input, dloss);
+  const double dsum = reduce ? scalar(dloss, input, "dloss") : 0;
+  Tensor dinput = gradient(input, need_input), dtarget = gradient(input, need_target);
   cpu::mse_loss_backward(reduce ? nullptr : dloss.const_data_ptr(), dsum, input.const_data_ptr(),
-                         target.const_data_ptr(), dtype_of(input), input.numel(),
-                         need_input ? dinput.mutable_data_ptr() : nullptr,
-                         need_target ? dtarget.mutable_data_ptr() : nullptr);
+                         target.const_data_ptr(), dtype_of(input), input.numel(), pointer(dinput, need_input),
+                         pointer(dtarget, need_target));
   return {dinput, dtarget};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("mse_loss_forward(Tensor input, Tensor target, bool reduce) -> Tensor");
   m.def(
-      "mse_loss_backward(Tensor dloss, Tensor input, Tensor target, bool reduce, bool need_input, bool "
-      "need_target)"
-      " -> (Tensor, Tensor)");
+      "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target)"
+      " -> (Tensor loss, Tensor dinput, Tensor dtarget)");
+  m.def(
+      "mse_loss_backward(Tensor dloss, Tensor input, Tensor target, bool reduce, bool need_input, bool need_target)"
+      " -> (Tensor dinput, Tensor dtarget)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {

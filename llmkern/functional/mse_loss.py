@@ -63,10 +63,19 @@ def mse_loss(
         dtype = torch.promote_types(dtype, weight.dtype)
     # As in torch, the mean divides by the sum of the weights as they were given, not as they were broadcast.
     factors = None if weight is None else weight.expand_as(x)
-    loss = ops.mse_loss(x.contiguous(), t.contiguous(), reduction != "none", factors, backend)
+    scale = _expected_gradient(x, t, reduction)
+    loss = ops.mse_loss(x.contiguous(), t.contiguous(), reduction != "none", factors, scale, backend)
     if reduction == "mean":
         loss = loss / (x.numel() if weight is None else weight.to(loss.dtype).sum())
     return loss.to(dtype)
+
+
+def _expected_gradient(x: Tensor, t: Tensor, reduction: str) -> Tensor | None:
+    """The gradient that the sum will get if the reduced loss gets 1."""
+    if reduction == "none" or not (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
+        return None
+    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return one / x.numel() if reduction == "mean" else one
 
 
 def _single(t: Tensor) -> Tensor:

@@ -26,6 +26,14 @@ def differentiating(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def won(cotangent: Tensor, expected: Tensor) -> bool:
+    """Whether a bet on the gradient that a backward would get was right, and what was computed for it may be handed
+    out: the gradient is the expected one, and the backward a plain one (no graph of it, no transform)."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.equal(cotangent, expected)
+
+
 class KernelFunction(Function):
     """An ``autograd.Function`` over ops, for eager, compiled and ``torch.func`` use: call :meth:`run`, not ``apply``.
 

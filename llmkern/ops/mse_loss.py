@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._autograd import KernelFunction, differentiating
+from ._autograd import KernelFunction, differentiating, won
 from ._library import define
 
 
@@ -16,20 +16,24 @@ def _sum_dtype(input: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, torch.float32)
 
 
+def _gradients(input: Tensor, need_input: bool, need_target: bool) -> tuple[Tensor, Tensor]:
+    """A gradient that is not needed is an empty tensor."""
+    return input.new_empty(input.shape if need_input else (0,)), input.new_empty(input.shape if need_target else (0,))
+
+
+# `scale` is a bet on the gradient of the sum; what is needed of the operands' gradients is written in the same pass.
 mse_loss_forward = define(
-    "mse_loss_forward(Tensor input, Tensor target, bool reduce, str backend) -> Tensor",
-    lambda input, target, reduce: (
-        input.new_empty((), dtype=_sum_dtype(input)) if reduce else input.new_empty(input.shape)
+    "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target,"
+    " str backend) -> (Tensor loss, Tensor dinput, Tensor dtarget)",
+    lambda input, target, reduce, scale, need_input, need_target: (
+        input.new_empty((), dtype=_sum_dtype(input)) if reduce else input.new_empty(input.shape),
+        *_gradients(input, need_input, need_target),
     ),
 )
-# A gradient that is not needed comes back as an empty tensor.
 mse_loss_backward = define(
     "mse_loss_backward(Tensor dloss, Tensor input, Tensor target, bool reduce, bool need_input,"
-    " bool need_target, str backend) -> (Tensor, Tensor)",
-    lambda dloss, input, target, reduce, need_input, need_target: (
-        input.new_empty(input.shape if need_input else (0,)),
-        input.new_empty(input.shape if need_target else (0,)),
-    ),
+    " bool need_target, str backend) -> (Tensor dinput, Tensor dtarget)",
+    lambda dloss, input, target, reduce, need_input, need_target: _gradients(input, need_input, need_target),
 )
 
 
@@ -40,30 +44,56 @@ def _twice_dot(a: Tensor, b: Tensor, reduce: bool) -> Tensor:
 
 
 class MseLossFunction(KernelFunction):
-    """loss = (input - target)^2, or its sum."""
+    """(loss, dinput, dtarget), loss = (input - target)^2, or its sum.
+
+    ``scale`` is a bet on the gradient of the sum, and dinput and dtarget what that gradient gives. Where the bet is
+    right, the backward returns them and no operand is read again; where it is wrong (the loss was scaled, say), or
+    they were given away already (a second backward), they are recomputed.
+    """
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, reduce: bool, backend: str) -> Tensor:
-        return mse_loss_forward(input, target, reduce, backend)
+    def forward(
+        input: Tensor,
+        target: Tensor,
+        reduce: bool,
+        scale: Tensor | None,
+        need_input: bool,
+        need_target: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return mse_loss_forward(input, target, reduce, scale, need_input, need_target, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, target, ctx.reduce, ctx.backend = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        input, target, ctx.reduce, ctx.scale, _, _, ctx.backend = inputs
+        _, dinput, dtarget = output
+        ctx.bet = (dinput, dtarget) if ctx.scale is not None else None
+        ctx.mark_non_differentiable(dinput, dtarget)
+        # Autograd would make zeros for dinput and dtarget, as large as the operands, on every backward.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, target)
         ctx.save_for_forward(input, target)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        input, target = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
-        dinput, dtarget = MseLossBackwardFunction.run(
-            dloss.contiguous(), *ctx.saved_tensors, ctx.reduce, need_input, need_target, ctx.backend
-        )
-        return dinput if need_input else None, dtarget if need_target else None, None, None
+        # A lost bet is given up before the recomputation needs as much memory again.
+        bet, ctx.bet = ctx.bet, None
+        if dloss is None:
+            return (None,) * 7
+        if bet is None or not won(dloss, ctx.scale):
+            bet = None
+            bet = MseLossBackwardFunction.run(
+                dloss.contiguous(), input, target, ctx.reduce, need_input, need_target, ctx.backend
+            )
+        dinput, dtarget = bet
+        return dinput if need_input else None, dtarget if need_target else None, None, None, None, None, None
 
     @staticmethod
-    def tangent(ctx: Any, dinput: Tensor | None, dtarget: Tensor | None, *_: None) -> Tensor:
+    def tangent(ctx: Any, dinput: Tensor | None, dtarget: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         input, target = ctx.saved_tensors
-        return _twice_dot(input - target, _difference(dinput, dtarget), ctx.reduce)
+        return _twice_dot(input - target, _difference(dinput, dtarget), ctx.reduce), None, None
 
 
 class MseLossBackwardFunction(KernelFunction):
@@ -118,13 +148,20 @@ def _difference(a: Tensor | None, b: Tensor | None) -> Tensor:
     return a if b is None else a - b
 
 
-def mse_loss(input: Tensor, target: Tensor, reduce: bool, weight: Tensor | None, backend: str) -> Tensor:
+def mse_loss(
+    input: Tensor, target: Tensor, reduce: bool, weight: Tensor | None, scale: Tensor | None, backend: str
+) -> Tensor:
     """Squared errors of two contiguous tensors of one shape, or with ``reduce`` their sum, in fp32 or fp64.
 
-    No kernel takes a ``weight`` (dispatch says so); the reference does.
+    ``scale`` (), of the sum's dtype: the gradient that the sum will most likely get, or None. No kernel takes a
+    ``weight`` (dispatch says so); the reference does.
     """
     if backend == "reference":
         return reference.mse_loss(input, target, reduce, weight)
     if not differentiating(input, target):
-        return mse_loss_forward(input, target, reduce, backend)
-    return MseLossFunction.run(input, target, reduce, backend)
+        return mse_loss_forward(input, target, reduce, None, False, False, backend)[0]
+    # The bet is eager only: a compiler and torch.func see a pure function.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        scale = None
+    need_input, need_target = (scale is not None and t.requires_grad for t in (input, target))
+    return MseLossFunction.run(input, target, reduce, scale, need_input, need_target, backend)[0]

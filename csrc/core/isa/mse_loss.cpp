@@ -5,69 +5,101 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
+// The difference of n elements, zeros past them.
 template <class T>
-Vec<Accum<T>> square(const T* x, const T* t) {
-  const Vec<Accum<T>> d = load<Accum<T>>(x) - load<Accum<T>>(t);
-  return d * d;
+Vec<Accum<T>> difference(const T* x, const T* t, int n) {
+  using A = Accum<T>;
+  return n == kLanes<A> ? load<A>(x) - load<A>(t) : load<A>(x, n, A{}) - load<A>(t, n, A{});
 }
 
-// Four independent sums hide the latency of the addition; the tail fills up with zeros.
+// Where gradients go: dx, and dt = -dx; either may be null.
 template <class T>
-double sum(const T* x, const T* t, int64_t n) {
+struct Gradients {
+  T *dx, *dt;
+  bool stream_dx, stream_dt;
+
+  Gradients(T* dx, T* dt, bool stream)
+      : dx(dx), dt(dt), stream_dx(stream && aligned(dx)), stream_dt(stream && aligned(dt)) {}
+  void put(int64_t i, Vec<Accum<T>> g, int n) const {
+    if (dx) put(dx + i, g, n, stream_dx);
+    if (dt) put(dt + i, -g, n, stream_dt);
+  }
+
+ private:
+  static bool aligned(const T* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0; }
+  static void put(T* to, Vec<Accum<T>> g, int n, bool stream) {
+    if (n < kLanes<Accum<T>>)
+      store(to, g, n);
+    else if (stream)
+      store_streaming(to, g);
+    else
+      store(to, g);
+  }
+};
+
+// Four independent sums hide the latency of the addition. each(i, d, n) gets every difference.
+template <class T, class F>
+double sum(const T* x, const T* t, int64_t n, const F& each) {
   using A = Accum<T>;
   constexpr int L = kLanes<A>;
-  Vec<A> s0{}, s1{}, s2{}, s3{};
+  Vec<A> s[4] = {};
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    s0 += square(x + i, t + i), s1 += square(x + i + L, t + i + L);
-    s2 += square(x + i + 2 * L, t + i + 2 * L), s3 += square(x + i + 3 * L, t + i + 3 * L);
-  }
+  for (; i + 4 * L <= n; i += 4 * L)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const Vec<A> d = difference(x + i + v * L, t + i + v * L, L);
+      s[v] += d * d;
+      each(i + v * L, d, L);
+    }
   for (; i < n; i += L) {
     const int m = n - i < L ? static_cast<int>(n - i) : L;
-    const Vec<A> d = load<A>(x + i, m, A{}) - load<A>(t + i, m, A{});
-    s0 += d * d;
+    const Vec<A> d = difference(x + i, t + i, m);
+    s[0] += d * d;
+    each(i, d, m);
   }
-  return static_cast<double>(reduce_add<A>((s0 + s1) + (s2 + s3)));
+  return static_cast<double>(reduce_add<A>((s[0] + s[1]) + (s[2] + s[3])));
 }
 
 template <class T>
 void forward(const T* x, const T* t, int64_t n, T* out) {
-  using A = Accum<T>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<Accum<T>>;
   int64_t i = 0;
-  for (; i + L <= n; i += L) store(out + i, square(x + i, t + i));
-  if (i < n) {
-    const int m = static_cast<int>(n - i);
-    const Vec<A> d = load<A>(x + i, m, A{}) - load<A>(t + i, m, A{});
+  for (; i + L <= n; i += L) {
+    const auto d = difference(x + i, t + i, L);
+    store(out + i, d * d);
+  }
+  if (const int m = static_cast<int>(n - i); m > 0) {
+    const auto d = difference(x + i, t + i, m);
     store(out + i, d * d, m);
   }
 }
 
 template <class T>
-void backward(const T* g, Accum<T> dsum, const T* x, const T* t, int64_t n, T* dx, T* dt) {
+void backward(const T* g, Accum<T> dsum, const T* x, const T* t, int64_t n, const Gradients<T>& to) {
   using A = Accum<T>;
   constexpr int L = kLanes<A>;
   Vec<A> twice = splat<A>(2 * dsum);
   int64_t i = 0;
   for (; i + L <= n; i += L) {
     if (g) twice = 2 * load<A>(g + i);
-    const Vec<A> d = (load<A>(x + i) - load<A>(t + i)) * twice;
-    if (dx) store(dx + i, d);
-    if (dt) store(dt + i, -d);
+    to.put(i, difference(x + i, t + i, L) * twice, L);
   }
-  if (i < n) {
-    const int m = static_cast<int>(n - i);
+  if (const int m = static_cast<int>(n - i); m > 0) {
     if (g) twice = 2 * load<A>(g + i, m, A{});
-    const Vec<A> d = (load<A>(x + i, m, A{}) - load<A>(t + i, m, A{})) * twice;
-    if (dx) store(dx + i, d, m);
-    if (dt) store(dt + i, -d, m);
+    to.put(i, difference(x + i, t + i, m) * twice, m);
   }
 }
 
-double sum_any(const void* input, const void* target, DType dtype, int64_t n) {
+double sum_any(const void* input, const void* target, DType dtype, int64_t n, double dsum, void* dinput, void* dtarget,
+               bool stream) {
   return visit(dtype, [&](auto type) {
     using T = decltype(type);
-    return sum(static_cast<const T*>(input), static_cast<const T*>(target), n);
+    using A = Accum<T>;
+    const T *x = static_cast<const T*>(input), *t = static_cast<const T*>(target);
+    if (!dinput && !dtarget) return sum(x, t, n, [](int64_t, Vec<A>, int) {});
+    const Gradients<T> to(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream);
+    const Vec<A> twice = splat<A>(2 * static_cast<A>(dsum));
+    return sum(x, t, n, [&](int64_t i, Vec<A> d, int m) { to.put(i, d * twice, m); });
   });
 }
 
@@ -79,11 +111,11 @@ void forward_any(const void* input, const void* target, DType dtype, int64_t n, 
 }
 
 void backward_any(const void* dloss, double dsum, const void* input, const void* target, DType dtype, int64_t n,
-                  void* dinput, void* dtarget) {
+                  void* dinput, void* dtarget, bool stream) {
   visit(dtype, [&](auto type) {
     using T = decltype(type);
     backward(static_cast<const T*>(dloss), static_cast<Accum<T>>(dsum), static_cast<const T*>(input),
-             static_cast<const T*>(target), n, static_cast<T*>(dinput), static_cast<T*>(dtarget));
+             static_cast<const T*>(target), n, Gradients<T>(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream));
   });
 }
 
