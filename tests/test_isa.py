@@ -97,11 +97,34 @@ np.savez(PATH, **results)
 """
 
 
-def test_all_sets_agree(tmp_path: Path) -> None:
+LOSSES = """
+import numpy as np, torch, llmkern.functional as F
+import llmkern.numpy as lnp
+torch.manual_seed(0)
+results = {"isa": np.array(lnp.isa())}
+target = torch.randint(301, (37,)).where(torch.rand(37) > 0.2, -100)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    x, w, b = (t.to(dtype).requires_grad_() for t in (torch.randn(37, 70), torch.randn(301, 70), torch.randn(301)))
+    logits = torch.randn(37, 301).to(dtype).requires_grad_()
+    for name, leaves, outputs in (
+        ("cross_entropy", (logits,), F.cross_entropy(logits, target, outputs=("lse", "entropy"), softcap=5.0)),
+        ("linear", (x, w, b), F.linear_cross_entropy(x, w, target, linear_bias=b, outputs=("lse", "entropy"))),
+    ):
+        total = outputs.loss + (outputs.lse * outputs.entropy).sum()
+        for i, t in enumerate((*outputs[:3], *torch.autograd.grad(total, leaves))):
+            results[f"{name} {i} {dtype}"] = t.detach().double().numpy()
+np.savez(PATH, **results)
+"""
+# Of the dtype that a result was computed in, whatever it is kept in.
+EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-10, "float64": 2.0**-52}
+
+
+@pytest.mark.parametrize("compute", [COMPUTE, LOSSES], ids=["kernels", "losses"])
+def test_all_sets_agree(compute: str, tmp_path: Path) -> None:
     results = {}
     for isa in ISAS:
         path = tmp_path / f"{isa}.npz"
-        process = python(f"PATH = {str(path)!r}\n{COMPUTE}", isa)
+        process = python(f"PATH = {str(path)!r}\n{compute}", isa)
         if process.returncode != 0:
             assert f"LLMKERN_CPU_ISA={isa}, but this CPU does not have it" in process.stderr, process.stderr
             continue
@@ -110,7 +133,7 @@ def test_all_sets_agree(tmp_path: Path) -> None:
     for isa, values in results.items():
         for name, value in values.items():
             expected = results["baseline"][name]
-            bound = 20 * np.finfo(value.dtype).eps * np.abs(expected.astype(np.float64)).max()
+            bound = 20 * EPSILON[re.split(r"[ .]", name)[-1]] * np.abs(expected.astype(np.float64)).max()
             error = np.abs(value.astype(np.float64) - expected.astype(np.float64)).max()
             assert error <= bound, f"{name} on {isa}: {error:.2e} from baseline"
 
