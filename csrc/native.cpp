@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -118,13 +119,15 @@ py::array embedding_backward(const py::array& dout, const py::array& indices, in
 
 py::array elementwise(const std::string& name, const py::array& x) {
   require_contiguous(x, 1);
-  require(name == "exp" || name == "sigmoid" || name == "tanh" || name == "copy", "unknown function");
-  const cpu::Unary f = name == "exp"       ? cpu::Unary::exp
-                       : name == "sigmoid" ? cpu::Unary::sigmoid
-                       : name == "tanh"    ? cpu::Unary::tanh
-                                           : cpu::Unary::copy;
+  static const std::map<std::string, cpu::Unary> functions{{"exp", cpu::Unary::exp},
+                                                           {"exp_negative", cpu::Unary::exp_negative},
+                                                           {"sigmoid", cpu::Unary::sigmoid},
+                                                           {"tanh", cpu::Unary::tanh},
+                                                           {"copy", cpu::Unary::copy}};
+  const auto f = functions.find(name);
+  require(f != functions.end(), "unknown function");
   py::array y(x.dtype(), std::vector<py::ssize_t>{x.shape(0)});
-  LLMKERN_SELECT(elementwise).apply(f, x.data(), x.shape(0), dtype_of(x), y.mutable_data());
+  LLMKERN_SELECT(elementwise).apply(f->second, x.data(), x.shape(0), dtype_of(x), y.mutable_data());
   return y;
 }
 

@@ -93,6 +93,7 @@ for dtype in ("float32", "float64", "float16"):
     x = rng.standard_normal(1003).astype(dtype) * 2
     for f in ("exp", "sigmoid", "tanh"):
         results[f + " " + dtype] = _native._elementwise(f, x)
+    results["exp_negative " + dtype] = _native._elementwise("exp_negative", -abs(x))
 np.savez(PATH, **results)
 """
 
@@ -149,6 +150,8 @@ def test_an_unknown_set_is_refused() -> None:
     [
         ("exp", -103.9, 88.7, 1.5),
         ("exp", -1.0, 1.0, 1.5),
+        ("exp_negative", -87.0, 0.0, 2.0),
+        ("exp_negative", -1.0, 0.0, 1.5),
         ("sigmoid", -87.0, 50.0, 3.0),
         ("tanh", -10.0, 10.0, 2.0),
         ("tanh", -0.7, 0.7, 2.0),
@@ -159,7 +162,9 @@ def test_functions_in_ulps(name: str, low: float, high: float, ulps: float) -> N
     x = np.random.default_rng(0).uniform(low, high, 500_003).astype(np.float32)
     y = _native._elementwise(name, x).astype(np.float64)
     wide = x.astype(np.float64)
-    expected = {"exp": np.exp, "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh}[name](wide)
+    expected = {"exp": np.exp, "exp_negative": np.exp, "sigmoid": lambda v: 1 / (1 + np.exp(-v)), "tanh": np.tanh}[
+        name
+    ](wide)
     error = np.abs(y - expected) / np.spacing(np.abs(expected.astype(np.float32)))
     assert error.max() <= ulps, f"{error.max():.2f} ulp at {x[error.argmax()]!r}"
 
@@ -175,6 +180,10 @@ def test_functions_at_the_edges() -> None:
         np.testing.assert_array_equal(got, np.array(expected, np.float32), err_msg=name)
         if name == "tanh":
             assert np.signbit(got[1])
+    below = np.array([0.0, -0.0, -np.inf, np.nan, -3e38], np.float32)
+    np.testing.assert_array_equal(
+        _native._elementwise("exp_negative", below), np.array([1, 1, 0, np.nan, 0], np.float32)
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

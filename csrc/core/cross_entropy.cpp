@@ -5,6 +5,9 @@
 // e = exp(z - max of the slab), kept in a scratch row in the L2 cache, and their sum. Once all slabs are known, a last
 // sweep turns e into the gradient. One exp per element.
 //
+// Arithmetic (about 20 instructions a vector) takes as long as the traffic, so the two must not take turns: the
+// exponentials of a slab fetch the next, and between them the gradient of the row before is written.
+//
 // Rows are shared out among the threads; if there are fewer rows than threads, a row's slabs are. Classes that do not
 // lie side by side (D > 1) are transposed into scratch rows, as many as a cache line holds, and their gradients back.
 //
@@ -18,6 +21,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -104,7 +108,8 @@ struct Row {
     if (p) static_cast<A*>(p)[i] = static_cast<A>(value);
   }
 
-  void reduce(int64_t s0, int64_t s1) const {
+  // `last`: a row whose gradient is written meanwhile, or null.
+  void reduce(int64_t s0, int64_t s1, const Row* last = nullptr) const {
     const bool entropy = call.outputs.entropy || call.cotangents.entropy;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t v = begin(s), n = size(s);
@@ -112,8 +117,10 @@ struct Row {
       if (call.needs_u)
         call.kernels.targets(from, op.target_dtype, call.weights() ? call.weights() + v : nullptr, call.keep, call.rest,
                              n, scratch.u.get() + v);
+      const auto job = last ? last->gradient_of(s) : CrossEntropySlabGradient{};
       call.kernels.reduce(op, logits(v), u(v), call.uniform(), n, entropy,
-                          call.wants_gradient ? scratch.e.get() + v : nullptr, &scratch.parts[s]);
+                          call.wants_gradient ? scratch.e.get() + v : nullptr, &scratch.parts[s],
+                          last ? &job : nullptr);
     }
   }
 
@@ -160,17 +167,25 @@ struct Row {
     return -1;
   }
 
+  CrossEntropySlabGradient gradient_of(int64_t s) const {
+    const int64_t v = begin(s), n = size(s), y = op.target ? op.target[i] - v : -1;
+    const CrossEntropyPart& part = scratch.parts[s];
+    CrossEntropyFactors of_slab = k;
+    of_slab.p *= std::isinf(part.max) && part.max < 0 ? 0 : std::exp(part.base - k.m);
+    return {of_slab,
+            logits(v),
+            u(v),
+            call.weights() ? call.weights() + v : nullptr,
+            scratch.e.get() + v,
+            n,
+            y < n ? std::max<int64_t>(y, -1) : -1,
+            at(dx, v * static_cast<int64_t>(itemsize(dx_dtype))),
+            dx_dtype,
+            call.stream,
+            at(dt, v * static_cast<int64_t>(itemsize(op.target_dtype)))};
+  }
   void gradient(int64_t s0, int64_t s1) const {
-    for (int64_t s = s0; s < s1; ++s) {
-      const int64_t v = begin(s), n = size(s), y = op.target ? op.target[i] - v : -1;
-      const CrossEntropyPart& part = scratch.parts[s];
-      CrossEntropyFactors of_slab = k;
-      of_slab.p *= std::isinf(part.max) && part.max < 0 ? 0 : std::exp(part.base - k.m);
-      call.kernels.gradient(op, of_slab, logits(v), u(v), call.weights() ? call.weights() + v : nullptr,
-                            scratch.e.get() + v, n, y < n ? std::max<int64_t>(y, -1) : -1,
-                            at(dx, v * static_cast<int64_t>(itemsize(dx_dtype))), dx_dtype, call.stream,
-                            at(dt, v * static_cast<int64_t>(itemsize(op.target_dtype))));
-    }
+    for (int64_t s = s0; s < s1; ++s) call.kernels.gradient(op, gradient_of(s));
   }
 
   bool ignored() const { return op.target && op.target[i] == op.ignore_index; }
@@ -205,8 +220,20 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
   };
   if (op.N >= omp_get_max_threads() || call.slabs() == 1 || omp_in_parallel())
     return parallel_for(op.N, std::max<int64_t>(1, kGrain / op.V), [&](int64_t begin, int64_t end) {
-      const Scratch<A> scratch(call);
-      for (int64_t i = begin; i < end; ++i) row(scratch, i).run();
+      // The gradient of a row is written while the next is reduced: memory and arithmetic keep each other company.
+      const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
+      std::optional<Row<A>> last;
+      for (int64_t i = begin; i < end; ++i) {
+        Row<A> next = row(scratch[i % 2], i);
+        if (next.ignored()) {
+          next.skip();
+          continue;
+        }
+        next.reduce(0, call.slabs(), last ? &*last : nullptr);
+        next.combine();
+        if (call.wants_gradient) last.emplace(next);
+      }
+      if (last) last->gradient(0, call.slabs());
     });
   const Scratch<A> scratch(call);
   for (int64_t i = 0; i < op.N; ++i) {

@@ -65,15 +65,26 @@ struct CrossEntropyFactors {
   double m, log_sum, own, keep;
 };
 
+// What to write for n <= kCrossEntropySlab logits x. y: the target's place among them, or -1. e: what reduce left. u
+// and w as there, w null for ones. dx, or dt, or both.
+struct CrossEntropySlabGradient {
+  CrossEntropyFactors k;
+  const void *x, *u, *w, *e;
+  int64_t n, y;
+  void* dx;
+  DType dx_dtype;
+  bool stream;  // past the caches
+  void* dt;
+};
+
 struct CrossEntropyKernels {
   // u = w (t keep + uniform), n elements; t null: zeros, w null: ones. t of `dtype`, w and u in Accum.
   void (*targets)(const void* t, DType dtype, const void* w, double keep, double uniform, int64_t n, void* u);
-  // A slab of n <= kCrossEntropySlab logits; u null: `uniform`. e (n, Accum) may be null.
+  // A slab of n <= kCrossEntropySlab logits; u null: `uniform`. e (n, Accum) may be null. `meanwhile`, if not null: the
+  // gradient of as many logits of another row, which is written between the exponentials.
   void (*reduce)(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
-                 CrossEntropyPart* part);
-  // y: the target's place in the slab, or -1. dx, or dt with w (Accum, or null for ones), or both.
-  void (*gradient)(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* w,
-                   const void* e, int64_t n, int64_t y, void* dx, DType dx_dtype, bool stream, void* dt);
+                 CrossEntropyPart* part, const CrossEntropySlabGradient* meanwhile);
+  void (*gradient)(const CrossEntropy& op, const CrossEntropySlabGradient& slab);
   // The first z that equals `value` or is NaN, or -1.
   int64_t (*find)(const CrossEntropy& op, const void* x, int64_t n, double value);
   // z[0], in double.

@@ -5,7 +5,7 @@
 
 namespace llmkern::cpu {
 
-enum class Unary { exp, sigmoid, tanh, copy };
+enum class Unary { exp, exp_negative, sigmoid, tanh, copy };
 
 struct ElementwiseKernels {
   // y[i] = f(x[i]), i < n, both of dtype; copy goes through the arithmetic type and back.

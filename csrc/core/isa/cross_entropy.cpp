@@ -50,9 +50,78 @@ inline Vec<A> bounded(Vec<A> below) {
 
 // --- a slab ---
 
-template <class T, bool kCap, bool kMore>
+// Writes a slab's gradient, vector by vector. kMore: the logits are needed beside their exponentials, for the cap or
+// the entropy.
+template <class T, class X, bool kCap, bool kMore>
+class Gradient {
+ public:
+  using A = Accum<T>;
+
+  Gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab)
+      : logit_(op),
+        x_(static_cast<const T*>(slab.x)),
+        u_(static_cast<const A*>(slab.u)),
+        e_(static_cast<const A*>(slab.e)),
+        dx_(static_cast<X*>(slab.dx)),
+        p_(static_cast<A>(slab.k.p)),
+        softmax_(static_cast<A>(slab.k.softmax)),
+        entropy_(static_cast<A>(slab.k.entropy)),
+        m_(static_cast<A>(slab.k.m)),
+        loss_(static_cast<A>(slab.k.loss)),
+        uniform_(static_cast<A>(slab.k.loss * slab.k.uniform)),
+        stream_(slab.stream && reinterpret_cast<uintptr_t>(dx_) % kVectorBytes == 0 && sizeof(X) == sizeof(A)),
+        y_(slab.y) {
+    // The target's own term: p - 1 is exact near 1, where the difference of the two terms would cancel. Taken before
+    // dx, which may lie where x does.
+    if (y_ < 0) return;
+    const A probability = e_[y_] * p_, own = static_cast<A>(slab.k.own);
+    own_ = value(y_, 1, static_cast<A>(slab.k.softmax - slab.k.own))[0] +
+           own * (probability - 1) * logit_.dz(load<A>(x_ + y_, 1, A{0}))[0];
+  }
+  void operator()(int64_t v, int lanes) const {
+    const Vec<A> g = value(v, lanes, softmax_);
+    if (lanes < kLanes<A>)
+      store(dx_ + v, g, lanes);
+    else if (stream_)
+      store_streaming(dx_ + v, g);
+    else
+      store(dx_ + v, g);
+  }
+  void finish() const {
+    if (y_ >= 0) store_one(dx_ + y_, own_);
+  }
+
+ private:
+  Vec<A> value(int64_t v, int lanes, A coefficient) const {
+    Vec<A> g = load_n<A>(e_ + v, lanes) * p_;
+    if constexpr (kMore) {
+      const Vec<A> raw = load_n<A>(x_ + v, lanes);
+      g *= coefficient - entropy_ * bounded<A>(logit_.z(raw) - m_);
+      g -= u_ ? loss_ * load_n<A>(u_ + v, lanes) : splat(uniform_);
+      return g * logit_.dz(raw);
+    } else {
+      g = g * coefficient - (u_ ? loss_ * load_n<A>(u_ + v, lanes) : splat(uniform_));
+      return g * logit_.scale;
+    }
+  }
+
+  Logit<A, kCap> logit_;
+  const T* x_;
+  const A *u_, *e_;
+  X* dx_;
+  A p_, softmax_, entropy_, m_, loss_, uniform_, own_{};
+  bool stream_;
+  int64_t y_;
+};
+
+struct Nothing {
+  void operator()(int64_t, int) const {}
+};
+
+// meanwhile(v, lanes) is called between the exponentials.
+template <class T, bool kCap, bool kMore, class F>
 void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double uniform, int64_t n, bool entropy,
-                 Accum<T>* e, CrossEntropyPart* part) {
+                 Accum<T>* e, CrossEntropyPart* part, const F& meanwhile) {
   using A = Accum<T>;
   constexpr int L = kLanes<A>;
   const Logit<A, kCap> logit(op);
@@ -69,9 +138,12 @@ void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double u
   Vec<A> sum{}, total{}, weighted{}, moment{};
   for_vectors<A>(n, [&](int64_t i, int m) {
     const Vec<A> below = logit.z(load_n<A>(x + i, m)) - base;
-    const Vec<A> p = exp(pad(below, m, -inf));
+    const Vec<A> p = exp_negative(pad(below, m, -inf));
     sum += p;
     if (e) m == L ? store(e + i, p) : store(e + i, p, m);
+    // The next slab, whose maximum is looked for at once, at the speed of memory.
+    __builtin_prefetch(x + i + kCrossEntropySlab);
+    meanwhile(i, m);
     if constexpr (kMore) {
       const Vec<A> known = pad(below, m, A{0});
       if (u) {
@@ -90,48 +162,6 @@ void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double u
            u ? static_cast<double>(reduce_add<A>(total)) : uniform * static_cast<double>(n),
            static_cast<double>(reduce_add<A>(weighted)) * (u ? 1 : uniform),
            static_cast<double>(reduce_add<A>(moment))};
-}
-
-// kMore: the logits are needed beside their exponentials, for the cap, the entropy or dt.
-template <class T, class X, bool kCap, bool kMore>
-void gradient_slab(const CrossEntropy& op, const CrossEntropyFactors& k, const T* x, const Accum<T>* u,
-                   const Accum<T>* e, int64_t n, int64_t y, X* dx, bool stream) {
-  using A = Accum<T>;
-  constexpr int L = kLanes<A>;
-  const Logit<A, kCap> logit(op);
-  const A p = static_cast<A>(k.p), softmax = static_cast<A>(k.softmax), entropy = static_cast<A>(k.entropy);
-  const A m = static_cast<A>(k.m), loss = static_cast<A>(k.loss), uniform = static_cast<A>(k.loss * k.uniform);
-  const auto gradient = [&](int64_t v, int lanes, A coefficient) {
-    Vec<A> g = load_n<A>(e + v, lanes) * p;
-    if constexpr (kMore) {
-      const Vec<A> raw = load_n<A>(x + v, lanes);
-      g *= coefficient - entropy * bounded<A>(logit.z(raw) - m);
-      g -= u ? loss * load_n<A>(u + v, lanes) : splat(uniform);
-      return g * logit.dz(raw);
-    } else {
-      g = g * coefficient - (u ? loss * load_n<A>(u + v, lanes) : splat(uniform));
-      return g * logit.scale;
-    }
-  };
-  // The target's own term: p - 1 is exact near 1, where the difference of the two terms would cancel. Taken before dx,
-  // which may lie where x does.
-  A own{};
-  if (y >= 0) {
-    const A probability = e[y] * p;
-    const Vec<A> chain = logit.dz(load<A>(x + y, 1, A{0}));
-    own = gradient(y, 1, static_cast<A>(k.softmax - k.own))[0] + static_cast<A>(k.own) * (probability - 1) * chain[0];
-  }
-  stream = stream && reinterpret_cast<uintptr_t>(dx) % kVectorBytes == 0 && sizeof(X) == sizeof(A);
-  for_vectors<A>(n, [&](int64_t v, int lanes) {
-    const Vec<A> g = gradient(v, lanes, softmax);
-    if (lanes < L)
-      store(dx + v, g, lanes);
-    else if (stream)
-      store_streaming(dx + v, g);
-    else
-      store(dx + v, g);
-  });
-  if (y >= 0) store_one(dx + y, own);
 }
 
 template <class T, class D>
@@ -171,44 +201,62 @@ void targets(const void* t, DType dtype, const void* w, double keep, double unif
   });
 }
 
-void reduce(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
-            CrossEntropyPart* part) {
-  visit(op.dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = Accum<T>;
-    with_cap(op, [&](auto cap) {
-      constexpr bool kCap = decltype(cap)::value;
-      const auto run = u || uniform != 0 || entropy ? &reduce_slab<T, kCap, true> : &reduce_slab<T, kCap, false>;
-      run(op, static_cast<const T*>(x), static_cast<const A*>(u), uniform, n, entropy, static_cast<A*>(e), part);
-    });
-  });
-}
-
 template <class T, class X>
-void gradient_to(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* e,
-                 int64_t n, int64_t y, void* dx, bool stream) {
-  using A = Accum<T>;
-  const auto run = op.softcap != 0    ? &gradient_slab<T, X, true, true>
-                   : k.entropy != 0.0 ? &gradient_slab<T, X, false, true>
-                                      : &gradient_slab<T, X, false, false>;
-  run(op, k, static_cast<const T*>(x), static_cast<const A*>(u), static_cast<const A*>(e), n, y, static_cast<X*>(dx),
-      stream);
+void write_gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab) {
+  const auto run = [&](const auto& gradient) {
+    for_vectors<Accum<T>>(slab.n, gradient);
+    gradient.finish();
+  };
+  if (op.softcap != 0)
+    run(Gradient<T, X, true, true>(op, slab));
+  else if (slab.k.entropy != 0.0)
+    run(Gradient<T, X, false, true>(op, slab));
+  else
+    run(Gradient<T, X, false, false>(op, slab));
 }
 
-void gradient(const CrossEntropy& op, const CrossEntropyFactors& k, const void* x, const void* u, const void* w,
-              const void* e, int64_t n, int64_t y, void* dx, DType dx_dtype, bool stream, void* dt) {
+// Calls f with the type of dx: that of the logits T, or bf16 for fp32.
+template <class T, class F>
+void with_dx(const CrossEntropy& op, const CrossEntropySlabGradient& slab, const F& f) {
+  if (slab.dx_dtype == op.dtype) return f(T{});
+  if constexpr (__is_same(T, float)) f(bf16{});
+}
+
+void gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     // Before dx, which may lie where x does.
-    if (dt)
+    if (slab.dt)
       visit(op.target_dtype, [&](auto d) {
         using D = decltype(d);
         if constexpr (sizeof(Accum<D>) == sizeof(Accum<T>))
-          target_gradient(op, k, static_cast<const T*>(x), static_cast<const Accum<T>*>(w), n, static_cast<D*>(dt));
+          target_gradient(op, slab.k, static_cast<const T*>(slab.x), static_cast<const Accum<T>*>(slab.w), slab.n,
+                          static_cast<D*>(slab.dt));
       });
-    if (!dx) return;
-    if (dx_dtype == op.dtype) return gradient_to<T, T>(op, k, x, u, e, n, y, dx, stream);
-    if constexpr (__is_same(T, float)) gradient_to<T, bf16>(op, k, x, u, e, n, y, dx, stream);
+    if (slab.dx) with_dx<T>(op, slab, [&](auto x) { write_gradient<T, decltype(x)>(op, slab); });
+  });
+}
+
+void reduce(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
+            CrossEntropyPart* part, const CrossEntropySlabGradient* meanwhile) {
+  const bool more = u || uniform != 0 || entropy;
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    const auto run = [&](auto cap, auto needs_more, const auto& between) {
+      reduce_slab<T, decltype(cap)::value, decltype(needs_more)::value>(op, static_cast<const T*>(x),
+                                                                        static_cast<const A*>(u), uniform, n, entropy,
+                                                                        static_cast<A*>(e), part, between);
+    };
+    // The usual case; in others arithmetic is what takes the time.
+    if (meanwhile && meanwhile->dx && !meanwhile->dt && !more && op.softcap == 0 && meanwhile->k.entropy == 0.0)
+      return with_dx<T>(op, *meanwhile, [&](auto dx) {
+        const Gradient<T, decltype(dx), false, false> between(op, *meanwhile);
+        run(Bool<false>{}, Bool<false>{}, between);
+        between.finish();
+      });
+    with_cap(op, [&](auto cap) { more ? run(cap, Bool<true>{}, Nothing{}) : run(cap, Bool<false>{}, Nothing{}); });
+    if (meanwhile) gradient(op, *meanwhile);
   });
 }
 

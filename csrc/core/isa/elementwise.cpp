@@ -7,7 +7,11 @@ namespace {
 
 template <class V>
 static inline V value(Unary f, V x) {
-  return f == Unary::exp ? exp(x) : f == Unary::sigmoid ? sigmoid(x) : f == Unary::tanh ? tanh(x) : x;
+  return f == Unary::exp            ? exp(x)
+         : f == Unary::exp_negative ? exp_negative(x)
+         : f == Unary::sigmoid      ? sigmoid(x)
+         : f == Unary::tanh         ? tanh(x)
+                                    : x;
 }
 
 void apply(Unary f, const void* from, int64_t n, DType dtype, void* to) {
