@@ -134,7 +134,7 @@ def test_all_sets_agree(compute: str, tmp_path: Path) -> None:
     for isa, values in results.items():
         for name, value in values.items():
             expected = results["baseline"][name]
-            bound = 20 * EPSILON[re.split(r"[ .]", name)[-1]] * np.abs(expected.astype(np.float64)).max()
+            bound = 40 * EPSILON[re.split(r"[ .]", name)[-1]] * np.abs(expected.astype(np.float64)).max()
             error = np.abs(value.astype(np.float64) - expected.astype(np.float64)).max()
             assert error <= bound, f"{name} on {isa}: {error:.2e} from baseline"
 
@@ -150,8 +150,8 @@ def test_an_unknown_set_is_refused() -> None:
     [
         ("exp", -103.9, 88.7, 1.5),
         ("exp", -1.0, 1.0, 1.5),
-        ("exp_negative", -87.0, 0.0, 2.0),
-        ("exp_negative", -1.0, 0.0, 1.5),
+        ("exp_negative", -87.0, 0.0, 5.0),
+        ("exp_negative", -1.0, 0.0, 2.0),
         ("sigmoid", -87.0, 50.0, 3.0),
         ("tanh", -10.0, 10.0, 2.0),
         ("tanh", -0.7, 0.7, 2.0),
