@@ -206,6 +206,8 @@ struct Row {
 template <class A>
 void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
   const CrossEntropy& op = call.op;
+  // Gradients that are narrower than the logits whose place they take: their slabs lie over logits of other slabs.
+  const bool inplace = gradients.dlogits == logits, narrowed = inplace && gradients.dtype != op.dtype;
   const auto row = [&](const Scratch<A>& scratch, int64_t i) {
     const auto of = [&](auto* p, DType dtype) { return at(p, i * op.V * static_cast<int64_t>(itemsize(dtype))); };
     return Row<A>{call,
@@ -214,24 +216,25 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
                   i,
                   of(logits, op.dtype),
                   of(op.probabilities, op.target_dtype),
-                  of(gradients.dlogits, gradients.dtype),
+                  of(gradients.dlogits, inplace ? op.dtype : gradients.dtype),
                   of(gradients.dtarget, op.target_dtype),
                   gradients.dtype};
   };
-  if (op.N >= omp_get_max_threads() || call.slabs() == 1 || omp_in_parallel())
+  if (op.N >= omp_get_max_threads() || call.slabs() == 1 || narrowed || omp_in_parallel())
     return parallel_for(op.N, std::max<int64_t>(1, kGrain / op.V), [&](int64_t begin, int64_t end) {
       // The gradient of a row is written while the next is reduced: memory and arithmetic keep each other company.
       const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
       std::optional<Row<A>> last;
+      int free = 0;
       for (int64_t i = begin; i < end; ++i) {
-        Row<A> next = row(scratch[i % 2], i);
+        Row<A> next = row(scratch[free], i);
         if (next.ignored()) {
           next.skip();
           continue;
         }
         next.reduce(0, call.slabs(), last ? &*last : nullptr);
         next.combine();
-        if (call.wants_gradient) last.emplace(next);
+        if (call.wants_gradient) last.emplace(next), free ^= 1;
       }
       if (last) last->gradient(0, call.slabs());
     });

@@ -33,8 +33,9 @@ struct CrossEntropyCotangents {
   const void *loss, *lse, *entropy;
 };
 
-// dlogits (N, V, D) may be the logits themselves if it has their dtype; else they are bf16 for logits in f32. dtarget
-// (N, V, D) is of target_dtype. Null where not wanted.
+// dlogits (N, V, D) have the dtype of the logits, or bf16 for logits in f32. They may be the logits themselves: then
+// each row begins where its logits did, if D is 1 or the dtypes are the same. dtarget (N, V, D) is of target_dtype.
+// Null where not wanted.
 struct CrossEntropyGradients {
   void* dlogits;
   DType dtype;

@@ -58,9 +58,8 @@ class Chunks {
     // Where products of bf16 are faster, dlogits are rounded to it, as torch's are; else they stay where the logits
     // were.
     grad_dtype_ = op.dtype == DType::bf16 && gemm_multiplies_bf16() ? DType::bf16 : op.loss.dtype;
-    const int64_t row = op.loss.V * (size_of(op.loss.dtype) + (apart() ? size_of(grad_dtype_) : 0));
-    const int64_t N = static_cast<int64_t>(rows_.size()),
-                  most = std::max<int64_t>(1, op.workspace / std::max<int64_t>(1, row));
+    const int64_t row = std::max<int64_t>(1, op.loss.V * size_of(op.loss.dtype));
+    const int64_t N = static_cast<int64_t>(rows_.size()), most = std::max<int64_t>(1, op.workspace / row);
     count_ = (N + most - 1) / most, longest_ = count_ ? (N + count_ - 1) / count_ : 0;
   }
 
@@ -68,12 +67,11 @@ class Chunks {
     const int64_t V = op_.loss.V, H = op_.H, N = static_cast<int64_t>(rows_.size());
     skip_ignored();
     const Buffer<char> logits(longest_ * V * size_of(op_.loss.dtype));
-    const Buffer<char> dlogits(apart() ? longest_ * V * size_of(grad_dtype_) : 0);
     const bool wide = gradients_.dlinear_weight && count_ > 1 && op_.dtype != op_.loss.dtype;
     const Buffer<char> dweight(wide ? V * H * size_of(op_.loss.dtype) : 0);
     const Buffer<char> dbias(gradients_.dlinear_bias ? V * size_of(op_.loss.dtype) : 0);
     const WideBias bias(op_.linear_bias, op_.dtype, V);
-    logits_ = logits.get(), dlogits_ = apart() ? dlogits.get() : logits.get();
+    logits_ = logits.get();
     dweight_ = wide ? dweight.get() : gradients_.dlinear_weight, dweight_dtype_ = wide ? op_.loss.dtype : op_.dtype;
     dbias_ = dbias.get(), bias_ = bias.get();
     for (int64_t c = 0; c < count_; ++c) chunk(N * c / count_, N * (c + 1) / count_, c > 0);
@@ -83,8 +81,6 @@ class Chunks {
   }
 
  private:
-  bool apart() const { return needs_dlogits_ && grad_dtype_ != op_.loss.dtype; }
-
   void skip_ignored() {
     const int64_t accum = size_of(op_.loss.dtype);
     if (static_cast<int64_t>(rows_.size()) == op_.loss.N) return;
@@ -108,7 +104,8 @@ class Chunks {
         Wt{W.data, W.dtype, H, true};
     gemm(R, V, H, X, Wt, logits_, op_.loss.dtype, V, false, bias_);
     losses(begin, end);
-    const Matrix G{dlogits_, grad_dtype_, V, false}, Gt{dlogits_, grad_dtype_, V, true};
+    const int64_t ld = V * size_of(op_.loss.dtype) / size_of(grad_dtype_);
+    const Matrix G{logits_, grad_dtype_, ld, false}, Gt{logits_, grad_dtype_, ld, true};
     if (gradients_.dx) {
       const int64_t bytes = H * size_of(op_.dtype);
       const Buffer<char> apart(scattered(begin, end) ? R * bytes : 0);
@@ -139,7 +136,7 @@ class Chunks {
     loss.N = R, loss.target = static_cast<const int64_t*>(target.get());
     loss.probabilities = at(loss.probabilities, of_target);
     cross_entropy(loss, logits_, outputs, {dloss.get(), dlse.get(), dentropy.get()},
-                  {needs_dlogits_ ? dlogits_ : nullptr, grad_dtype_, at(gradients_.dtarget, of_target)});
+                  {needs_dlogits_ ? logits_ : nullptr, grad_dtype_, at(gradients_.dtarget, of_target)});
     if (!apart) return;
     scatter(outputs.loss, outputs_.loss, begin, end, accum), scatter(outputs.lse, outputs_.lse, begin, end, accum);
     scatter(outputs.entropy, outputs_.entropy, begin, end, accum),
@@ -168,7 +165,7 @@ class Chunks {
   bool needs_dlogits_;
   DType grad_dtype_;
   int64_t count_, longest_;  // chunks, and rows of the longest
-  void *logits_, *dlogits_, *dweight_, *dbias_;
+  void *logits_, *dweight_, *dbias_;
   DType dweight_dtype_;
   const void* bias_;
 };

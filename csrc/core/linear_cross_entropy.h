@@ -11,7 +11,7 @@ struct LinearCrossEntropy {
   const void* x;              // (N, H)
   const void* linear_weight;  // (V, H)
   const void* linear_bias;    // (V), or null
-  int64_t workspace;          // bytes that logits and their gradients may take; a row at least
+  int64_t workspace;          // bytes that logits may take, whose place their gradients take; a row at least
 };
 
 // Gradients for the cotangents; null where not wanted. dtarget (N, V) is of the target's dtype.

@@ -98,9 +98,9 @@ def linear_cross_entropy(
         token_weight: a factor ``(*, d_1, ..., d_K)`` for each row's loss. Default: none.
 
         outputs: names of what to return beside the loss, from the same pass. Default: nothing.
-        workspace: bytes that the kernel's chunk of logits, and their gradient, may take; a row is taken in any case.
-            Default: 64 MiB, for any number of rows. In bf16 and fp16 the weight's gradient takes another 4 bytes for
-            each of its elements, to be summed in fp32, if there are several chunks.
+        workspace: bytes that the kernel's chunk of logits, which their gradient overwrites, may take; a row is taken
+            in any case. Default: 64 MiB, for any number of rows. In bf16 and fp16 the weight's gradient takes another
+            4 bytes for each of its elements, to be summed in fp32, if there are several chunks.
 
     The last six are llmkern's own; :func:`llmkern.functional.cross_entropy` defines the first five.
 
@@ -152,9 +152,7 @@ def linear_cross_entropy(
         loss = _composed(input, linear_weight, target, linear_bias, ignore_index, options, backend, common, extras)
     else:
         if options is not None and options.batch_chunk_size is not None:
-            # Logits in fp32 (fp64), and in bf16 their gradient beside them.
-            each = losses_dtype(operands[0]).itemsize + (2 if operands[0].dtype == torch.bfloat16 else 0)
-            workspace = options.batch_chunk_size * linear_weight.shape[0] * each
+            workspace = options.batch_chunk_size * linear_weight.shape[0] * losses_dtype(operands[0]).itemsize
         result = torch.float32 if autocast else input.dtype
         ignored = -100 if ignore_index is None else ignore_index
         loss = _fused(operands, target, ignored, workspace, backend, common, own, result)
