@@ -2,6 +2,7 @@
 #
 #   make demo    train one model with torch.nn and with llmkern.nn (ARGS="--epochs 2 --bf16" passes options on)
 #   make test    the test suite (ARGS="-k lstm" passes options on)
+#   make sanitize  the C++ core under the sanitizers, on every instruction set of this CPU (ARGS=gemm: one op's check)
 #   make bench   the benchmark suite's quick part, FULL=1 for all of it
 #   make bench-peers  the libraries to compare with, in .venv-peers; `make bench PEERS=1` measures there
 #   make lint    ruff, clang-format, mypy
@@ -14,13 +15,15 @@ TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The machine's, or else one in .venv. (The redirection makes old makes ask a shell.)
+CMAKE := $(or $(shell command -v cmake 2>/dev/null),$(BIN)/cmake)
 PEERS_PIP := $(VENV)-peers/bin/python -m pip --disable-pip-version-check
 
 # What the native libraries are made of, and what else a plain install copies.
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 SOURCES := $(NATIVE) $(shell find llmkern kernels benchmarks -name '*.py' 2>/dev/null)
 
-.PHONY: demo test bench bench-peers lint wheel dev clean
+.PHONY: demo test sanitize bench bench-peers lint wheel dev clean
 
 # The console script, not `python -m`: that would import the source tree, not what was installed.
 demo: $(VENV)/.demo
@@ -28,6 +31,16 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	LLMKERN_TEST_REQUIRE=native $(BIN)/python -m pytest $(ARGS)
+
+# Leaks: a container may forbid to look for them, and libgomp's threads are none of ours. What waits sleeps, because there
+# are more threads than some machines have cores.
+sanitize: $(CMAKE)
+	$(CMAKE) -S . -B build/sanitize -DLLMKERN_SANITIZE=ON
+	$(CMAKE) --build build/sanitize --parallel $$(getconf _NPROCESSORS_ONLN)
+	@for isa in baseline avx2 avx512; do \
+	  ASAN_OPTIONS=$${ASAN_OPTIONS-detect_leaks=0} OMP_WAIT_POLICY=passive LLMKERN_POISON=1 LLMKERN_CPU_ISA=$$isa \
+	    build/sanitize/sanitize $(ARGS) || exit; \
+	done
 
 bench: $(if $(PEERS),$(VENV)-peers/.peers,$(VENV)/.test)
 	$(if $(PEERS),$(VENV)-peers/bin/llmkern,$(BIN)/python -m llmkern) bench $(if $(FULL),,--quick) $(ARGS)
@@ -37,7 +50,7 @@ bench-peers: $(VENV)-peers/.peers
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/sanitize -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy
 
 wheel: $(VENV)/.wheel
@@ -88,6 +101,10 @@ $(VENV)-peers/.installed:
 $(VENV)/.lint: $(VENV)/.torch-$(TORCH) pyproject.toml
 	$(PIP) install $$($(BIN)/python -c 'import re, pathlib; \
 	  print(*re.findall(r"\"(.+?)\"", re.search(r"^lint = (.*)", pathlib.Path("pyproject.toml").read_text(), re.M)[1]))')
+	touch $@
+
+$(BIN)/cmake: $(VENV)/.torch-$(TORCH)
+	$(PIP) install 'cmake>=3.25'
 	touch $@
 
 $(VENV)/.wheel: $(VENV)/.torch-$(TORCH)

@@ -55,6 +55,10 @@ template <class S>
 S* workspace(int64_t n) {
   thread_local Buffer<S> buffer(0);
   thread_local int64_t size = 0;
+#if defined(LLMKERN_SANITIZE)
+  // No longer than what was asked for, so that what lies past its end is seen.
+  size = 0;
+#endif
   if (n > size) buffer = Buffer<S>(n), size = n;
   return buffer.get();
 }

@@ -118,9 +118,22 @@ static inline void store(f16* p, vf32 v) {
 #endif
 }
 
+// The address sanitizer does not see what masked and streaming instructions touch: it is shown both ends. A macro, so
+// that other builds have no call to weigh when they inline.
+#if defined(LLMKERN_SANITIZE)
+static inline void show(const void* p, size_t bytes) {
+  const volatile char* const seen = static_cast<const char*>(p);
+  if (bytes > 0) seen[0], seen[bytes - 1];
+}
+#define LLMKERN_SHOW(p, bytes) show(p, bytes)
+#else
+#define LLMKERN_SHOW(p, bytes) static_cast<void>(0)
+#endif
+
 // Past the caches: for a large output that nothing reads soon. p must be aligned to a vector.
 template <class T>
 static inline void store_streaming(T* p, Vec<Accum<T>> v) {
+  LLMKERN_SHOW(p, sizeof(T) * kLanes<Accum<T>>);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) >= 4) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_as<__m512i>(v));
 #elif defined(__AVX2__)
@@ -141,6 +154,7 @@ static inline void is_tail(int n) {
 template <class A, class T>
 static inline Vec<A> load(const T* p, int n, A fill) {
   is_tail<A>(n);
+  LLMKERN_SHOW(p, sizeof(T) * n);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 8) {
     return reinterpret_cast<Vec<A>>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (1u << n) - 1, p));
@@ -166,6 +180,7 @@ static inline Vec<A> load(const T* p, int n, A fill) {
 template <class T>
 static inline void store(T* p, Vec<Accum<T>> v, int n) {
   is_tail<Accum<T>>(n);
+  LLMKERN_SHOW(p, sizeof(T) * n);
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, (1u << n) - 1, reinterpret_cast<__m512d>(v));

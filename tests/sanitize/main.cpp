@@ -1,0 +1,67 @@
+// Every public function of the core on odd sizes, under the address and the undefined-behaviour sanitizer: `make
+// sanitize`.
+//
+// Operands lie in heap blocks of exactly their size, so that a read or a write past an end stops the program; results
+// are NaN before a kernel writes them, and are compared with plain loops in double. Loosely: what an error may be, the
+// Python tests measure. An op is one function `check_<op>`, in the file of its stem, and one line here; `sanitize gemm`
+// runs one.
+#include <omp.h>
+
+#include "core/isa.h"
+#include "sanitize.h"
+
+namespace llmkern::sanitize {
+
+void check_cross_entropy();
+void check_embedding();
+void check_gemm();
+void check_linear();
+void check_linear_cross_entropy();
+void check_mse_loss();
+void check_optim();
+void check_rnn();
+void check_runtime();
+
+namespace {
+
+constexpr struct {
+  const char* name;
+  void (*check)();
+} kChecks[] = {
+    {"cross_entropy", &check_cross_entropy},
+    {"embedding", &check_embedding},
+    {"gemm", &check_gemm},
+    {"linear", &check_linear},
+    {"linear_cross_entropy", &check_linear_cross_entropy},
+    {"mse_loss", &check_mse_loss},
+    {"optim", &check_optim},
+    {"rnn", &check_rnn},
+    {"runtime", &check_runtime},
+};
+
+int run(const char* wanted) {
+  try {
+    std::printf("sanitize: %s\n", cpu::isa_name(cpu::selected_isa()));
+  } catch (const std::invalid_argument& error) {
+    const bool lacking = std::strstr(error.what(), "does not have it") != nullptr;
+    std::printf("sanitize: %s%s\n", lacking ? "skipped: " : "", error.what());
+    return lacking ? 0 : 2;
+  }
+  // More than one, so that work is shared out, and no power of two.
+  omp_set_num_threads(3);
+  bool known = false;
+  for (const auto& [name, check] : kChecks) {
+    if (wanted && std::strcmp(wanted, name) != 0) continue;
+    known = true;
+    check();
+    std::printf("sanitize: %s passed\n", name);
+    std::fflush(stdout);
+  }
+  if (!known) std::printf("sanitize: no check is named %s\n", wanted);
+  return known ? 0 : 2;
+}
+
+}  // namespace
+}  // namespace llmkern::sanitize
+
+int main(int argc, char** argv) { return llmkern::sanitize::run(argc > 1 ? argv[1] : nullptr); }

@@ -1,0 +1,78 @@
+#include "core/optim.h"
+
+#include "sanitize.h"
+
+namespace llmkern::sanitize {
+namespace {
+
+// Array's results are NaN at first; here they are state, which is read.
+Array positive(DType t, int64_t n) {
+  Array x(t, n);
+  for (int64_t i = 0; i < n; ++i) x.set(i, std::abs(uniform()));
+  return x;
+}
+
+struct State {
+  Array param, grad, avg, avg_sq, max_sq;
+  bool amsgrad;
+  double step;
+  State(DType t, int64_t n, bool amsgrad, double step)
+      : param(random(t, n)),
+        grad(random(t, n)),
+        avg(random(t, n)),
+        avg_sq(positive(t, n)),
+        max_sq(positive(t, n)),
+        amsgrad(amsgrad),
+        step(step) {}
+};
+
+struct Expected {
+  Doubles param, avg, avg_sq, max_sq;
+};
+
+Expected adam(const cpu::Adam& op, const State& s) {
+  Expected e{s.param.doubles(), s.avg.doubles(), s.avg_sq.doubles(), s.max_sq.doubles()};
+  for (int64_t i = 0; i < s.param.n; ++i) {
+    double g = (op.maximize ? -1 : 1) * s.grad[i];
+    if (op.decoupled)
+      e.param[i] *= 1 - op.lr * op.weight_decay;
+    else
+      g += op.weight_decay * e.param[i];
+    e.avg[i] = op.beta1 * e.avg[i] + (1 - op.beta1) * g;
+    e.avg_sq[i] = op.beta2 * e.avg_sq[i] + (1 - op.beta2) * g * g;
+    if (s.amsgrad) e.max_sq[i] = std::max(e.max_sq[i], e.avg_sq[i]);
+    const double v = (s.amsgrad ? e.max_sq[i] : e.avg_sq[i]) / (1 - std::pow(op.beta2, s.step));
+    e.param[i] -= op.lr / (1 - std::pow(op.beta1, s.step)) * e.avg[i] / (std::sqrt(v) + op.eps);
+  }
+  return e;
+}
+
+}  // namespace
+
+void check_optim() {
+  for (const cpu::Adam& op :
+       {cpu::Adam{0.01, 0.9, 0.999, 1e-3, 0, false, false}, cpu::Adam{0.1, 0.4, 0.9, 1e-3, 0.1, true, true},
+        cpu::Adam{0.01, 0.9, 0.99, 1e-3, 0.2, false, false}})
+    for (bool amsgrad : {false, true}) {
+      where = std::string("adam") + (amsgrad ? " amsgrad" : "") + (op.decoupled ? " decoupled" : "");
+      std::vector<State> states;
+      for (DType t : kDTypes)
+        for (int64_t n : {0, 1, 7, 33, 32 * 1024 + 5}) states.emplace_back(t, n, amsgrad, 1 + n % 3);
+      std::vector<Expected> expected;
+      std::vector<cpu::AdamTensor> tensors;
+      for (const State& s : states) {
+        expected.push_back(adam(op, s));
+        tensors.push_back({s.param.data(), s.grad.data(), s.avg.data(), s.avg_sq.data(),
+                           amsgrad ? s.max_sq.data() : nullptr, s.param.n, s.param.dtype, s.step});
+      }
+      cpu::adam_step(op, tensors);
+      for (size_t i = 0; i < states.size(); ++i) {
+        near("exp_avg", states[i].avg, expected[i].avg), near("exp_avg_sq", states[i].avg_sq, expected[i].avg_sq);
+        near("max_exp_avg_sq", states[i].max_sq, expected[i].max_sq);
+        near("param", states[i].param, expected[i].param, 16);
+      }
+    }
+  cpu::adam_step({}, {});
+}
+
+}  // namespace llmkern::sanitize
