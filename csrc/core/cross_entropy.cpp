@@ -221,23 +221,25 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
                   gradients.dtype};
   };
   if (op.N >= omp_get_max_threads() || call.slabs() == 1 || narrowed || omp_in_parallel())
-    return parallel_for(op.N, std::max<int64_t>(1, kGrain / op.V), [&](int64_t begin, int64_t end) {
-      // The gradient of a row is written while the next is reduced: memory and arithmetic keep each other company.
-      const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
-      std::optional<Row<A>> last;
-      int free = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        Row<A> next = row(scratch[free], i);
-        if (next.ignored()) {
-          next.skip();
-          continue;
-        }
-        next.reduce(0, call.slabs(), last ? &*last : nullptr);
-        next.combine();
-        if (call.wants_gradient) last.emplace(next), free ^= 1;
-      }
-      if (last) last->gradient(0, call.slabs());
-    });
+    return parallel_for(op.N, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, op.V)),
+                        [&](int64_t begin, int64_t end) {
+                          // The gradient of a row is written while the next is reduced: memory and arithmetic keep each
+                          // other company.
+                          const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
+                          std::optional<Row<A>> last;
+                          int free = 0;
+                          for (int64_t i = begin; i < end; ++i) {
+                            Row<A> next = row(scratch[free], i);
+                            if (next.ignored()) {
+                              next.skip();
+                              continue;
+                            }
+                            next.reduce(0, call.slabs(), last ? &*last : nullptr);
+                            next.combine();
+                            if (call.wants_gradient) last.emplace(next), free ^= 1;
+                          }
+                          if (last) last->gradient(0, call.slabs());
+                        });
   const Scratch<A> scratch(call);
   for (int64_t i = 0; i < op.N; ++i) {
     Row<A> one = row(scratch, i);
@@ -261,40 +263,41 @@ void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropy
   wide.dtype = Call<A>::accum();
   if (op.probabilities) wide.target_dtype = wide.dtype;
   const int64_t groups = (op.D + kGroup - 1) / kGroup;
-  parallel_for(op.N * groups, std::max<int64_t>(1, kGrain / (op.V * kGroup)), [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(call);
-    const size_t size = static_cast<size_t>(kGroup * op.V);
-    const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
-      const int64_t origin = n * op.V * op.D + d;
-      const auto gather = [&](const void* from, DType dtype, A* to) {
-        call.kernels.transpose(at(from, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D, op.V, width, to,
-                               wide.dtype, op.V);
-      };
-      const auto scatter = [&](const A* from, void* to, DType dtype) {
-        call.kernels.transpose(from, wide.dtype, op.V, width, op.V,
-                               at(to, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D);
-      };
-      gather(logits, op.dtype, x.get());
-      if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
-      for (int64_t r = 0; r < width; ++r) {
-        A* const own = x.get() + r * op.V;
-        Row<A>{call,
-               wide,
-               scratch,
-               n * op.D + d + r,
-               own,
-               op.probabilities ? t.get() + r * op.V : nullptr,
-               gradients.dlogits ? own : nullptr,
-               gradients.dtarget ? dt.get() + r * op.V : nullptr,
-               wide.dtype}
-            .run();
-      }
-      if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
-      if (gradients.dtarget) scatter(dt.get(), gradients.dtarget, op.target_dtype);
-    }
-  });
+  parallel_for(op.N * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, op.V * kGroup)),
+               [&](int64_t begin, int64_t end) {
+                 const Scratch<A> scratch(call);
+                 const size_t size = static_cast<size_t>(kGroup * op.V);
+                 const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
+                 for (int64_t item = begin; item < end; ++item) {
+                   const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
+                   const int64_t origin = n * op.V * op.D + d;
+                   const auto gather = [&](const void* from, DType dtype, A* to) {
+                     call.kernels.transpose(at(from, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D, op.V,
+                                            width, to, wide.dtype, op.V);
+                   };
+                   const auto scatter = [&](const A* from, void* to, DType dtype) {
+                     call.kernels.transpose(from, wide.dtype, op.V, width, op.V,
+                                            at(to, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D);
+                   };
+                   gather(logits, op.dtype, x.get());
+                   if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
+                   for (int64_t r = 0; r < width; ++r) {
+                     A* const own = x.get() + r * op.V;
+                     Row<A>{call,
+                            wide,
+                            scratch,
+                            n * op.D + d + r,
+                            own,
+                            op.probabilities ? t.get() + r * op.V : nullptr,
+                            gradients.dlogits ? own : nullptr,
+                            gradients.dtarget ? dt.get() + r * op.V : nullptr,
+                            wide.dtype}
+                         .run();
+                   }
+                   if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
+                   if (gradients.dtarget) scatter(dt.get(), gradients.dtarget, op.target_dtype);
+                 }
+               });
 }
 
 }  // namespace
