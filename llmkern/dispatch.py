@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -60,11 +61,6 @@ def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | N
     return "torch.func batches the composition" if sizes["transformed"] else None
 
 
-def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Measured: benchmarks/bench_rnn.py, lstm/decode."""
-    return "one step does not pay for packing the weights" if sizes["T"] == 1 else None
-
-
 _LOSS_OPTIONS = (
     "weight",
     "label_smoothing",
@@ -74,6 +70,18 @@ _LOSS_OPTIONS = (
     "logit_scale",
     "token_weight",
     "outputs",
+)
+
+# What torch's recurrent layers have not.
+_RNN_OPTIONS = (
+    "num_heads",
+    "state_dtype",
+    "clip",
+    "zoneout",
+    "weight_dropout",
+    "variational_dropout",
+    "return_cell_states",
+    "checkpoint_chunks",
 )
 
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
@@ -90,20 +98,17 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
     "mse_loss": {"native": _cpu()},
-    "lstm": {"native": _cpu(unless=_lstm_is_faster_in_torch)},
-    "gru": {},
-    "rnn_tanh": {},
-    "rnn_relu": {},
-    "lstm_cell": {},
-    "gru_cell": {},
-    "rnn_tanh_cell": {},
-    "rnn_relu_cell": {},
+    "lstm": {"native": _cpu("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS)},
+    **{mode: {"native": _cpu("batch_sizes", *_RNN_OPTIONS)} for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    **{f"{mode}_cell": {"native": _cpu()} for mode in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "adam": {"native": _cpu("weight_decay", "amsgrad", "maximize")},
     "sgd": {},
     "adagrad": {},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
+    "lstm": frozenset({*_RNN_OPTIONS, "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
+    **{mode: frozenset(_RNN_OPTIONS) for mode in ("gru", "rnn_tanh", "rnn_relu")},
 }
 REFERENCE_LACKS: dict[str, frozenset[str]] = {
     "embedding": frozenset({"sparse"}),
@@ -161,6 +166,7 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The namespace of a backend's functions."""
     return importlib.import_module(_MODULES[name])
@@ -235,6 +241,14 @@ def pick(
     raise BackendError(
         f"{op}: backend {_forced!r} was forced, but {rejected[0][1]}; use backend('auto') to allow a fallback"
     )
+
+
+def shortcut(name: str) -> ModuleType | None:
+    """The namespace of backend ``name``, if it may serve a call that does not ask :func:`pick`: it is here, nothing
+    forbids it, nobody listens. For calls that ``pick`` would give to it, where asking takes as long as answering."""
+    if _trace is not None or _forced not in ("auto", name) or unavailable(name) is not None:
+        return None
+    return load(name)
 
 
 @dataclass(frozen=True)

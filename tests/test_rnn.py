@@ -182,7 +182,7 @@ def test_the_reference_differentiates(mode: str, reverse: bool, packed: bool) ->
     sizes = torch.tensor([2, 1, 1]) if packed else None
 
     def function(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, sizes, mode, reverse)
+        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, None, sizes, mode, reverse)
         return outputs if mode == "lstm" else outputs[:2]
 
     assert torch.autograd.gradcheck(function, (x, hx, cx, *weights))
@@ -198,7 +198,7 @@ def test_the_op_differentiates(backend: str, reverse: bool, biases: bool) -> Non
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = (*tensors, *[None] * (7 - len(tensors)))
-        return ops.rnn(*full, None, None, "lstm", reverse, backend)
+        return ops.rnn(*full, None, None, None, ops.RNNOptions("lstm", reverse), backend, cells=True)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, tensors)
@@ -306,31 +306,48 @@ def test_explain() -> None:
     lstm, gru = nn.LSTM(5, 7), nn.GRU(5, 7)
     x = torch.randn(4, 3, 5)
     assert llmkern.explain(lstm, x).backends == ("native",)
-    assert llmkern.explain(lstm, x[:1]).backends == ("torch",)
-    told = llmkern.explain(gru, x)
-    assert told.backends == ("torch",)
-    assert "no kernel for this op yet" in str(told)
-    packed = llmkern.explain(lstm, pack_padded_sequence(x, torch.tensor([4, 2, 1])))
-    assert packed.backends == ("torch",)
-    assert "packed sequences" in str(packed)
-    with llmkern.backend("native"), pytest.raises(BackendError, match="gru: backend 'native' was forced"):
-        gru(x)
+    for module in (lstm, gru):
+        assert llmkern.explain(module, pack_padded_sequence(x, torch.tensor([4, 2, 1]))).backends == ("native",)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            told = llmkern.explain(module, x)
+        assert told.backends == ("torch",)
+        assert "does not serve autocast" in str(told)
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            llmkern.backend("native"),
+            pytest.raises(BackendError, match="backend 'native' was forced"),
+        ):
+            module(x)
 
 
 def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
     if not NATIVE:
         pytest.skip("no native build")
-    good = [torch.zeros(s) for s in ((2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,))]
     from llmkern import native
 
-    native.rnn_forward(*good, None, None, "lstm", False, True)
-    for index in range(1, 7):
+    shapes = [(2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,), (4, 7), (3, 7)]
+    good: list[Any] = [torch.zeros(s) for s in shapes]
+    good[7] = None
+    options = ops.RNNOptions("lstm")
+
+    def run(tensors: list[Any], sizes: Tensor | None = None, options: ops.RNNOptions = options) -> None:
+        native.rnn_forward(*tensors, sizes, *options, True)
+
+    run(good)
+    for index in (1, 2, 3, 4, 5, 6, 8):
         bad = list(good)
         bad[index] = torch.zeros([n + 1 for n in good[index].shape])
-        with pytest.raises(ValueError, match="expected shape"):
-            native.rnn_forward(*bad, None, None, "lstm", False, True)
-    with pytest.raises(ValueError, match="mode lstm, got gru"):
-        native.rnn_forward(*good, None, None, "gru", False, True)
+        with pytest.raises(ValueError, match="expected"):
+            run(bad)
+    with pytest.raises(ValueError, match="mode lstm, gru, rnn_tanh or rnn_relu, got elman"):
+        run(good, options=options._replace(mode="elman"))
+    with pytest.raises(ValueError, match="for lstm alone"):
+        run(good, options=options._replace(mode="gru"))
+    packed = [torch.zeros(6, 5), *good[1:]]
+    run(packed, torch.tensor([3, 2, 1]))
+    for sizes in ([3, 3, 1], [2, 2, 2], [3, 1, 2], [3, 3, 0], [4, 2]):
+        with pytest.raises(ValueError, match="batch_sizes: expected"):
+            run(packed, torch.tensor(sizes))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:dropout option adds")

@@ -241,15 +241,18 @@ void run_dots(const Problem<S>& p) {
   const int64_t pitch = round_up(p.K + kSlack), longest = ceil_div(p.N, blocks.count);
   const int64_t own = p.narrow() ? round_up(p.M * longest) : 0;
   const Split depths = split(p.K, kDotDepth);
-  S* const a = workspace<S>(p.M * pitch + threads * own);
-  for (int64_t i = 0; i < p.M; ++i) kernels.line(p.A, i, p.K, a + i * pitch);
+  // Lines of a: of half-sized elements, where those are multiplied.
+  S* const lines = workspace<S>(p.M * pitch + threads * own);
+  const int64_t size = static_cast<int64_t>(sizeof(S)) / kernels.step;
+  char* const a = reinterpret_cast<char*>(lines);
+  for (int64_t i = 0; i < p.M; ++i) kernels.line(p.A, i, p.K, a + i * pitch * size);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t c = 0; c < blocks.count; ++c) {
     const int64_t j0 = blocks[c], j1 = blocks[c + 1];
-    const Sums<S> sums(p, 0, p.M, j0, j1, a + p.M * pitch + omp_get_thread_num() * own);
+    const Sums<S> sums(p, 0, p.M, j0, j1, lines + p.M * pitch + omp_get_thread_num() * own);
     for (int64_t d = 0; d < depths.count; ++d) {
       const int64_t k = depths[d], skip = (j0 * p.B.ld + k) * static_cast<int64_t>(itemsize(p.B.dtype));
-      kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k, pitch,
+      kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k * size, pitch,
                    static_cast<const char*>(p.B.data) + skip, p.B.dtype, p.B.ld, sums.at, sums.ld,
                    d > 0 || sums.accumulate);
     }

@@ -44,12 +44,13 @@ struct GemmKernels {
   void (*tile)(int rows, int cols, int64_t steps, const S* a, const S* b, int64_t ldb, S* c, int64_t ldc,
                const S* start, bool accumulate);
 
-  // to[k] = X[i][k], k < depth, in S also where panels hold pairs; writes up to a vector past the end.
-  void (*line)(Matrix X, int64_t i, int64_t depth, S* to);
+  // to[k] = X[i][k], k < depth, in S, or in bf16 where panels hold pairs; writes up to a vector past the end.
+  void (*line)(Matrix X, int64_t i, int64_t depth, void* to);
 
-  // c (rows, lines) = inner products of rows of a with lines of b (lines, depth), of dtype, or +=.
-  void (*dots)(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
-               S* c, int64_t ldc, bool accumulate);
+  // c (rows, lines) = inner products of rows of a, in the type of `line`, with lines of b (lines, depth), of dtype, or
+  // +=. Pairs: of bf16.
+  void (*dots)(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType dtype,
+               int64_t ldb, S* c, int64_t ldc, bool accumulate);
 
   // to (n) = from (n) in another dtype, or +=.
   void (*convert)(const S* from, int64_t n, void* to, DType dtype, bool accumulate);

@@ -1,104 +1,215 @@
-// LSTM layers: a whole sequence in one parallel region.
+// Recurrent layers, forward: a whole sequence in one parallel region.
 //
-// FLOPs, forward: 2 T B 4H (I + H); backward twice that. The input projection x W_ih^T is one GEMM over all of time,
-// and so are, at the end, dx, dW_ih and dW_hh. What remains is the time loop: h W_hh^T forward and dgates W_hh
-// backward.
+// FLOPs: 2 tokens G H (I + P). The input projection x W_ih^T is one product over all of time; what remains is the time
+// loop, h W_hh^T. W_hh is packed once per call into panels (see rnn_loop.h): the gates of a vector of units are summed
+// together in registers, and the cell follows while they are in the first cache. A few steps of few rows go another way
+// (rnn_step.cpp): packing costs as much as several of them.
 //
-// Batch rows never meet in the loop, so each thread takes its rows through all T steps and no barrier is needed. W_hh
-// is packed once per call into panels [H / L][k][4 gates][L]: the four gates of L units end in registers together, and
-// sigmoid, tanh, c and h follow without a store in between. The backward's panels hold four vectors of units instead,
-// and the same loop multiplies both. Cells, h and dgates are carried in fp32 (fp64 for fp64) inside the sequence.
+// Sequences never meet in the loop, so threads take theirs through all steps and do not wait for each other; with few
+// sequences they share the units instead, and meet after each step. Layouts (steps first, batch first, packed) differ
+// only in where a step's rows lie. States are carried in fp32 (fp64 for fp64); h is rounded to bf16 where products
+// are taken from pairs of it.
+//
+// Memory: x W_ih^T is written where the gates will be saved, or to y, if its type is theirs; else it is scratch, for at
+// most 16 MB of steps at a time.
 #include "core/rnn.h"
 
-#include <algorithm>
-
-#include "core/gemm.h"
-#include "core/memory.h"
-#include "core/threads.h"
+#include "core/rnn_loop.h"
 
 namespace llmkern::cpu {
+namespace rnn {
 namespace {
 
-DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+constexpr int64_t kScratchBytes = 16 << 20;  // of x W_ih^T
 
-const char* at(const void* p, int64_t elements, DType dtype) {
-  return static_cast<const char*>(p) + elements * static_cast<int64_t>(itemsize(dtype));
-}
+template <class S>
+class Forward {
+ public:
+  Forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells)
+      : op_(op),
+        tokens_(op),
+        pairs_(in_pairs(op)),
+        operand_(pairs_ ? DType::bf16 : wide_),
+        weights_(kernels_, op.dtype, pairs_),
+        projection_(kernels_, op.dtype, pairs_),
+        y_(y),
+        hy_(hy),
+        cy_(cy),
+        gates_(gates),
+        cells_(cells) {}
 
-// W_hh as panels. Forward: W_hh^T, a panel is the four gates of L units. Backward: W_hh, a panel is 4L units.
-Buffer<char> pack(const RnnKernels& kernels, const Lstm& op, bool backward) {
-  const DType S = accum_of(op.dtype);
-  const int64_t L = S == DType::f64 ? kernels.lanes_f64 : kernels.lanes_f32, H = op.H;
-  const int64_t width = backward ? 4 * L : L, K = backward ? 4 * H : H, panels = (H + width - 1) / width;
-  const int64_t bytes = K * 4 * L * static_cast<int64_t>(itemsize(S));
-  Buffer<char> packed(panels * bytes);
-  parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t u = p * width;
-      int64_t start[4], valid[4];
-      for (int64_t j = 0; j < 4; ++j) {
-        start[j] = backward ? u + j * L : j * H + u;
-        valid[j] = backward ? H - start[j] : H - u;
-      }
-      kernels.pack(op.weight_hh, op.dtype, K, backward ? H : 1, backward ? 1 : H, start, valid,
-                   packed.get() + p * bytes);
+  void run() {
+    const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
+    const Buffer<S> h(B * P), c(op_.cx ? B * H : 0), bias(2 * G * H);
+    const int64_t ld = even(P), ld_m = even(H);
+    const Buffer<char> operands(2 * B * ld * size_of(operand_)), m(op_.weight_hr ? B * ld_m * size_of(operand_) : 0);
+    h_ = h.get(), c_ = c.get(), m_ = op_.weight_hr ? m.get() : nullptr, ld_ = ld, ld_m_ = ld_m;
+    operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * ld, operand_);
+    begin();
+    cut();
+    biases(bias.get());
+    const Plan plan(op_, B * (G * H * P / op_.heads + (op_.weight_hr ? H * P : 0)));
+    const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
+    const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * size_of(wide_));
+    for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), bias.get(), scratch.get());
+    kernels_.rnn.copy(1, B * P, h.get(), wide_, 0, hy_, op_.state_dtype, 0, false);
+    if (op_.cx) kernels_.rnn.copy(1, B * H, c.get(), wide_, 0, cy_, op_.state_dtype, 0, false);
+  }
+
+ private:
+  int64_t even(int64_t n) const { return n + n % 2; }
+
+  // The states before the first step. Both operands, because sequences may begin at any step.
+  void begin() {
+    kernels_.rnn.copy(1, op_.B * op_.P, op_.hx, op_.state_dtype, 0, h_, wide_, 0, false);
+    if (op_.cx) kernels_.rnn.copy(1, op_.B * op_.H, op_.cx, op_.state_dtype, 0, c_, wide_, 0, false);
+    for (void* operand : operands_) {
+      std::fill_n(static_cast<char*>(operand), op_.B * ld_ * size_of(operand_), 0);
+      kernels_.rnn.copy(op_.B, op_.P, h_, wide_, op_.P, operand, operand_, ld_, false);
     }
-  });
-  return packed;
-}
+    if (m_) std::fill_n(static_cast<char*>(m_), op_.B * ld_m_ * size_of(operand_), 0);
+  }
 
-// Rows per thread: enough that a panel's load is shared by several.
-constexpr int64_t kGrainRows = 2;
+  void cut() {
+    const int64_t G = gates_of(op_.mode), K = op_.P / op_.heads, units = op_.H / op_.heads;
+    for (int64_t head = 0; head < op_.heads; ++head)
+      weights_.add(op_.weight_hh, K, false, head * units, units, static_cast<int>(G), op_.H, {{0, K, head * K}});
+    if (op_.weight_hr) projection_.add(op_.weight_hr, op_.H, false, 0, op_.P, 1, 0, {{0, op_.H, 0}});
+    weights_.pack();
+    if (op_.weight_hr) projection_.pack();
+  }
+
+  // What x W_ih^T starts from, and gru's bias of h.
+  void biases(S* bias) {
+    const int64_t H = op_.H, rows = gates_of(op_.mode) * H, merged = op_.mode == RnnMode::gru ? 2 * H : rows;
+    if (!op_.bias_ih && !op_.bias_hh) return;
+    std::fill_n(bias, rows, S{0});
+    if (op_.bias_ih) kernels_.rnn.copy(1, rows, op_.bias_ih, op_.dtype, 0, bias, wide_, 0, true);
+    if (op_.bias_hh) kernels_.rnn.copy(1, merged, op_.bias_hh, op_.dtype, 0, bias, wide_, 0, true);
+    bias_ = bias;
+    if (!op_.bias_hh || merged == rows) return;
+    kernels_.rnn.copy(1, H, at(op_.bias_hh, merged, op_.dtype), op_.dtype, 0, bias + rows, wide_, 0, false);
+    hidden_bias_ = bias + rows;
+  }
+
+  // Where x W_ih^T may lie until the cell takes it: a row's own place, because the cell reads before it writes.
+  bool in_place() const { return op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1); }
+  int64_t steps_per_chunk(int64_t gx_size) const {
+    const int64_t bytes = op_.B * gx_size * size_of(wide_);
+    return in_place() || op_.batch_first ? op_.T : std::clamp<int64_t>(kScratchBytes / bytes, 1, op_.T);
+  }
+  int64_t most_rows(int64_t chunk) const {
+    return op_.batch_first ? tokens_.total() : std::min(tokens_.total(), chunk * op_.B);
+  }
+
+  // Steps [s0, s1).
+  void steps(const Plan& plan, int64_t s0, int64_t s1, const S* bias, void* scratch) {
+    const int64_t G = gates_of(op_.mode), t0 = std::min(tokens_.time(s0), tokens_.time(s1 - 1)), all = op_.batch_first;
+    const int64_t first = all ? 0 : tokens_.first(t0), last = all ? tokens_.total() : end_of(t0 + s1 - s0);
+    gx_ = !in_place() ? scratch : gates_ ? gates_ : y_;
+    gx_ld_ = !in_place() || !gates_ ? G * op_.H : saved_of(op_) * op_.H;
+    gx_first_ = in_place() ? 0 : first;
+    gemm(last - first, G * op_.H, op_.I, {at(op_.x, first * op_.I, op_.dtype), op_.dtype, op_.I, false},
+         {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
+         bias_ ? bias : nullptr);
+    if (plan.threads == 1) {
+      Barrier alone(1);
+      return loop(s0, s1, {0, op_.B}, {0, weights_.count()}, {0, projection_.count()}, alone);
+    }
+    Barrier barrier(plan.threads);
+#pragma omp parallel num_threads(plan.threads)
+    {
+      // A smaller team than was asked for: one thread does it all, which is right if not fast.
+      const bool whole = omp_get_num_threads() == plan.threads;
+      const int count = whole ? plan.threads : 1, index = omp_get_thread_num();
+      Barrier alone(1);
+      if (index < count && plan.by_units && whole)
+        loop(s0, s1, {0, op_.B}, part(weights_.count(), index, count), part(projection_.count(), index, count),
+             barrier);
+      else if (index < count)
+        loop(s0, s1, {tokens_.sequences(1.0 * index / count), tokens_.sequences(1.0 * (index + 1) / count)},
+             {0, weights_.count()}, {0, projection_.count()}, alone);
+    }
+  }
+  int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
+
+  // One thread's share of steps [s0, s1): sequences and panels.
+  void loop(int64_t s0, int64_t s1, Range sequences, Range panels, Range projected, Barrier& barrier) {
+    alignas(64) S sums[kTile];
+    RnnForwardArgs args{&op_, operand_, nullptr, tokens_.stride() * gx_ld_, hidden_bias_, h_, c_, nullptr, 0,
+                        y_,   gates_,   cells_};
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = tokens_.time(s), first = tokens_.first(t), stride = tokens_.stride();
+      const int64_t end = std::min(sequences.end, tokens_.rows(t));
+      void* const next = operands_[(s + 1) % 2];
+      args.next = op_.weight_hr ? m_ : next, args.next_ld = op_.weight_hr ? ld_m_ : ld_;
+      for (int64_t p = panels.begin; p < panels.end; ++p) {
+        const auto& panel = weights_[p];
+        fetch(panel, first + sequences.begin * stride, end - sequences.begin);
+        weights_.multiply(p, sequences.begin, end, operands_[s % 2], operand_, ld_, sums,
+                          [&](int64_t b, int rows, S* block) {
+                            const int64_t token = first + b * stride;
+                            args.gx = at(gx_, (token - gx_first_) * gx_ld_, wide_);
+                            kernels_.rnn.forward(args, {rows, b, panel.unit, panel.units, s, token, stride}, block);
+                          });
+      }
+      if (op_.weight_hr) {
+        barrier.wait();
+        for (int64_t p = projected.begin; p < projected.end; ++p)
+          projection_.multiply(p, sequences.begin, end, m_, operand_, ld_m_, sums, [&](int64_t b, int rows, S* block) {
+            project(projection_[p], b, rows, first + b * stride, block, next);
+          });
+      }
+      barrier.wait();
+    }
+  }
+
+  // What the cell will read of x W_ih^T is on its way from memory while the product runs.
+  void fetch(const typename Panels<S>::Panel& panel, int64_t token, int64_t rows) const {
+    const int64_t G = gates_of(op_.mode), lines = G > 1 ? G : panel.vectors, apart = G > 1 ? op_.H : kernels_.lanes();
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < lines; ++i)
+        __builtin_prefetch(
+            at(gx_, (token + row * tokens_.stride() - gx_first_) * gx_ld_ + panel.unit + i * apart, wide_));
+  }
+
+  // The projected h of a few sequences to wherever it goes.
+  void project(const typename Panels<S>::Panel& panel, int64_t b, int64_t rows, int64_t token, const S* sums,
+               void* next) const {
+    const int64_t ld = panel.vectors * kernels_.lanes(), P = op_.P, u = panel.unit, n = panel.units;
+    kernels_.rnn.copy(rows, n, sums, wide_, ld, h_ + b * P + u, wide_, P, false);
+    kernels_.rnn.copy(rows, n, sums, wide_, ld, at(next, b * ld_ + u, operand_), operand_, ld_, false);
+    kernels_.rnn.copy(rows, n, sums, wide_, ld, at(y_, token * P + u, op_.dtype), op_.dtype, tokens_.stride() * P,
+                      false);
+  }
+
+  const Rnn& op_;
+  const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const Kernels<S> kernels_{};
+  const Tokens tokens_;
+  const bool pairs_;
+  const DType operand_;  // of the loop's products
+  Panels<S> weights_, projection_;
+  void *y_, *hy_, *cy_, *gates_, *cells_;
+  S *h_ = nullptr, *c_ = nullptr;
+  const S *bias_ = nullptr, *hidden_bias_ = nullptr;
+  void *operands_[2], *m_ = nullptr;
+  int64_t ld_ = 0, ld_m_ = 0;
+  void* gx_ = nullptr;
+  int64_t gx_ld_ = 0, gx_first_ = 0;
+};
 
 }  // namespace
+}  // namespace rnn
 
-void lstm_forward(const Lstm& op, void* y, void* hy, void* cy, void* gates, void* cells) {
-  const DType S = accum_of(op.dtype);
-  const int64_t T = op.T, B = op.B, H = op.H, G = 4 * op.H;
-  const auto& kernels = LLMKERN_SELECT(rnn);
-  const Buffer<char> packed = pack(kernels, op, false);
-  // Where the saved gates have the accumulator's type, the projection is written where they will stand.
-  const bool in_place = gates && op.dtype == S;
-  const Buffer<char> projected(in_place ? 0 : T * B * G * itemsize(S));
-  void* const gx = in_place ? gates : projected.get();
-  gemm(T * B, G, op.I, {op.x, op.dtype, op.I, false}, {op.weight_ih, op.dtype, op.I, true}, gx, S, G, false);
-  parallel_for(B, kGrainRows, [&](int64_t begin, int64_t end) {
-    const Buffer<char> state(3 * (end - begin) * H * itemsize(S));
-    kernels.lstm_forward({&op, gx, packed.get(), y, hy, cy, gates, cells, state.get(), begin, end});
-  });
-}
+int64_t tokens_of(const Rnn& op) { return rnn::Tokens(op).total(); }
 
-void lstm_backward(const Lstm& op, const void* dy, const void* dhy, const void* dcy, const void* y, const void* gates,
-                   const void* cells, const LstmGradients& out) {
-  const DType D = op.dtype, S = accum_of(D);
-  const int64_t T = op.T, B = op.B, I = op.I, H = op.H, G = 4 * op.H;
-  const auto& kernels = LLMKERN_SELECT(rnn);
-  const Buffer<char> packed = pack(kernels, op, true);
-  const Buffer<char> dgates(T * B * G * itemsize(S));
-  parallel_for(B, kGrainRows, [&](int64_t begin, int64_t end) {
-    const Buffer<char> state(2 * (end - begin) * H * itemsize(S));
-    kernels.lstm_backward(
-        {&op, dy, dhy, dcy, gates, cells, packed.get(), dgates.get(), out.dhx, out.dcx, state.get(), begin, end});
-  });
-  if (out.dx) gemm(T * B, I, G, {dgates.get(), S, G, false}, {op.weight_ih, D, I, false}, out.dx, D, I, false);
-  if (!out.dweight_ih) return;
-  gemm(G, I, T * B, {dgates.get(), S, G, true}, {op.x, D, I, false}, out.dweight_ih, D, I, false);
-  // h before step s is hx for the first and y of the step before for the others. In low precision the two parts are
-  // added up in fp32 before they are rounded.
-  const Buffer<char> sum(D == S ? 0 : G * H * itemsize(S));
-  void* const dweight = D == S ? out.dweight_hh : sum.get();
-  const int64_t rest = (T - 1) * B, step = B * G, first = op.reverse ? T - 1 : 0;
-  gemm(G, H, B, {at(dgates.get(), first * step, S), S, G, true}, {op.hx, D, H, false}, dweight, S, H, false);
-  if (rest)
-    gemm(G, H, rest, {at(dgates.get(), op.reverse ? 0 : step, S), S, G, true},
-         {at(y, op.reverse ? B * H : 0, D), D, H, false}, dweight, S, H, true);
-  if (D != S)
-    parallel_for(G * H, 1 << 14, [&](int64_t begin, int64_t end) {
-      kernels.sum_rows(sum.get(), D, 1, G * H, begin, end, out.dweight_hh);
-    });
-  if (out.dbias)
-    parallel_for(
-        G, 64, [&](int64_t begin, int64_t end) { kernels.sum_rows(dgates.get(), D, T * B, G, begin, end, out.dbias); });
+void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells) {
+  if (rnn::few_steps(op)) return rnn::run_steps(op, y, hy, cy, gates, cells);
+  if (op.dtype == DType::f64)
+    rnn::Forward<double>(op, y, hy, cy, gates, cells).run();
+  else
+    rnn::Forward<float>(op, y, hy, cy, gates, cells).run();
 }
 
 }  // namespace llmkern::cpu

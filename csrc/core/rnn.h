@@ -5,61 +5,118 @@
 
 namespace llmkern::cpu {
 
-// An LSTM layer's problem. Pointers are row-major and contiguous; T, B, H > 0 and I >= 0. Gates stand in the order
-// i, f, g, o. A null bias counts as zero.
-struct Lstm {
-  int64_t T, B, I, H;
-  DType dtype;  // of everything but cells and what is said to be in Accum
-  bool reverse;
-  const void *x, *hx, *cx;            // (T, B, I), (B, H), (B, H)
-  const void *weight_ih, *weight_hh;  // (4H, I), (4H, H)
-  const void *bias_ih, *bias_hh;      // (4H)
+// Gates G, in torch's order: lstm i, f, g, o; gru r, z, n; rnn one.
+enum class RnnMode : int { lstm, gru, rnn_tanh, rnn_relu };
+
+// A layer's problem. Pointers are row-major and contiguous; T, B, H, P > 0 and I >= 0. A null pointer that may be null
+// counts as zero. Tokens are the rows of x, y, gates and cells: (T, B), or (B, T), or those of a packed sequence.
+struct Rnn {
+  RnnMode mode;
+  int64_t T, B, I, H, P;     // P: the width of h, H unless it is projected
+  int64_t heads;             // diagonal blocks of W_hh: P / (its columns)
+  DType dtype, state_dtype;  // of everything but states and what is said to be in Accum; of hx, cx, hy, cy
+  bool reverse, batch_first;
+  const int64_t* batch_sizes;         // (T), not increasing, the first is B; null if the sequences are not packed
+  const void *x, *hx, *cx;            // (tokens, I), (B, P), (B, H): cx for lstm only
+  const void *weight_ih, *weight_hh;  // (G H, I), (G H, P / heads)
+  const void *bias_ih, *bias_hh;      // (G H), may be null
+  const void* weight_hr;              // (P, H), may be null: then P = H
+  const void* peephole;               // (3, H): of c to i, f, o; may be null. lstm only
+  double clip;                        // h is held within [-clip, clip]; 0: it is not. Not with weight_hr
+  // The share of h and of c that keeps its former value. In training each element is drawn, by `seed` and its place;
+  // else the states are mixed in this proportion. Not with weight_hr.
+  double zoneout_h, zoneout_c;
+  bool draws;
+  uint64_t seed;
 };
 
-// y (T, B, H), hy and cy (B, H). For a backward: gates (T, B, 4H), activated, and cells (T, B, H) in Accum; null if
-// there will be none.
-void lstm_forward(const Lstm& op, void* y, void* hy, void* cy, void* gates, void* cells);
+inline int64_t gates_of(RnnMode mode) { return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1; }
+// Numbers per token and unit that a backward needs beside y: activated gates, and gru's W_hn h + b_hn. A plain Elman
+// network needs none.
+inline int64_t saved_of(const Rnn& op) {
+  if (op.mode == RnnMode::lstm || op.mode == RnnMode::gru) return 4;
+  return op.clip != 0 || op.zoneout_h != 0;
+}
+int64_t tokens_of(const Rnn& op);
 
-// Gradients from dy (T, B, H), dhy, dcy (B, H) and what the forward saved. Null outputs are not computed.
-struct LstmGradients {
-  void *dx, *dhx, *dcx;           // (T, B, I), (B, H), (B, H)
-  void *dweight_ih, *dweight_hh;  // (4H, I), (4H, H)
-  void* dbias;                    // (4H): the gradient of either bias
-};
-void lstm_backward(const Lstm& op, const void* dy, const void* dhy, const void* dcy, const void* y, const void* gates,
-                   const void* cells, const LstmGradients& out);
+// y (tokens, P), hy (B, P) and cy (B, H). For a backward: gates (tokens, saved H) and, for lstm, cells (tokens, H) in
+// Accum; null if there will be none. cells may be wanted alone.
+void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
 
-// One thread's share: the batch rows [begin, end) through all of time. Rows never meet, so that threads need no
-// barrier. `S` below is Accum<dtype>.
-struct LstmForwardRows {
-  const Lstm* op;
-  const void* gx;      // (T, B, 4H) in S: x W_ih^T
-  const void* packed;  // W_hh, see rnn.cpp
-  void *y, *hy, *cy, *gates, *cells;
-  void* state;  // scratch of this thread: 3 (end - begin) H in S
-  int64_t begin, end;
+// Gradients from dy (tokens, P), dcells (tokens, H) in Accum or null, dhy (B, P), dcy (B, H) and what the forward
+// saved. Null outputs are not computed.
+struct RnnGradients {
+  void *dx, *dhx, *dcx;           // (tokens, I), (B, P), (B, H)
+  void *dweight_ih, *dweight_hh;  // (G H, I), (G H, P / heads)
+  void *dbias_ih, *dbias_hh;      // (G H)
+  void *dweight_hr, *dpeephole;   // (P, H), (3, H)
 };
-struct LstmBackwardRows {
-  const Lstm* op;
-  const void *dy, *dhy, *dcy, *gates, *cells;
-  const void* packed;  // W_hh, see rnn.cpp
-  void* dgates;        // (T, B, 4H) in S
-  void *dhx, *dcx;
-  void* state;  // scratch of this thread: 2 (end - begin) H in S
-  int64_t begin, end;
+void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void* dhy, const void* dcy, const void* y,
+                  const void* gates, const void* cells, const RnnGradients& out);
+
+// A block of one step's work on units [u, u + units) of sequences [b, b + rows). The first is token `token`; from one
+// sequence to the next are `stride` tokens, in every tensor of tokens.
+struct RnnBlock {
+  int rows;
+  int64_t b, u, units, step, token, stride;
 };
+
+// `S` is Accum<dtype>, `A` the type of the operands of the products of the loop: S, or bf16.
+struct RnnForwardArgs {
+  const Rnn* op;
+  DType operand;
+  const void* gx;  // of this block: x W_ih^T + b in S, gx_ld numbers from one sequence to the next
+  int64_t gx_ld;
+  const void* hidden_bias;  // gru: b_hn (H) in S, or null
+  void *h, *c;              // (B, P), (B, H): the states, in S
+  void* next;               // (B, next_ld): h for the products of the next step (projected: h before it), in A
+  int64_t next_ld;
+  void *y, *gates, *cells;  // null if not wanted (projected: no y)
+};
+
+struct RnnBackwardArgs {
+  const Rnn* op;
+  DType operand;
+  void *dh, *dc;            // (B, H), in S: of h and c after this step; the parts that pass by the gates come back
+  const void *dy, *dcells;  // null if there is none
+  const void *y, *gates, *cells;
+  const void* h_before;  // (tokens, P), dtype
+  const void* c_before;  // (B, H), rows of B; or (tokens, H) with rows `c_stride` apart; in S
+  int64_t c_stride;
+  void* dgates;       // (tokens, D) in A; see dgates_of
+  void* unprojected;  // (tokens, H) in dtype: h before its projection; null if not wanted
+  void* dpeephole;    // (rows, 3, H) in S, added up, row by row; null if not wanted
+};
+
+// Columns of dgates: those of the gates, in order; gru's are r dn, dr, dz, dn, so that both products find theirs side
+// by side. Rows of pairs of bf16 are of even length.
+inline int64_t dgates_of(const Rnn& op) {
+  const int64_t columns = (op.mode == RnnMode::gru ? 4 : gates_of(op.mode)) * op.H;
+  return columns + columns % 2;
+}
 
 struct RnnKernels {
-  // Lanes of one vector of float and of double: the width of a column of a panel.
-  int lanes_f32, lanes_f64;
-  // One panel of 4 vectors of columns of a (K, *) matrix whose element (k, n) lies at w[k * stride_k + n * stride_n]:
-  // to[k][j][l] = element (k, start[j] + l) for l < valid[j], else 0.
-  void (*pack)(const void* w, DType dtype, int64_t K, int64_t stride_k, int64_t stride_n, const int64_t (&start)[4],
-               const int64_t (&valid)[4], void* to);
-  void (*lstm_forward)(const LstmForwardRows& rows);
-  void (*lstm_backward)(const LstmBackwardRows& rows);
-  // to (n) = sum of rows of from (rows, n) in S, added in order, as dtype.
-  void (*sum_rows)(const void* from, DType dtype, int64_t rows, int64_t n, int64_t begin, int64_t end, void* to);
+  int lanes_f32, lanes_f64;  // of a vector of float and of double
+  int rows;                  // most rows of a product
+
+  // to (rows, vectors, lanes) in S = (or += ) a (rows, K) times a panel (vectors, K, lanes). Panels are made by the
+  // packing of core/gemm.h; `pairs` are those of bf16, and K then counts pairs.
+  void (*product_f32)(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
+                      bool accumulate, void* to);
+  void (*product_f64)(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
+                      bool accumulate, void* to);
+
+  // The cell: `pre` are the sums of the recurrent product, (rows, G, lanes) (one gate: (rows, 1, 4 lanes)) in S.
+  void (*forward)(const RnnForwardArgs& args, const RnnBlock& block, const void* pre);
+  // Any number of units, and all that follows from their gates: dgates, dc, and the rest of dh.
+  void (*backward)(const RnnBackwardArgs& args, const RnnBlock& block);
+
+  // to (rows, n) of dtype `to_dtype` = from of `from_dtype`, or +=; both with rows of their own length.
+  void (*copy)(int64_t rows, int64_t n, const void* from, DType from_dtype, int64_t from_ld, void* to, DType to_dtype,
+               int64_t to_ld, bool accumulate);
+  // to (n) = sum of rows of from (rows, n) of dtype `from_dtype`, added in order; ld numbers from row to row.
+  void (*sum_rows)(const void* from, DType from_dtype, int64_t rows, int64_t ld, int64_t begin, int64_t end, void* to,
+                   DType to_dtype);
 };
 
 }  // namespace llmkern::cpu

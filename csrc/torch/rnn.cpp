@@ -11,112 +11,240 @@ using Optional = std::optional<Tensor>;
 
 const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 
-void require_shape(const Tensor& t, const std::vector<int64_t>& sizes, const Tensor& like, const char* name) {
+void require_shape(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* name) {
   require_contiguous(t, name);
-  bool same = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == like.scalar_type();
+  bool same = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == dtype;
   for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
   std::string expected;
   for (int64_t n : sizes) expected += (expected.empty() ? "" : ", ") + std::to_string(n);
-  require(same, std::string(name) + ": expected shape (" + expected + ") and the dtype of x");
+  require(same, std::string(name) + ": expected shape (" + expected + ") and the dtype of x (states: of hx)");
 }
 
-// The problem, with every shape checked that memory safety depends on.
-cpu::Lstm describe(const Tensor& x, const Tensor& hx, const Optional& cx, const Tensor& weight_ih,
-                   const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, const Optional& weight_hr,
-                   const Optional& batch_sizes, const std::string& mode, bool reverse) {
-  require(mode == "lstm", "rnn: the native backend serves mode lstm, got " + mode);
-  require(!weight_hr, "rnn: the native backend does not serve projections (weight_hr)");
-  require(!batch_sizes, "rnn: the native backend does not serve packed sequences (batch_sizes)");
-  require(x.dim() == 3 && hx.dim() == 2 && cx, "rnn: expected x (T, B, I), hx (B, H) and cx (B, H)");
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), H = hx.size(1);
-  require(T > 0 && B > 0 && H > 0, "rnn: expected at least one step, one sequence and one unit");
-  require_contiguous(x, "x");
-  require_shape(hx, {B, H}, x, "hx"), require_shape(*cx, {B, H}, x, "cx");
-  require_shape(weight_ih, {4 * H, I}, x, "weight_ih"), require_shape(weight_hh, {4 * H, H}, x, "weight_hh");
-  if (bias_ih) require_shape(*bias_ih, {4 * H}, x, "bias_ih");
-  if (bias_hh) require_shape(*bias_hh, {4 * H}, x, "bias_hh");
-  return {T,
-          B,
-          I,
-          H,
-          dtype_of(x),
-          reverse,
-          x.const_data_ptr(),
-          hx.const_data_ptr(),
-          cx->const_data_ptr(),
-          weight_ih.const_data_ptr(),
-          weight_hh.const_data_ptr(),
-          data(bias_ih),
-          data(bias_hh)};
+cpu::RnnMode mode_of(const std::string& mode) {
+  if (mode == "lstm") return cpu::RnnMode::lstm;
+  if (mode == "gru") return cpu::RnnMode::gru;
+  if (mode == "rnn_tanh") return cpu::RnnMode::rnn_tanh;
+  require(mode == "rnn_relu", "rnn: expected mode lstm, gru, rnn_tanh or rnn_relu, got " + mode);
+  return cpu::RnnMode::rnn_relu;
 }
 
-ScalarType accumulator(const cpu::Lstm& op) { return op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+// The steps' numbers of rows are trusted with memory, so they are looked at.
+void check_packed(const Tensor& batch_sizes, int64_t total, int64_t B) {
+  require_contiguous(batch_sizes, "batch_sizes");
+  require(batch_sizes.scalar_type() == ScalarType::Long, "batch_sizes: expected int64");
+  const int64_t* const rows = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
+  int64_t sum = 0;
+  for (int64_t t = 0; t < batch_sizes.numel(); ++t) {
+    require(rows[t] > 0 && rows[t] <= (t ? rows[t - 1] : B),
+            "batch_sizes: expected B, then no more than the one before");
+    sum += rows[t];
+  }
+  require(batch_sizes.numel() > 0 && rows[0] == B && sum == total,
+          "batch_sizes: expected B first and their sum rows of x");
+}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(const Tensor& x, const Tensor& hx, Optional cx,
-                                                               const Tensor& weight_ih, const Tensor& weight_hh,
-                                                               Optional bias_ih, Optional bias_hh, Optional weight_hr,
-                                                               Optional batch_sizes, std::string mode, bool reverse,
-                                                               bool save) {
-  const auto op = describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
-  Tensor y = empty(x, {op.T, op.B, op.H}), hy = empty(x, {op.B, op.H}), cy = empty(x, {op.B, op.H});
-  using Sizes = std::vector<int64_t>;
-  Tensor gates = empty(x, save ? Sizes{op.T, op.B, 4 * op.H} : Sizes{0});
-  Tensor cells = empty(x, save ? Sizes{op.T, op.B, op.H} : Sizes{0}, accumulator(op));
-  cpu::lstm_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), cy.mutable_data_ptr(),
-                    save ? gates.mutable_data_ptr() : nullptr, save ? cells.mutable_data_ptr() : nullptr);
+// The arguments that describe a layer, in the order of the schema.
+struct Layer {
+  const Tensor &x, &hx;
+  const Optional& cx;
+  const Tensor &weight_ih, &weight_hh;
+  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &batch_sizes;
+  const std::string& mode;
+  bool reverse, batch_first;
+  double clip, zoneout, zoneout_cell;
+  int64_t seed;
+
+  std::vector<int64_t> tokens(int64_t width) const {
+    std::vector<int64_t> sizes(x.dim());
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes[d] = x.size(d);
+    sizes.back() = width;
+    return sizes;
+  }
+
+  // The problem, with every shape checked that memory safety depends on.
+  cpu::Rnn problem() const {
+    cpu::Rnn op{};
+    op.mode = mode_of(mode);
+    const bool lstm = op.mode == cpu::RnnMode::lstm;
+    require(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 2 && weight_hh.dim() == 2 && lstm == cx.has_value(),
+            "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx (B, H) for lstm alone");
+    require(!batch_sizes || !batch_first, "rnn: a packed sequence has no batch_first");
+    op.B = hx.size(0), op.P = hx.size(1), op.H = weight_hr ? weight_hr->size(1) : op.P, op.I = x.size(x.dim() - 1);
+    op.T = batch_sizes ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
+    require(op.T > 0 && op.B > 0 && op.H > 0 && op.P > 0, "rnn: expected at least one step, sequence and unit");
+    const int64_t G = cpu::gates_of(op.mode), H = op.H, P = op.P, columns = weight_hh.size(1);
+    require(columns > 0 && P % columns == 0 && (columns == P || (P == H && H % (P / columns) == 0)),
+            "weight_hh: expected H columns, or H divided by the number of heads");
+    op.heads = P / columns;
+    const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
+    op.dtype = dtype_of(x), op.state_dtype = dtype_of(hx);
+    require(states == dtype || (states == ScalarType::Float && op.dtype != DType::f64),
+            "hx: expected the dtype of x, or float32 beside bfloat16 and float16");
+    require_contiguous(x, "x");
+    if (batch_sizes)
+      check_packed(*batch_sizes, x.size(0), op.B);
+    else
+      require(x.size(batch_first ? 0 : 1) == op.B, "hx: expected as many sequences as x");
+    require_shape(hx, {op.B, P}, states, "hx");
+    if (cx) require_shape(*cx, {op.B, H}, states, "cx");
+    require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih"),
+        require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
+    if (bias_ih) require_shape(*bias_ih, {G * H}, dtype, "bias_ih");
+    if (bias_hh) require_shape(*bias_hh, {G * H}, dtype, "bias_hh");
+    if (weight_hr) require_shape(*weight_hr, {P, H}, dtype, "weight_hr");
+    if (peephole) require_shape(*peephole, {3, H}, dtype, "peephole");
+    require(lstm || (!weight_hr && !peephole && zoneout_cell == 0), "rnn: an option of lstm alone");
+    require(!weight_hr || (clip == 0 && zoneout == 0 && zoneout_cell == 0),
+            "rnn: a projection excludes clip and zoneout");
+    op.reverse = reverse, op.batch_first = batch_first;
+    op.batch_sizes = static_cast<const int64_t*>(data(batch_sizes));
+    op.x = x.const_data_ptr(), op.hx = hx.const_data_ptr(), op.cx = data(cx);
+    op.weight_ih = weight_ih.const_data_ptr(), op.weight_hh = weight_hh.const_data_ptr();
+    op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
+    op.weight_hr = data(weight_hr), op.peephole = data(peephole);
+    op.clip = clip, op.zoneout_h = zoneout, op.zoneout_c = zoneout_cell;
+    op.draws = seed >= 0, op.seed = static_cast<uint64_t>(seed);
+    return op;
+  }
+};
+
+ScalarType accumulator(const cpu::Rnn& op) { return op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// Empty where it is not wanted.
+Tensor make(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes,
+            std::optional<ScalarType> dtype = std::nullopt) {
+  return empty(like, wanted ? sizes : std::vector<int64_t>{0}, dtype);
+}
+void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
+    const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
+    Optional bias_hh, Optional weight_hr, Optional peephole, Optional batch_sizes, std::string mode, bool reverse,
+    bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed, bool save) {
+  const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
+                    batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
+  const auto op = layer.problem();
+  const bool lstm = op.mode == cpu::RnnMode::lstm;
+  const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
+  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = make(lstm, hx, {op.B, op.H});
+  Tensor gates = make(saved > 0, x, layer.tokens(saved));
+  Tensor cells = make(save && lstm, x, layer.tokens(op.H), accumulator(op));
+  cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells));
   return {y, hy, cy, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
-    const Tensor& dy, const Tensor& dhy, Optional dcy, const Tensor& x, const Tensor& hx, Optional cx,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
+    const Tensor& dy, const Tensor& dhy, Optional dcy, Optional dcells, const Tensor& x, const Tensor& hx, Optional cx,
     const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
-    Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells, std::string mode, bool reverse,
-    bool needs_dx, bool needs_dweights) {
-  const auto op = describe(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, mode, reverse);
-  const int64_t T = op.T, B = op.B, I = op.I, H = op.H;
-  require(dcy.has_value(), "rnn_backward: expected dcy (B, H)");
-  require_shape(dy, {T, B, H}, x, "dy"), require_shape(y, {T, B, H}, x, "y");
-  require_shape(dhy, {B, H}, x, "dhy"), require_shape(*dcy, {B, H}, x, "dcy");
-  require_shape(gates, {T, B, 4 * H}, x, "gates");
-  require_contiguous(cells, "cells");
-  require(cells.numel() == T * B * H && cells.scalar_type() == accumulator(op),
-          "cells: expected what the forward saved");
-  const auto make = [&](bool wanted, const std::vector<int64_t>& sizes) {
-    return empty(x, wanted ? sizes : std::vector<int64_t>{0});
+    Optional peephole, Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed,
+    bool needs_dx, bool needs_dstates, bool needs_dweights) {
+  const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
+                    batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
+  const auto op = layer.problem();
+  const bool lstm = op.mode == cpu::RnnMode::lstm;
+  const int64_t saved = cpu::saved_of(op) * op.H;
+  const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
+  require(dcy.has_value() == lstm, "rnn_backward: expected dcy (B, H) for lstm alone");
+  require_shape(dy, layer.tokens(op.P), dtype, "dy"), require_shape(y, layer.tokens(op.P), dtype, "y");
+  require_shape(dhy, {op.B, op.P}, states, "dhy");
+  if (dcy) require_shape(*dcy, {op.B, op.H}, states, "dcy");
+  if (saved > 0) require_shape(gates, layer.tokens(saved), dtype, "gates");
+  if (lstm) require_shape(cells, layer.tokens(op.H), accumulator(op), "cells");
+  if (dcells) require_shape(*dcells, layer.tokens(op.H), accumulator(op), "dcells");
+  const auto like = [&](bool wanted, const Optional& t) {
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; t && d < t->dim(); ++d) sizes.push_back(t->size(d));
+    return make(wanted && t, t ? *t : x, sizes);
   };
-  const auto pointer = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
-  const bool biased = needs_dweights && (bias_ih || bias_hh);
-  Tensor dx = make(needs_dx, {T, B, I}), dhx = empty(x, {B, H}), dcx = empty(x, {B, H});
-  Tensor dweight_ih = make(needs_dweights, {4 * H, I}), dweight_hh = make(needs_dweights, {4 * H, H});
-  Tensor dbias = make(biased, {4 * H});
-  cpu::lstm_backward(op, dy.const_data_ptr(), dhy.const_data_ptr(), dcy->const_data_ptr(), y.const_data_ptr(),
-                     gates.const_data_ptr(), cells.const_data_ptr(),
-                     {pointer(dx), dhx.mutable_data_ptr(), dcx.mutable_data_ptr(), pointer(dweight_ih),
-                      pointer(dweight_hh), pointer(dbias)});
-  // Two outputs may not share memory.
-  Tensor dbias_hh = make(biased && bias_hh, {4 * H});
-  if (dbias_hh.numel()) torch::stable::copy_(dbias_hh, dbias);
-  return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias, dbias_hh, make(false, {})};
+  const bool weights = needs_dweights;
+  Tensor dx = like(needs_dx, x), dhx = like(needs_dstates, hx), dcx = like(needs_dstates, cx);
+  Tensor dweight_ih = like(weights, weight_ih), dweight_hh = like(weights, weight_hh);
+  Tensor dbias_ih = like(weights, bias_ih), dbias_hh = like(weights, bias_hh);
+  Tensor dweight_hr = like(weights, weight_hr), dpeephole = like(weights, peephole);
+  cpu::rnn_backward(op, dy.const_data_ptr(), data(dcells), dhy.const_data_ptr(), data(dcy), y.const_data_ptr(),
+                    saved > 0 ? gates.const_data_ptr() : nullptr, lstm ? cells.const_data_ptr() : nullptr,
+                    {pointer(dx), pointer(dhx), pointer(dcx), pointer(dweight_ih), pointer(dweight_hh),
+                     pointer(dbias_ih), pointer(dbias_hh), pointer(dweight_hr), pointer(dpeephole)});
+  return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole};
+}
+
+// One step of a plain layer or cell that nothing will differentiate: few arguments and results, because decoding calls
+// it for every token. x (..., I), hx and cx (..., H), of any leading sizes that agree in number.
+cpu::Rnn describe_step(cpu::RnnMode mode, const Tensor& x, const Tensor& hx, const Tensor& weight_ih,
+                       const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh) {
+  cpu::Rnn op{};
+  require(x.dim() > 0 && x.dim() == hx.dim(), "rnn_step: expected as many dimensions of x as of hx");
+  op.mode = mode, op.T = 1, op.heads = 1;
+  op.I = x.size(x.dim() - 1), op.H = op.P = hx.size(hx.dim() - 1);
+  require(op.I > 0 && op.H > 0 && hx.numel() > 0, "rnn_step: expected at least one sequence and one unit");
+  op.B = hx.numel() / op.H;
+  const ScalarType dtype = x.scalar_type();
+  const int64_t rows = cpu::gates_of(mode) * op.H;
+  require(x.numel() == op.B * op.I && hx.scalar_type() == dtype, "rnn_step: expected hx like x");
+  require_contiguous(x, "x"), require_contiguous(hx, "hx");
+  require_shape(weight_ih, {rows, op.I}, dtype, "weight_ih"),
+      require_shape(weight_hh, {rows, op.H}, dtype, "weight_hh");
+  if (bias_ih) require_shape(*bias_ih, {rows}, dtype, "bias_ih");
+  if (bias_hh) require_shape(*bias_hh, {rows}, dtype, "bias_hh");
+  op.dtype = op.state_dtype = dtype_of(x);
+  op.x = x.const_data_ptr(), op.hx = hx.const_data_ptr();
+  op.weight_ih = weight_ih.const_data_ptr(), op.weight_hh = weight_hh.const_data_ptr();
+  op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
+  return op;
+}
+
+std::tuple<Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                                     const Tensor& weight_hh, Optional bias_ih, Optional bias_hh) {
+  auto op = describe_step(cpu::RnnMode::lstm, x, hx, weight_ih, weight_hh, bias_ih, bias_hh);
+  require_contiguous(cx, "cx");
+  bool same = cx.dim() == hx.dim() && cx.scalar_type() == hx.scalar_type();
+  for (int64_t d = 0; same && d < hx.dim(); ++d) same = cx.size(d) == hx.size(d);
+  require(same, "lstm_step: expected cx like hx");
+  op.cx = cx.const_data_ptr();
+  Tensor hy = torch::stable::empty_like(hx), cy = torch::stable::empty_like(cx);
+  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), cy.mutable_data_ptr(), nullptr, nullptr);
+  return {hy, cy};
+}
+
+Tensor rnn_step(const Tensor& x, const Tensor& hx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
+                Optional bias_hh, int64_t mode) {
+  require(mode > 0 && mode <= static_cast<int64_t>(cpu::RnnMode::rnn_relu), "rnn_step: expected a mode of one state");
+  const auto op = describe_step(static_cast<cpu::RnnMode>(mode), x, hx, weight_ih, weight_hh, bias_ih, bias_hh);
+  Tensor hy = torch::stable::empty_like(hx);
+  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), nullptr, nullptr, nullptr);
+  return hy;
 }
 
 }  // namespace
 
 #define LLMKERN_RNN_INPUTS                                                                \
   "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih," \
-  " Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes"
+  " Tensor? bias_hh, Tensor? weight_hr, Tensor? peephole, Tensor? batch_sizes"
+#define LLMKERN_RNN_OPTIONS \
+  "str mode, bool reverse, bool batch_first, float clip, float zoneout, float zoneout_cell, int seed"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("rnn_forward(" LLMKERN_RNN_INPUTS
-        ", str mode, bool reverse, bool save) -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
-  m.def("rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, " LLMKERN_RNN_INPUTS
-        ", Tensor y, Tensor gates, Tensor cells, str mode, bool reverse, bool needs_dx, bool needs_dweights)"
+  m.def("rnn_forward(" LLMKERN_RNN_INPUTS ", " LLMKERN_RNN_OPTIONS
+        ", bool save) -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
+  m.def("rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, Tensor? dcells, " LLMKERN_RNN_INPUTS
+        ", Tensor y, Tensor gates, Tensor cells, " LLMKERN_RNN_OPTIONS
+        ", bool needs_dx, bool needs_dstates, bool needs_dweights)"
         " -> (Tensor dx, Tensor dhx, Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih,"
-        " Tensor dbias_hh, Tensor dweight_hr)");
+        " Tensor dbias_hh, Tensor dweight_hr, Tensor dpeephole)");
+  m.def(
+      "lstm_step(Tensor x, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "rnn_step(Tensor x, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, int mode)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("rnn_forward", TORCH_BOX(&rnn_forward));
   m.impl("rnn_backward", TORCH_BOX(&rnn_backward));
+  m.impl("lstm_step", TORCH_BOX(&lstm_step));
+  m.impl("rnn_step", TORCH_BOX(&rnn_step));
 }
 
 }  // namespace llmkern

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
+from ..functional.rnn import step
 
 _PROJ_SIZE_ERROR = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
@@ -25,9 +26,12 @@ class _Layers(torch.nn.RNNBase):
     # The words of torch's messages, which differ between its classes.
     _dim_error: str
     _states: tuple[str, ...] = ("hx",)
+    _step_weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         if not torch.compiler.is_compiling():
+            if hx is not None and (result := self._step(input, hx)) is not None:
+                return result
             self._update_flat_weights()
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -57,6 +61,26 @@ class _Layers(torch.nn.RNNBase):
         if not batched:
             output, finals = output.squeeze(batch_dim), [state.squeeze(1) for state in finals]
         return output, self._as_given(tuple(finals))
+
+    def _step(self, input: Any, hx: Any) -> tuple[Any, Any] | None:
+        """A single step of a single plain layer, if it may take the short way."""
+        if self.num_layers != 1 or self.bidirectional or self.proj_size or type(input) is not Tensor:
+            return None
+        if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
+            return None
+        states, weights = self._as_tuple(hx), self._parameters
+        weight_ih, weight_hh, *biases = map(weights.get, self._step_weights)
+        # A missing one may be parametrised, which the long way knows how to find.
+        if weight_ih is None or weight_hh is None or (self.bias and any(b is None for b in biases)):
+            return None
+        if states[0].dim() != 3 or states[0].size(0) != 1:
+            return None
+        new = step(self._function, input, states, weight_ih, weight_hh, *biases)
+        if new is None:
+            return None
+        # Not the same tensor twice: what is written into the output stays out of the state.
+        y = new[0].clone()
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -168,6 +192,10 @@ class _Cell(torch.nn.RNNCellBase):
         raise NotImplementedError
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
+        if hx is not None and not torch.compiler.is_compiling():
+            pair = isinstance(hx, (tuple, list))
+            if pair == (len(self._states) == 2) and (result := self._step(input, tuple(hx) if pair else (hx,))):
+                return result if pair else result[0]
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -188,6 +216,17 @@ class _Cell(torch.nn.RNNCellBase):
         if batched:
             return out
         return (out[0].squeeze(0), out[1].squeeze(0)) if pair else out.squeeze(0)
+
+    def _step(self, input: Any, states: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """A step that may take the short way."""
+        weight_ih, weight_hh, *biases = map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if weight_ih is None or weight_hh is None or type(input) is not Tensor:
+            return None
+        if (self.bias and any(b is None for b in biases)) or not 0 < input.dim() < 3:
+            return None
+        if input.shape[:-1] != states[0].shape[:-1]:
+            return None
+        return step(self._function.removesuffix("_cell"), input, states, weight_ih, weight_hh, *biases)
 
 
 class RNNCell(_Cell):

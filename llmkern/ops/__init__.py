@@ -4,6 +4,8 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
+from ..reference._random import draw_seed
+from ._autograd import differentiating
 from ._losses import Rows
 from .cross_entropy import cross_entropy
 from .embedding import embedding
@@ -12,12 +14,16 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adam_step
+from .rnn import Options as RNNOptions
 from .rnn import rnn
 
 __all__ = [
+    "RNNOptions",
     "Rows",
     "adam_step",
     "cross_entropy",
+    "differentiating",
+    "draw_seed",
     "embedding",
     "embedding_bag",
     "linear",

@@ -7,6 +7,14 @@ With W = weight_ih, U = weight_hh, a = W x[t] + b_ih, r = U h + b_hh, and the ro
     gru (r, z, n)        n = tanh(a_n + sigmoid(a_r + r_r) r_n);  z = sigmoid(a_z + r_z);  h' = (1 - z) n + z h
 
 With weight_hr (P, H) the h of an lstm is projected: h' = weight_hr (sigmoid(o) tanh(c')).
+
+What torch has not, in the order of its application:
+
+    heads       U of H / heads columns: head k of h acts on the units of head k of each gate, a block diagonal
+    peephole    p (3, H): i += p[0] c, f += p[1] c, o += p[2] c', before their sigmoids (Gers and Schmidhuber, 2000)
+    clip        h' = min(max(h', -clip), clip)
+    zoneout     h' = m h + (1 - m) h', and c alike, m drawn with the probability of zoneout in training, zoneout itself
+                otherwise (Krueger et al., 2016); the h' of a step is made of the c' before it is mixed
 """
 
 from __future__ import annotations
@@ -15,16 +23,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._random import keeps
+
+
+def hidden_product(mode: str, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+    """U h + b (B, G*H), U a matrix or, with fewer columns than h has, the blocks of a diagonal."""
+    columns = weight_hh.shape[1]
+    if columns == h.shape[1]:
+        return linear(h, weight_hh, bias_hh)
+    gates, heads = {"lstm": 4, "gru": 3}.get(mode, 1), h.shape[1] // columns
+    blocks = weight_hh.reshape(gates, heads, -1, columns)
+    r = torch.einsum("bkc,gkuc->bgku", h.reshape(-1, heads, columns), blocks).flatten(1)
+    return r if bias_hh is None else r + bias_hh
+
 
 def rnn_step(
-    mode: str, a: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor, bias_hh: Tensor | None, weight_hr: Tensor | None
+    mode: str,
+    a: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    peephole: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(h', c') of one step; ``a`` (B, G*H) is the input's part, ``c`` is passed through by all but lstm."""
-    r = linear(h, weight_hh, bias_hh)
+    r = hidden_product(mode, h, weight_hh, bias_hh)
     if mode == "lstm":
         i, f, g, o = (a + r).chunk(4, -1)
+        if peephole is not None:
+            i, f = i + peephole[0] * c, f + peephole[1] * c
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
+        h = (o if peephole is None else o + peephole[2] * c).sigmoid() * c.tanh()
         return (h if weight_hr is None else linear(h, weight_hr)), c
     if mode == "gru":
         (a_r, a_z, a_n), (r_r, r_z, r_n) = a.chunk(3, -1), r.chunk(3, -1)
@@ -38,6 +68,16 @@ def rnn_step(
     raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh or rnn_relu")
 
 
+def _zone(new: Tensor, old: Tensor, share: float, seed: int, step: int, B: int, salt: int) -> Tensor:
+    if share == 0:
+        return new
+    kept: Tensor | float = share
+    if seed >= 0:
+        index = torch.arange(new.numel(), device=new.device).view(new.shape) + step * B * new.shape[1]
+        kept = keeps(share, seed, index, salt).to(new.dtype)
+    return kept * old + (1 - kept) * new
+
+
 def rnn(
     x: Tensor,
     hx: Tensor,
@@ -47,40 +87,56 @@ def rnn(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    peephole: Tensor | None,
     batch_sizes: Tensor | None,
     mode: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, hy, cy) of a whole sequence.
+    reverse: bool = False,
+    batch_first: bool = False,
+    clip: float = 0.0,
+    zoneout: float = 0.0,
+    zoneout_cell: float = 0.0,
+    seed: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, hy, cy, cells) of a whole sequence.
 
     Args:
-        x: (T, B, I); or packed, (total, I), with ``batch_sizes`` (T), int64, non-increasing.
+        x: (T, B, I); (B, T, I) with ``batch_first``; or packed, (total, I), with ``batch_sizes`` (T), int64,
+            non-increasing.
         hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm only.
         mode: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
         reverse: time runs from the end of each sequence to its beginning; y[t] stays at its t.
+        seed: what zoneout is drawn from, in training; -1 in evaluation.
 
     Returns:
-        y (T, B, H) or (total, H), hy (B, H), cy (B, H), empty but for lstm; H is P with a projection. All of
-        ``x``'s dtype; states are carried in fp32 (fp64 for fp64) inside the sequence.
+        y, shaped as x with H (P with a projection) in place of I, of ``x``'s dtype; hy and cy (B, H) of ``hx``'s, cy
+        empty but for lstm; and c after every step, shaped as y with H, in fp32 (fp64 for fp64), empty but for lstm.
+        States are carried in fp32 (fp64) inside the sequence.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    w_ih, w_hh, b_ih, b_hh, w_hr = (
-        None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    w_ih, w_hh, b_ih, b_hh, w_hr, peep = (
+        None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
     )
     assert w_ih is not None
     assert w_hh is not None
-    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    steps = linear(x.to(wide), w_ih, b_ih).reshape(-1, w_ih.shape[0]).split(sizes)
+    steps_first = x.transpose(0, 1) if batch_first else x
+    sizes = [steps_first.shape[1]] * steps_first.shape[0] if batch_sizes is None else batch_sizes.tolist()
+    steps = linear(steps_first.to(wide), w_ih, b_ih).reshape(-1, w_ih.shape[0]).split(sizes)
     h = hx.to(wide)
     c = h.new_zeros((h.shape[0], 0)) if cx is None else cx.to(wide)
-    outputs: list[Tensor] = []
-    for a in reversed(steps) if reverse else steps:
+    B, outputs, cells = h.shape[0], [], []
+    for step, a in enumerate(reversed(steps) if reverse else steps):
         # Sequences that have ended, or in reverse not begun, keep their states.
         n = a.shape[0]
-        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr)
+        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr, peep)
+        new_h = _zone(new_h.clamp(-clip, clip) if clip else new_h, h[:n], zoneout, seed, step, B, 0)
+        new_c = _zone(new_c, c[:n], zoneout_cell, seed, step, B, 1)
         outputs.append(new_h)
-        h, c = (new_h, new_c) if n == h.shape[0] else (torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]]))
-    if reverse:
-        outputs.reverse()
-    y = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
-    return y.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
+        cells.append(new_c)
+        h, c = (new_h, new_c) if n == B else (torch.cat([new_h, h[n:]]), torch.cat([new_c, c[n:]]))
+
+    def joined(columns: list[Tensor]) -> Tensor:
+        columns = columns[::-1] if reverse else columns
+        return torch.cat(columns) if batch_sizes is not None else torch.stack(columns, 1 if batch_first else 0)
+
+    every_c = c.new_zeros(0) if cx is None else joined(cells)
+    return joined(outputs).to(x.dtype), h.to(hx.dtype), c.to(hx.dtype), every_c

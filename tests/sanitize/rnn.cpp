@@ -1,125 +1,192 @@
+// The recurrent engine: every option in every dtype. In fp64 gradients are compared with differences of the outputs,
+// which need no second engine; the other dtypes are compared with fp64.
 #include "core/rnn.h"
+
+#include <map>
 
 #include "sanitize.h"
 
 namespace llmkern::sanitize {
 namespace {
 
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+enum Shape { kDense, kBatchFirst, kPacked };
 
-// An LSTM layer and its gradients, in double. Biases: zeros where there are none.
-struct Layer {
-  int64_t T, B, I, H;
-  bool reverse;
-  Doubles x, hx, cx, w_ih, w_hh, b_ih, b_hh;
-  Doubles y, hy, cy, gates, cells;
-  Doubles dx, dhx, dcx, dw_ih, dw_hh, dbias;
-
-  int64_t time(int64_t step) const { return reverse ? T - 1 - step : step; }
-  // Of the step before, (B, H).
-  const double* before(int64_t step, const Doubles& all, const Doubles& first) const {
-    return step ? &all[time(step - 1) * B * H] : first.data();
-  }
-
-  void forward() {
-    y.resize(T * B * H), cells.resize(T * B * H), gates.resize(T * B * 4 * H);
-    for (int64_t step = 0; step < T; ++step)
-      for (int64_t b = 0; b < B; ++b) {
-        const int64_t row = time(step) * B + b;
-        const double *h = before(step, y, hx) + b * H, *c = before(step, cells, cx) + b * H;
-        double* const gate = &gates[row * 4 * H];
-        for (int64_t g = 0; g < 4 * H; ++g) {
-          double sum = b_ih[g] + b_hh[g];
-          for (int64_t i = 0; i < I; ++i) sum += x[row * I + i] * w_ih[g * I + i];
-          for (int64_t i = 0; i < H; ++i) sum += h[i] * w_hh[g * H + i];
-          gate[g] = g / H == 2 ? std::tanh(sum) : sigmoid(sum);
-        }
-        for (int64_t u = 0; u < H; ++u) {
-          const double cell = gate[H + u] * c[u] + gate[u] * gate[2 * H + u];
-          cells[row * H + u] = cell, y[row * H + u] = gate[3 * H + u] * std::tanh(cell);
-        }
-      }
-    hy.assign(before(T, y, hx), before(T, y, hx) + B * H);
-    cy.assign(before(T, cells, cx), before(T, cells, cx) + B * H);
-  }
-
-  void backward(const Doubles& dy, const Doubles& dhy, const Doubles& dcy) {
-    dx.resize(T * B * I), dw_ih.resize(4 * H * I), dw_hh.resize(4 * H * H), dbias.resize(4 * H);
-    dhx = dhy, dcx = dcy;
-    for (int64_t step = T - 1; step >= 0; --step)
-      for (int64_t b = 0; b < B; ++b) {
-        const int64_t row = time(step) * B + b;
-        const double *h = before(step, y, hx) + b * H, *c = before(step, cells, cx) + b * H;
-        const double* const gate = &gates[row * 4 * H];
-        Doubles d(4 * H);
-        for (int64_t u = 0; u < H; ++u) {
-          const double i = gate[u], f = gate[H + u], g = gate[2 * H + u], o = gate[3 * H + u];
-          const double squashed = std::tanh(cells[row * H + u]), dout = dhx[b * H + u] + dy[row * H + u];
-          const double dcell = dcx[b * H + u] + dout * o * (1 - squashed * squashed);
-          d[u] = dcell * g * i * (1 - i), d[H + u] = dcell * c[u] * f * (1 - f);
-          d[2 * H + u] = dcell * i * (1 - g * g), d[3 * H + u] = dout * squashed * o * (1 - o);
-          dcx[b * H + u] = dcell * f, dhx[b * H + u] = 0;
-        }
-        for (int64_t g = 0; g < 4 * H; ++g) {
-          dbias[g] += d[g];
-          for (int64_t i = 0; i < I; ++i)
-            dx[row * I + i] += d[g] * w_ih[g * I + i], dw_ih[g * I + i] += d[g] * x[row * I + i];
-          for (int64_t i = 0; i < H; ++i) dhx[b * H + i] += d[g] * w_hh[g * H + i], dw_hh[g * H + i] += d[g] * h[i];
-        }
-      }
-  }
+struct Case {
+  cpu::RnnMode mode;
+  int64_t T, B, I, H, P = 0, heads = 1;  // P = 0: not projected
+  Shape shape = kDense;
+  bool reverse = false, bias_ih = true, bias_hh = true, peephole = false;
+  double clip = 0, zoneout_h = 0, zoneout_c = 0;
+  bool draws = false;
 };
 
-struct Size {
-  int64_t T, B, I, H;
+using Values = std::map<std::string, Doubles>;
+
+class Layer {
+ public:
+  explicit Layer(const Case& c) : c_(c), out_(c.P ? c.P : c.H) {
+    for (int64_t t = 0; t < c.T; ++t) rows_.push_back(c.shape == kPacked ? std::max<int64_t>(1, c.B - t) : c.B);
+    op_.mode = c.mode, op_.T = c.T, op_.B = c.B, op_.I = c.I, op_.H = c.H, op_.P = out_, op_.heads = c.heads;
+    op_.reverse = c.reverse, op_.batch_first = c.shape == kBatchFirst;
+    op_.batch_sizes = c.shape == kPacked ? rows_.data() : nullptr;
+    op_.clip = c.clip, op_.zoneout_h = c.zoneout_h, op_.zoneout_c = c.zoneout_c;
+    op_.draws = c.draws, op_.seed = 0x123456789abcd;
+    n_ = cpu::tokens_of(op_);
+    const int64_t G = cpu::gates_of(c.mode), rows = G * c.H, B = c.B, H = c.H;
+    const bool lstm = c.mode == cpu::RnnMode::lstm;
+    sizes_ = {{"x", n_ * c.I}, {"hx", B * out_}, {"weight_ih", rows * c.I}, {"weight_hh", rows * out_ / c.heads}};
+    if (lstm) sizes_["cx"] = B * H;
+    if (c.bias_ih) sizes_["bias_ih"] = rows;
+    if (c.bias_hh) sizes_["bias_hh"] = rows;
+    if (c.P) sizes_["weight_hr"] = c.P * H;
+    if (c.peephole) sizes_["peephole"] = 3 * H;
+    cotangent_sizes_ = {{"y", n_ * out_}, {"hy", B * out_}};
+    if (lstm) cotangent_sizes_["cy"] = B * H, cotangent_sizes_["cells"] = n_ * H;
+  }
+
+  Values draw(const std::map<std::string, int64_t>& sizes) const {
+    Values values;
+    for (const auto& [name, n] : sizes)
+      // Small weights: gradients that grow with every step would grow every rounding error as well.
+      for (int64_t i = 0; i < n; ++i) values[name].push_back(uniform() * (name.starts_with("weight") ? 0.3 : 1));
+    return values;
+  }
+  Values inputs() const { return draw(sizes_); }
+  Values cotangents() const { return draw(cotangent_sizes_); }
+
+  // The outputs; with cotangents the gradients as well, named as the inputs.
+  Values run(DType dtype, DType states, const Values& inputs, const Values* cotangents) {
+    const DType wide = accum_of(dtype);
+    std::map<std::string, Array> arrays;
+    const auto type_of = [&](const std::string& name) {
+      return name == "hx" || name == "cx" || name == "hy" || name == "cy" ? states : name == "cells" ? wide : dtype;
+    };
+    const auto place = [&](const std::string& key, const std::string& name, const Doubles& from) {
+      const Array& a = arrays.emplace(key, Array(type_of(name), from.size())).first->second;
+      for (size_t i = 0; i < from.size(); ++i) a.set(i, from[i]);
+    };
+    for (const auto& [name, from] : inputs) place(name, name, from);
+    const auto pointer = [&](const std::string& key) -> void* {
+      const auto found = arrays.find(key);
+      return found == arrays.end() ? nullptr : found->second.data();
+    };
+    op_.dtype = dtype, op_.state_dtype = states;
+    op_.x = pointer("x"), op_.hx = pointer("hx"), op_.cx = pointer("cx");
+    op_.weight_ih = pointer("weight_ih"), op_.weight_hh = pointer("weight_hh");
+    op_.bias_ih = pointer("bias_ih"), op_.bias_hh = pointer("bias_hh");
+    op_.weight_hr = pointer("weight_hr"), op_.peephole = pointer("peephole");
+    const auto outputs = [&](bool save) {
+      for (const auto& [name, n] : cotangent_sizes_)
+        if (save || name != "cells") arrays.emplace((save ? "saved " : "") + name, Array(type_of(name), n));
+      if (save) arrays.emplace("gates", Array(dtype, n_ * cpu::saved_of(op_) * op_.H));
+      const std::string prefix = save ? "saved " : "";
+      cpu::rnn_forward(op_, pointer(prefix + "y"), pointer(prefix + "hy"), pointer(prefix + "cy"),
+                       save && cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer(prefix + "cells"));
+    };
+    outputs(false), outputs(true);
+    for (const char* name : {"y", "hy"}) same(name, arrays.at(name), arrays.at(std::string("saved ") + name));
+    Values results;
+    for (const auto& [name, n] : cotangent_sizes_) results[name] = arrays.at("saved " + name).doubles();
+    if (!cotangents) return results;
+    for (const auto& [name, from] : *cotangents) place("d" + name, name, from);
+    for (const auto& [name, n] : sizes_) arrays.emplace("grad " + name, Array(type_of(name), n));
+    const auto grad = [&](const char* name) { return pointer(std::string("grad ") + name); };
+    const cpu::RnnGradients out{grad("x"),         grad("hx"),        grad("cx"),
+                                grad("weight_ih"), grad("weight_hh"), grad("bias_ih"),
+                                grad("bias_hh"),   grad("weight_hr"), grad("peephole")};
+    const auto backward = [&](const cpu::RnnGradients& gradients) {
+      cpu::rnn_backward(op_, pointer("dy"), pointer("dcells"), pointer("dhy"), pointer("dcy"), pointer("saved y"),
+                        cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer("saved cells"), gradients);
+    };
+    backward({}), backward(out);
+    for (const auto& [name, n] : sizes_) results[name] = arrays.at("grad " + name).doubles();
+    return results;
+  }
+
+ private:
+  const Case c_;
+  const int64_t out_;
+  std::vector<int64_t> rows_;
+  int64_t n_ = 0;
+  cpu::Rnn op_{};
+  std::map<std::string, int64_t> sizes_, cotangent_sizes_;
 };
 
-void lstm_case(DType t, const Size& n, bool reverse, bool biased) {
-  const auto [T, B, I, H] = n;
-  where = std::string("lstm ") + name_of(t) + " T" + std::to_string(T) + " B" + std::to_string(B) + " I" +
-          std::to_string(I) + " H" + std::to_string(H) + (reverse ? " reverse" : "") + (biased ? "" : " no bias");
-  const Array x = random(t, T * B * I), hx = random(t, B * H), cx = random(t, B * H), w_ih = random(t, 4 * H * I),
-              w_hh = random(t, 4 * H * H), b_ih = random(t, 4 * H), b_hh = random(t, 4 * H);
-  const Array dy = random(t, T * B * H), dhy = random(t, B * H), dcy = random(t, B * H);
-  const Doubles none(4 * H);
-  Layer layer{};
-  layer.T = T, layer.B = B, layer.I = I, layer.H = H, layer.reverse = reverse;
-  layer.x = x.doubles(), layer.hx = hx.doubles(), layer.cx = cx.doubles();
-  layer.w_ih = w_ih.doubles(), layer.w_hh = w_hh.doubles();
-  layer.b_ih = biased ? b_ih.doubles() : none, layer.b_hh = none;
-  if (biased && reverse) layer.b_hh = b_hh.doubles();
-  layer.forward(), layer.backward(dy.doubles(), dhy.doubles(), dcy.doubles());
+double dot(const Values& a, const Values& b, const std::map<std::string, Doubles>& names) {
+  double sum = 0;
+  for (const auto& [name, unused] : names)
+    for (size_t i = 0; i < a.at(name).size(); ++i) sum += a.at(name)[i] * b.at(name)[i];
+  return sum;
+}
 
-  // One bias, both, none.
-  cpu::Lstm op{};
-  op.T = T, op.B = B, op.I = I, op.H = H, op.dtype = t, op.reverse = reverse;
-  op.x = x.data(), op.hx = hx.data(), op.cx = cx.data(), op.weight_ih = w_ih.data(), op.weight_hh = w_hh.data();
-  op.bias_ih = biased ? b_ih.data() : nullptr, op.bias_hh = biased && reverse ? b_hh.data() : nullptr;
-  const Array y(t, T * B * H), hy(t, B * H), cy(t, B * H), gates(t, T * B * 4 * H), cells(accum_of(t), T * B * H);
-  const auto compare = [&] { near("y", y, layer.y), near("hy", hy, layer.hy), near("cy", cy, layer.cy); };
-  cpu::lstm_forward(op, y.data(), hy.data(), cy.data(), nullptr, nullptr);
-  compare();
-  cpu::lstm_forward(op, y.data(), hy.data(), cy.data(), gates.data(), cells.data());
-  compare();
-
-  const Array dx(t, T * B * I), dhx(t, B * H), dcx(t, B * H), dw_ih(t, 4 * H * I), dw_hh(t, 4 * H * H), dbias(t, 4 * H);
-  const auto backward = [&](const cpu::LstmGradients& out) {
-    cpu::lstm_backward(op, dy.data(), dhy.data(), dcy.data(), y.data(), gates.data(), cells.data(), out);
-  };
-  backward({nullptr, dhx.data(), dcx.data(), nullptr, nullptr, nullptr});
-  backward({dx.data(), dhx.data(), dcx.data(), dw_ih.data(), dw_hh.data(), dbias.data()});
-  near("dx", dx, layer.dx, 4), near("dhx", dhx, layer.dhx, 4), near("dcx", dcx, layer.dcx, 4);
-  near("dweight_ih", dw_ih, layer.dw_ih, 4), near("dweight_hh", dw_hh, layer.dw_hh, 4);
-  near("dbias", dbias, layer.dbias, 4);
+void run_case(const Case& c) {
+  where = "rnn mode " + std::to_string(static_cast<int>(c.mode)) + " T" + std::to_string(c.T) + " B" +
+          std::to_string(c.B) + " I" + std::to_string(c.I) + " H" + std::to_string(c.H) + " P" + std::to_string(c.P) +
+          " heads" + std::to_string(c.heads) + " shape" + std::to_string(c.shape) + (c.reverse ? " reverse" : "") +
+          (c.peephole ? " peephole" : "") + " clip" + text(c.clip) + " zoneout" + text(c.zoneout_h);
+  Layer layer(c);
+  const Values inputs = layer.inputs(), cotangents = layer.cotangents(), directions = layer.inputs();
+  const Values right = layer.run(DType::f64, DType::f64, inputs, &cotangents);
+  Values ahead = inputs, behind = inputs;
+  const double step = 1e-6;
+  for (const auto& [name, values] : directions)
+    for (size_t i = 0; i < values.size(); ++i) ahead[name][i] += step * values[i], behind[name][i] -= step * values[i];
+  const double rise = dot(layer.run(DType::f64, DType::f64, ahead, nullptr), cotangents, cotangents) -
+                      dot(layer.run(DType::f64, DType::f64, behind, nullptr), cotangents, cotangents);
+  const double slope = dot(right, directions, directions);
+  if (!(std::abs(rise / (2 * step) - slope) <= 1e-6 * std::max(1.0, std::abs(slope))))
+    fail("gradients: got " + text(slope) + ", expected " + text(rise / (2 * step)));
+  for (DType t : {DType::f32, DType::bf16, DType::f16}) {
+    Values rounded = inputs, seeds = cotangents;
+    const auto round = [&](Values& values) {
+      for (auto& [name, all] : values)
+        for (double& x : all) {
+          const Array one(t, 1);
+          one.set(0, x), x = one[0];
+        }
+    };
+    round(rounded), round(seeds);
+    const Values want = layer.run(DType::f64, DType::f64, rounded, &seeds);
+    for (DType states : {t, DType::f32}) {
+      where += std::string(" ") + name_of(t);
+      for (const auto& [name, got] : layer.run(t, states, rounded, &seeds)) {
+        double largest = 1, error = 0;
+        for (size_t i = 0; i < got.size(); ++i) {
+          largest = std::max(largest, std::abs(want.at(name)[i]));
+          error = std::max(error, std::abs(got[i] - want.at(name)[i]));
+          if (std::isnan(got[i])) fail(name + ": not written");
+        }
+        // At a kink a rounding decides whether a gradient passes.
+        const bool kinked = c.clip != 0 || c.mode == cpu::RnnMode::rnn_relu;
+        if (error > (t == DType::f32 ? 512 : kinked ? 128 : 32) * epsilon(t) * largest)
+          fail(name + ": off by " + text(error));
+      }
+    }
+  }
 }
 
 }  // namespace
 
 void check_rnn() {
-  for (DType t : kDTypes)
-    for (const Size& size : {Size{1, 1, 1, 1}, Size{3, 5, 7, 9}, Size{4, 3, 0, 17}, Size{2, 14, 33, 70}})
-      for (bool reverse : {false, true})
-        for (bool biased : {false, true}) lstm_case(t, size, reverse, biased);
+  using enum cpu::RnnMode;
+  for (cpu::RnnMode mode : {lstm, gru, rnn_tanh, rnn_relu}) {
+    // No tanh and no relu at a kink: differences would not see it.
+    for (Shape shape : {kDense, kBatchFirst, kPacked})
+      for (bool reverse : {false, true}) {
+        run_case({mode, 1, 1, 1, 1, 0, 1, shape, reverse});
+        run_case({mode, 3, 5, 7, 9, 0, 1, shape, reverse, true, false});
+        run_case({mode, 5, 8, 3, 70, 0, 1, shape, reverse, false, true});
+        run_case({mode, 4, 14, 0, 17, 0, 1, shape, reverse, false, false});
+        run_case({mode, 4, 6, 3, 34, 0, 2, shape, reverse});
+        if (mode == lstm) {
+          run_case({mode, 2, 3, 5, 7, 3, 1, shape, reverse});
+          run_case({mode, 4, 9, 5, 33, 66, 1, shape, reverse});
+          run_case({mode, 4, 9, 5, 18, 0, 1, shape, reverse, true, true, true, 0.2, 0.25, 0.5});
+        }
+        run_case({mode, 4, 9, 5, 18, 0, 3, shape, reverse, true, true, false, 0.3, 0.25});
+        run_case({mode, 4, 9, 5, 18, 0, 1, shape, reverse, true, true, false, 0, 0.25, mode == lstm ? 0.5 : 0, true});
+      }
+  }
 }
 
 }  // namespace llmkern::sanitize

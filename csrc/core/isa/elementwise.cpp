@@ -1,5 +1,6 @@
 #include "core/elementwise.h"
 
+#include "core/isa/functions.h"
 #include "core/isa/simd.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

@@ -182,8 +182,8 @@ void pack(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int64_t de
 }
 
 template <class S>
-void line(Matrix X, int64_t i, int64_t depth, S* to) {
-  pack<S>(X, 0, i, 1, 0, depth, 1, to);
+void line(Matrix X, int64_t i, int64_t depth, void* to) {
+  pack<S>(X, 0, i, 1, 0, depth, 1, static_cast<S*>(to));
 }
 
 #if defined(__AVX512F__)
@@ -217,26 +217,45 @@ void pack_pairs(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int6
 
 // --- inner products ---
 
+// sum + the products of what lies at a and b, a vector's worth from each: in S, or twice as many in bf16.
+template <class S, class A, class T>
+static inline Vec<S> dot(Vec<S> sum, const A* a, const T* b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 2)
+    return dot_pairs(sum, load<S>(reinterpret_cast<const S*>(a)), load<S>(reinterpret_cast<const S*>(b)));
+#endif
+  return sum + load<S>(a) * load<S>(b);
+}
+// The same for the first n.
+template <class S, class A, class T>
+static inline Vec<S> dot(Vec<S> sum, const A* a, const T* b, int n) {
+  if constexpr (sizeof(A) == 2) {
+    A x[2 * kLanes<S>] = {};
+    T y[2 * kLanes<S>] = {};
+    memcpy(x, a, n * sizeof(A)), memcpy(y, b, n * sizeof(T));
+    return dot<S>(sum, x, y);
+  }
+  return sum + load<S>(a, n, S{}) * load<S>(b, n, S{});
+}
+
 // c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across
 // lanes and are brought together by one transposition per row.
-template <class S, int R, class T>
-void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S>* c) {
-  constexpr int L = kLanes<S>, kLines = L < 4 ? L : 4;
+template <class S, int R, class A, class T>
+void dots_of(const T* const* line, int64_t depth, const A* a, int64_t lda, Vec<S>* c) {
+  constexpr int L = kLanes<S>, kLines = L < 4 ? L : 4, kStep = L * static_cast<int>(sizeof(S) / sizeof(A));
   Vec<S> sum[R][L];
   for (int l = 0; l < L; l += kLines) {
     Vec<S> part[R][kLines] = {};
-    const auto add = [&](int64_t k, auto load_at) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kLines; ++j) {
-        const Vec<S> x = load_at(line[l + j] + k);
-#pragma GCC unroll 4
-        for (int i = 0; i < R; ++i) part[i][j] += x * load_at(a + i * lda + k);
-      }
-    };
     int64_t k = 0;
-    for (; k + L <= depth; k += L) add(k, [](const auto* p) { return load<S>(p); });
+    for (; k + kStep <= depth; k += kStep)
+#pragma GCC unroll 4
+      for (int j = 0; j < kLines; ++j)
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) part[i][j] = dot<S>(part[i][j], a + i * lda + k, line[l + j] + k);
     const int rest = static_cast<int>(depth - k);
-    if (rest > 0) add(k, [rest](const auto* p) { return load<S>(p, rest, S{}); });
+    for (int j = 0; rest > 0 && j < kLines; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) part[i][j] = dot<S>(part[i][j], a + i * lda + k, line[l + j] + k, rest);
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -249,34 +268,50 @@ void dots_of(const T* const* line, int64_t depth, const S* a, int64_t lda, Vec<S
   }
 }
 
-template <class S>
-void dots(int rows, int64_t lines, int64_t depth, const S* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
-          S* c, int64_t ldc, bool accumulate) {
+template <class S, class A, class T>
+void dots_with(int rows, int64_t lines, int64_t depth, const A* a, int64_t lda, const T* x, int64_t ldb, S* c,
+               int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>;
-  visit(dtype, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (sizeof(Accum<T>) == sizeof(S)) {
-      const T* x = static_cast<const T*>(b);
-      for (int64_t j = 0; j < lines; j += L) {
-        const int n = lines - j < L ? static_cast<int>(lines - j) : L;
-        const T* line[L];
-        for (int l = 0; l < L; ++l) line[l] = x + (j + (l < n ? l : n - 1)) * ldb;
-        for (int i = 0; i < rows; i += 4) {
-          const auto product = rows - i == 1   ? &dots_of<S, 1, T>
-                               : rows - i == 2 ? &dots_of<S, 2, T>
-                               : rows - i == 3 ? &dots_of<S, 3, T>
-                                               : &dots_of<S, 4, T>;
-          Vec<S> y[4];
-          product(line, depth, a + i * lda, lda, y);
-          for (int r = 0; r < 4 && i + r < rows; ++r) {
-            S* to = c + (i + r) * ldc + j;
-            store(to, accumulate ? load<S>(to, n, S{}) + y[r] : y[r], n);
-          }
-        }
+  for (int64_t j = 0; j < lines; j += L) {
+    const int n = lines - j < L ? static_cast<int>(lines - j) : L;
+    const T* line[L];
+    for (int l = 0; l < L; ++l) line[l] = x + (j + (l < n ? l : n - 1)) * ldb;
+    for (int i = 0; i < rows; i += 4) {
+      const auto product = rows - i == 1   ? &dots_of<S, 1, A, T>
+                           : rows - i == 2 ? &dots_of<S, 2, A, T>
+                           : rows - i == 3 ? &dots_of<S, 3, A, T>
+                                           : &dots_of<S, 4, A, T>;
+      Vec<S> y[4];
+      product(line, depth, a + i * lda, lda, y);
+      for (int r = 0; r < 4 && i + r < rows; ++r) {
+        S* to = c + (i + r) * ldc + j;
+        store(to, accumulate ? load<S>(to, n, S{}) + y[r] : y[r], n);
       }
     }
+  }
+}
+
+template <class S>
+void dots(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
+          S* c, int64_t ldc, bool accumulate) {
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (sizeof(Accum<T>) == sizeof(S))
+      dots_with(rows, lines, depth, static_cast<const S*>(a), lda, static_cast<const T*>(b), ldb, c, ldc, accumulate);
   });
 }
+
+#if defined(__AVX512F__)
+void line_of_pairs(Matrix X, int64_t i, int64_t depth, void* to) {
+  const bf16* const x = static_cast<const bf16*>(X.data);
+  for (int64_t k = 0; k < depth; ++k) static_cast<bf16*>(to)[k] = x[X.transposed ? k * X.ld + i : i * X.ld + k];
+}
+
+void dots_of_pairs(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType,
+                   int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  dots_with(rows, lines, depth, static_cast<const bf16*>(a), lda, static_cast<const bf16*>(b), ldb, c, ldc, accumulate);
+}
+#endif
 
 // --- conversion ---
 
@@ -309,8 +344,8 @@ inline constexpr GemmKernels<float> kPairKernels{2,
                                                  kWide* kLanes<float>,
                                                  &pack_pairs,
                                                  &any_tile<float, true>,
-                                                 &line<float>,
-                                                 &dots<float>,
+                                                 &line_of_pairs,
+                                                 &dots_of_pairs,
                                                  &convert<float>};
 #else
 inline constexpr GemmKernels<float> kPairKernels{};

@@ -1,204 +1,238 @@
 #include "core/rnn.h"
 
+#include "core/isa/rnn_cells.h"
 #include "core/isa/simd.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Rows that one pass over a panel serves: 4 accumulators each, as many as the registers hold beside 4 weights.
-#if defined(__AVX512F__)
+// Rows of one product, and vectors of its panel that are multiplied at once: as many sums as the registers hold.
 constexpr int kRows = 6;
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
 #else
-constexpr int kRows = 2;
+constexpr int kVectors = 2;
 #endif
 
-// acc[r][j] += sum_k a[r * lda + k] * panel[k][j]. Each element is added up in the order of k whatever R is.
-template <class S, int R>
-inline void multiply(int64_t K, const S* a, int64_t lda, const S* panel, Vec<S> (&acc)[R][4]) {
+// --- the recurrent product ---
+
+// Each element is added up in the order of k, whatever R and V are. An element of a is one number or a pair of bf16.
+template <class S, bool kPairs, int R, int V>
+void product_of(int64_t K, const char* a, int64_t pitch, const S* panel, int64_t panel_size, bool accumulate, S* to,
+                int64_t ld) {
   constexpr int L = kLanes<S>;
-  for (int64_t k = 0; k < K; ++k, panel += 4 * L) {
-    const Vec<S> w0 = load<S>(panel), w1 = load<S>(panel + L), w2 = load<S>(panel + 2 * L), w3 = load<S>(panel + 3 * L);
+  Vec<S> sum[R][V] = {};
+  if (accumulate)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = load<S>(to + r * ld + v * L);
+  for (int64_t k = 0; k < K; ++k, panel += L, a += sizeof(S)) {
+    Vec<S> w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = load<S>(panel + v * panel_size);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<S> x = splat(a[r * lda + k]);
-      acc[r][0] += x * w0, acc[r][1] += x * w1, acc[r][2] += x * w2, acc[r][3] += x * w3;
+      Vec<S> x;
+#if defined(__AVX512F__)
+      if constexpr (kPairs) {
+        x = splat_bits(reinterpret_cast<const float*>(a + r * pitch));
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] = dot_pairs(sum[r][v], w[v], x);
+        continue;
+      }
+#endif
+      x = splat(*reinterpret_cast<const S*>(a + r * pitch));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += x * w[v];
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(to + r * ld + v * L, sum[r][v]);
 }
 
-// Calls f.template operator()<R>(row) over rows [0, n) in blocks of kRows, then in ever smaller ones.
-template <int R, class F>
-inline void blocks(int64_t row, int64_t n, const F& f) {
-  for (; row + R <= n; row += R) f.template operator()<R>(row);
+template <class S, bool kPairs, int R, int V>
+void find_product(int rows, int vectors, int64_t K, const char* a, int64_t pitch, const S* panel, int64_t panel_size,
+                  bool accumulate, S* to, int64_t ld) {
   if constexpr (R > 1)
-    if (row < n) blocks<R - 1>(row, n, f);
+    if (rows < R)
+      return find_product<S, kPairs, R - 1, V>(rows, vectors, K, a, pitch, panel, panel_size, accumulate, to, ld);
+  if constexpr (V > 1)
+    if (vectors < V)
+      return find_product<S, kPairs, R, V - 1>(rows, vectors, K, a, pitch, panel, panel_size, accumulate, to, ld);
+  product_of<S, kPairs, R, V>(K, a, pitch, panel, panel_size, accumulate, to, ld);
 }
 
-template <class S, class T>
-inline Vec<S> load_n(const T* p, int n) {
-  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
-}
-template <class S, class T>
-inline void store_n(T* p, Vec<S> v, int n) {
-  n == kLanes<S> ? store(p, v) : store(p, v, n);
-}
-
-template <class T>
-void lstm_forward_rows(const LstmForwardRows& rows) {
-  using S = Accum<T>;
-  using V = Vec<S>;
+template <class S>
+void product(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
+             bool accumulate, void* to) {
   constexpr int L = kLanes<S>;
-  const Lstm& op = *rows.op;
-  const int64_t H = op.H, B = op.B, n = rows.end - rows.begin, b0 = rows.begin;
-  S *h = static_cast<S*>(rows.state), *next = h + n * H, *c = next + n * H;
-  const T *bias_ih = static_cast<const T*>(op.bias_ih), *bias_hh = static_cast<const T*>(op.bias_hh);
-  for (int64_t i = 0; i < n * H; ++i) {
-    h[i] = load_one(static_cast<const T*>(op.hx) + b0 * H + i);
-    c[i] = load_one(static_cast<const T*>(op.cx) + b0 * H + i);
-  }
-  for (int64_t step = 0; step < op.T; ++step) {
-    const int64_t t = op.reverse ? op.T - 1 - step : step;
-    const S* const gx = static_cast<const S*>(rows.gx) + (t * B + b0) * 4 * H;
-    T* const y = static_cast<T*>(rows.y) + (t * B + b0) * H;
-    T* const gates = rows.gates ? static_cast<T*>(rows.gates) + (t * B + b0) * 4 * H : nullptr;
-    S* const cells = rows.cells ? static_cast<S*>(rows.cells) + (t * B + b0) * H : nullptr;
-    for (int64_t u = 0; u < H; u += L) {
-      const int w = H - u < L ? static_cast<int>(H - u) : L;
-      const S* const panel = static_cast<const S*>(rows.packed) + u / L * H * 4 * L;
-      V bias[4];
-      for (int j = 0; j < 4; ++j) {
-        bias[j] = bias_ih ? load_n<S>(bias_ih + j * H + u, w) : V{};
-        if (bias_hh) bias[j] += load_n<S>(bias_hh + j * H + u, w);
+  const int64_t size = K * L, ld = vectors * L;
+  const char* const from = static_cast<const char*>(a);
+  for (int v = 0; v < vectors; v += kVectors) {
+    const int some = vectors - v < kVectors ? vectors - v : kVectors;
+    const S* const w = static_cast<const S*>(panel) + v * size;
+    S* const at = static_cast<S*>(to) + v * L;
+    if constexpr (kVectorBytes == 64 && sizeof(S) == 4)
+      if (pairs) {
+        find_product<S, true, kRows, kVectors>(rows, some, K, from, lda * 2, w, size, accumulate, at, ld);
+        continue;
       }
-      blocks<kRows>(0, n, [&]<int R>(int64_t row) {
-        V acc[R][4];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-          for (int j = 0; j < 4; ++j) acc[r][j] = load_n<S>(gx + ((row + r) * 4 + j) * H + u, w) + bias[j];
-        multiply<S, R>(H, h + row * H, H, panel, acc);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          const int64_t at = (row + r) * H + u;
-          const V i = sigmoid(acc[r][0]), f = sigmoid(acc[r][1]), g = tanh(acc[r][2]), o = sigmoid(acc[r][3]);
-          const V cell = f * load_n<S>(c + at, w) + i * g;
-          const V out = o * tanh(cell);
-          store_n<S>(c + at, cell, w), store_n<S>(next + at, out, w), store_n<S>(y + at, out, w);
-          if (!gates) continue;
-          T* const saved = gates + (row + r) * 4 * H + u;
-          store_n<S>(saved, i, w), store_n<S>(saved + H, f, w);
-          store_n<S>(saved + 2 * H, g, w), store_n<S>(saved + 3 * H, o, w);
-          store_n<S>(cells + at, cell, w);
-        }
-      });
-    }
-    S* const swap = h;
-    h = next, next = swap;
-  }
-  for (int64_t i = 0; i < n * H; ++i) {
-    store_one(static_cast<T*>(rows.hy) + b0 * H + i, h[i]);
-    store_one(static_cast<T*>(rows.cy) + b0 * H + i, c[i]);
+    find_product<S, false, kRows, kVectors>(rows, some, K, from, lda * sizeof(S), w, size, accumulate, at, ld);
   }
 }
 
-template <class T>
-void lstm_backward_rows(const LstmBackwardRows& rows) {
-  using S = Accum<T>;
-  using V = Vec<S>;
-  constexpr int L = kLanes<S>;
-  const Lstm& op = *rows.op;
-  const int64_t H = op.H, B = op.B, n = rows.end - rows.begin, b0 = rows.begin;
-  S *const dh = static_cast<S*>(rows.state), *const dc = dh + n * H;
-  for (int64_t i = 0; i < n * H; ++i) {
-    dh[i] = load_one(static_cast<const T*>(rows.dhy) + b0 * H + i);
-    dc[i] = load_one(static_cast<const T*>(rows.dcy) + b0 * H + i);
-  }
-  for (int64_t step = op.T - 1; step >= 0; --step) {
-    const int64_t t = op.reverse ? op.T - 1 - step : step;
-    const T* const dy = static_cast<const T*>(rows.dy) + (t * B + b0) * H;
-    const T* const gates = static_cast<const T*>(rows.gates) + (t * B + b0) * 4 * H;
-    const S* const cells = static_cast<const S*>(rows.cells) + (t * B + b0) * H;
-    const S* const before =
-        step ? static_cast<const S*>(rows.cells) + ((op.reverse ? t + 1 : t - 1) * B + b0) * H : nullptr;
-    const T* const first = static_cast<const T*>(op.cx) + b0 * H;
-    S* const dgates = static_cast<S*>(rows.dgates) + (t * B + b0) * 4 * H;
-    for (int64_t row = 0; row < n; ++row)
-      for (int64_t u = 0; u < H; u += L) {
-        const int w = H - u < L ? static_cast<int>(H - u) : L;
-        const int64_t at = row * H + u;
-        const T* const saved = gates + row * 4 * H + u;
-        const V i = load_n<S>(saved, w), f = load_n<S>(saved + H, w), g = load_n<S>(saved + 2 * H, w),
-                o = load_n<S>(saved + 3 * H, w), squashed = tanh(load_n<S>(cells + at, w));
-        const V c_before = before ? load_n<S>(before + at, w) : load_n<S>(first + at, w);
-        const V dout = load_n<S>(dh + at, w) + load_n<S>(dy + at, w);
-        const V dcell = load_n<S>(dc + at, w) + dout * o * (1 - squashed * squashed);
-        S* const to = dgates + row * 4 * H + u;
-        store_n<S>(to, dcell * g * i * (1 - i), w);
-        store_n<S>(to + H, dcell * c_before * f * (1 - f), w);
-        store_n<S>(to + 2 * H, dcell * i * (1 - g * g), w);
-        store_n<S>(to + 3 * H, dout * squashed * o * (1 - o), w);
-        store_n<S>(dc + at, dcell * f, w);
-      }
-    // dh of the step before: dgates W_hh, four vectors of units at a time.
-    for (int64_t u = 0; u < H; u += 4 * L) {
-      const S* const panel = static_cast<const S*>(rows.packed) + u * 4 * H;
-      blocks<kRows>(0, n, [&]<int R>(int64_t row) {
-        V acc[R][4] = {};
-        multiply<S, R>(4 * H, dgates + row * 4 * H, 4 * H, panel, acc);
-        for (int r = 0; r < R; ++r)
-          for (int j = 0; j < 4; ++j) {
-            const int64_t left = H - u - j * L;
-            if (left > 0) store_n<S>(dh + (row + r) * H + u + j * L, acc[r][j], left < L ? static_cast<int>(left) : L);
-          }
-      });
-    }
-  }
-  for (int64_t i = 0; i < n * H; ++i) {
-    store_one(static_cast<T*>(rows.dhx) + b0 * H + i, dh[i]);
-    store_one(static_cast<T*>(rows.dcx) + b0 * H + i, dc[i]);
+// --- the cells ---
+
+template <class F>
+void visit_mode(RnnMode mode, const F& f) {
+  switch (mode) {
+    case RnnMode::lstm:
+      return f(LstmCell{});
+    case RnnMode::gru:
+      return f(GruCell{});
+    case RnnMode::rnn_tanh:
+      return f(ElmanCell<true>{});
+    case RnnMode::rnn_relu:
+      return f(ElmanCell<false>{});
   }
 }
 
-template <class T>
-void pack(const T* w, int64_t K, int64_t stride_k, int64_t stride_n, const int64_t (&start)[4],
-          const int64_t (&valid)[4], Accum<T>* to) {
-  for (int64_t k = 0; k < K; ++k)
-    for (int j = 0; j < 4; ++j)
-      for (int64_t l = 0; l < kLanes<Accum<T>>; ++l)
-        *to++ = l < valid[j] ? load_one(w + k * stride_k + (start[j] + l) * stride_n) : Accum<T>{0};
-}
-
-template <class S, class T>
-void sum_rows(const S* from, int64_t rows, int64_t n, int64_t begin, int64_t end, T* to) {
-  for (int64_t i = begin; i < end; i += kLanes<S>) {
-    const int w = end - i < kLanes<S> ? static_cast<int>(end - i) : kLanes<S>;
-    Vec<S> sum{};
-    for (int64_t r = 0; r < rows; ++r) sum += load_n<S>(from + r * n + i, w);
-    store_n<S>(to + i, sum, w);
-  }
-}
-
-void pack_any(const void* w, DType dtype, int64_t K, int64_t stride_k, int64_t stride_n, const int64_t (&start)[4],
-              const int64_t (&valid)[4], void* to) {
+// f with the types T of the tensors and A of the operands.
+template <class F>
+void visit_types(DType dtype, DType operand, const F& f) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
-    pack(static_cast<const T*>(w), K, stride_k, stride_n, start, valid, static_cast<Accum<T>*>(to));
+    if constexpr (sizeof(T) == 2)
+      if (operand == DType::bf16) return f(t, bf16{});
+    f(t, Accum<T>{});
   });
 }
-void forward_any(const LstmForwardRows& rows) {
-  visit(rows.op->dtype, [&](auto t) { lstm_forward_rows<decltype(t)>(rows); });
+
+template <class Cell, class T, class A>
+void forward_of(const RnnForwardArgs& a, const RnnBlock& block, const Accum<T>* pre) {
+  using S = Accum<T>;
+  using V = Vec<S>;
+  constexpr int L = kLanes<S>;
+  const Rnn& op = *a.op;
+  const bool projected = op.weight_hr;
+  // One gate fills a panel with four vectors of units, several fill it with one vector each.
+  const int64_t per_row = Cell::kGates == 1 ? (block.units + L - 1) / L * L : Cell::kGates * L;
+  for (int64_t row = 0; row < block.rows; ++row)
+    for (int64_t i = 0; i < block.units; i += L) {
+      const int n = block.units - i < L ? static_cast<int>(block.units - i) : L;
+      const At<T> at{op, block.b + row, block.token + row * block.stride, block.u + i, n};
+      const S* const gx = static_cast<const S*>(a.gx) + row * a.gx_ld + at.unit;
+      V h = Cell::template forward<T>(a, at, block.step, pre + row * per_row + i, gx);
+      A* const next = static_cast<A*>(a.next) + at.b * a.next_ld + at.unit;
+      if (!projected) {
+        S* const state = static_cast<S*>(a.h) + at.state();
+        if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
+        if (op.zoneout_h != 0) {
+          const V kept = Zoneout<S>{op.zoneout_h, op.draws, op.seed}(at.drawn(block.step), 0);
+          h = kept * load_n<S>(state, n) + (1 - kept) * h;
+        }
+        store_n<S>(state, h, n);
+        store_n<S>(static_cast<T*>(a.y) + at.cell(), h, n);
+      }
+      store_n<S>(next, h, n);
+    }
 }
-void backward_any(const LstmBackwardRows& rows) {
-  visit(rows.op->dtype, [&](auto t) { lstm_backward_rows<decltype(t)>(rows); });
+
+template <class Cell, class T, class A>
+void backward_of(const RnnBackwardArgs& a, const RnnBlock& block) {
+  using S = Accum<T>;
+  using V = Vec<S>;
+  constexpr int L = kLanes<S>;
+  const Rnn& op = *a.op;
+  const int64_t D = dgates_of(op);
+  for (int64_t row = 0; row < block.rows; ++row)
+    for (int64_t i = 0; i < block.units; i += L) {
+      const int n = block.units - i < L ? static_cast<int>(block.units - i) : L;
+      const At<T> at{op, block.b + row, block.token + row * block.stride, block.u + i, n};
+      S* const dh = static_cast<S*>(a.dh) + at.state();
+      V dout = load_n<S>(dh, n), passed{};
+      if (a.dy) dout += load_n<S>(static_cast<const T*>(a.dy) + at.cell(), n);
+      if (op.zoneout_h != 0) {
+        const V kept = Zoneout<S>{op.zoneout_h, op.draws, op.seed}(at.drawn(block.step), 0);
+        passed = kept * dout, dout = (1 - kept) * dout;
+      }
+      A* const dgates = static_cast<A*>(a.dgates) + at.token * D + at.unit;
+      passed += Cell::template backward<T, A>(a, at, block.step, row, dout, dgates);
+      store_n<S>(dh, passed, n);
+    }
 }
-void sum_rows_any(const void* from, DType dtype, int64_t rows, int64_t n, int64_t begin, int64_t end, void* to) {
-  visit(dtype, [&](auto t) {
-    using T = decltype(t);
-    sum_rows(static_cast<const Accum<T>*>(from), rows, n, begin, end, static_cast<T*>(to));
+
+void forward(const RnnForwardArgs& args, const RnnBlock& block, const void* pre) {
+  visit_mode(args.op->mode, [&](auto cell) {
+    visit_types(args.op->dtype, args.operand, [&](auto t, auto a) {
+      using T = decltype(t);
+      forward_of<decltype(cell), T, decltype(a)>(args, block, static_cast<const Accum<T>*>(pre));
+    });
+  });
+}
+
+void backward(const RnnBackwardArgs& args, const RnnBlock& block) {
+  visit_mode(args.op->mode, [&](auto cell) {
+    visit_types(args.op->dtype, args.operand,
+                [&](auto t, auto a) { backward_of<decltype(cell), decltype(t), decltype(a)>(args, block); });
+  });
+}
+
+// --- rows ---
+
+template <class From, class To>
+void copy_rows(int64_t rows, int64_t n, const From* from, int64_t from_ld, To* to, int64_t to_ld, bool accumulate) {
+  using S = Accum<To>;
+  if constexpr (sizeof(Accum<From>) == sizeof(S))
+    for (int64_t r = 0; r < rows; ++r, from += from_ld, to += to_ld)
+      for (int64_t i = 0; i < n; i += kLanes<S>) {
+        const int w = n - i < kLanes<S> ? static_cast<int>(n - i) : kLanes<S>;
+        const Vec<S> x = load_n<S>(from + i, w);
+        store_n<S>(to + i, accumulate ? load_n<S>(to + i, w) + x : x, w);
+      }
+}
+
+void copy(int64_t rows, int64_t n, const void* from, DType from_dtype, int64_t from_ld, void* to, DType to_dtype,
+          int64_t to_ld, bool accumulate) {
+  visit(from_dtype, [&](auto f) {
+    visit(to_dtype, [&](auto t) {
+      copy_rows(rows, n, static_cast<const decltype(f)*>(from), from_ld, static_cast<decltype(t)*>(to), to_ld,
+                accumulate);
+    });
+  });
+}
+
+template <class From, class To>
+void sum_columns(const From* from, int64_t rows, int64_t ld, int64_t begin, int64_t end, To* to) {
+  using S = Accum<To>;
+  if constexpr (sizeof(Accum<From>) == sizeof(S))
+    for (int64_t i = begin; i < end; i += 4 * kLanes<S>) {
+      constexpr int L = kLanes<S>;
+      // Four vectors at a time: a cache line of each row is read once.
+      Vec<S> sum[4] = {};
+      const int some = static_cast<int>((end - i + L - 1) / L < 4 ? (end - i + L - 1) / L : 4);
+      const auto width = [&](int v) { return end - i - v * L < L ? static_cast<int>(end - i - v * L) : L; };
+      for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < some; ++v) sum[v] += load_n<S>(from + r * ld + i + v * L, width(v));
+      for (int v = 0; v < some; ++v) store_n<S>(to + i + v * L, sum[v], width(v));
+    }
+}
+
+void sum_rows(const void* from, DType from_dtype, int64_t rows, int64_t ld, int64_t begin, int64_t end, void* to,
+              DType to_dtype) {
+  visit(from_dtype, [&](auto f) {
+    visit(to_dtype, [&](auto t) {
+      sum_columns(static_cast<const decltype(f)*>(from), rows, ld, begin, end, static_cast<decltype(t)*>(to));
+    });
   });
 }
 
 }  // namespace
 
-extern const RnnKernels rnn{kLanes<float>, kLanes<double>, &pack_any, &forward_any, &backward_any, &sum_rows_any};
+extern const RnnKernels rnn{kLanes<float>, kLanes<double>, kRows, &product<float>, &product<double>,
+                            &forward,      &backward,      &copy, &sum_rows};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

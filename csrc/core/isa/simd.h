@@ -4,7 +4,6 @@
 //   Vec<A>                 A = float, double; kLanes<A> elements
 //   load<A>(p[, n, fill])  from float, double, bf16, f16; n < kLanes loads a tail and fills the rest
 //   store(p, v[, n])       rounds to nearest even
-//   exp, sigmoid, tanh     fp32 within 1-2 ulp; fp64 lane by lane through libm
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -271,104 +270,6 @@ static inline A reduce_add(Vec<A> v) {
 template <class A>
 static inline A reduce_max(Vec<A> v) {
   return reduce<A>(v, [](A a, A b) { return a > b ? a : b; });
-}
-
-// The polynomial part of exp: e^r for |r| <= ln2/2, r = x - n ln2.
-static inline vf32 exp_reduced(vf32 x, vf32 n) {
-  vf32 r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vf32 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * r * r + r + 1.0f;
-}
-
-// exp by Cody-Waite reduction and a degree-6 polynomial, times 2^n; results down to the smallest denormal and up to
-// infinity come out right. NaN stays NaN.
-static inline vf32 exp(vf32 x) {
-  x = -max(splat(-89.0f), -max(splat(-104.0f), x));
-#if defined(__AVX512F__)
-  const vf32 n = reinterpret_cast<vf32>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504088896341f), 8));
-  return reinterpret_cast<vf32>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(exp_reduced(x, n)), reinterpret_cast<__m512>(n)));
-#else
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vf32 shifted = x * 1.44269504088896341f + magic;
-  const vf32 p = exp_reduced(x, shifted - magic);
-  // In two factors: 2^n alone may be no normal number.
-  const vi32 k = bits_as<vi32>(shifted) - 0x4b400000;
-  const vi32 half = k >> 1;
-  return p * bits_as<vf32>((half + 127) << 23) * bits_as<vf32>((k - half + 127) << 23);
-#endif
-}
-
-// exp of x <= 0, within 2 ulp, in two thirds of the instructions: log 2 in fp32 is so close that one fused subtraction
-// reduces, a polynomial of degree 5 suffices (relative error 9e-8), and nothing overflows. Without AVX-512 results
-// below the normal numbers are 0. NaN stays NaN.
-static inline vf32 exp_negative(vf32 x) {
-#if defined(__AVX2__) || defined(__AVX512F__)
-  const float log2 = 0.69314718f;
-#if defined(__AVX512F__)
-  x = max(splat(-104.0f), x);
-  const vf32 n = reinterpret_cast<vf32>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f), 8));
-#else
-  x = max(splat(-88.0f), x);
-  const float magic = 12582912.0f;
-  const vf32 shifted = x * 1.44269504f + magic, n = shifted - magic;
-#endif
-  const vf32 r = x - n * log2;
-  vf32 p = splat(8.290272206e-3f);
-  p = p * r + 4.189816117e-2f;
-  p = p * r + 1.666763872e-1f;
-  p = p * r + 4.999914765e-1f;
-  p = p * r + 9.999997020e-1f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return reinterpret_cast<vf32>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
-#else
-  // The exponent 2^n is where magic left it; n = -127 becomes 0.
-  return p * bits_as<vf32>((bits_as<vi32>(shifted) << 23) + 0x3f800000);
-#endif
-#else
-  return exp(x);
-#endif
-}
-
-static inline vf64 exp(vf64 x) {
-  vf64 y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = ::exp(x[i]);
-  return y;
-}
-
-static inline vf64 exp_negative(vf64 x) { return exp(x); }
-
-template <class V>
-static inline V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
-}
-
-// tanh: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would cancel. The sign, that of -0 too, is put back as a bit.
-static inline vf32 tanh(vf32 x) {
-  const vu32 sign = bits_as<vu32>(x) & 0x80000000u;
-  const vf32 a = bits_as<vf32>(bits_as<vu32>(x) ^ sign);
-  const vf32 z = a * a;
-  vf32 p = splat(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const vf32 small = p * z * a + a;
-  const vf32 large = 1 - 2 / (exp(2 * a) + 1);
-  return bits_as<vf32>(bits_as<vu32>(a < 0.625f ? small : large) | sign);
-}
-
-static inline vf64 tanh(vf64 x) {
-  vf64 y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = ::tanh(x[i]);
-  return y;
 }
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

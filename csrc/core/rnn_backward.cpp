@@ -1,0 +1,276 @@
+// Recurrent layers, backward: time from its end, then products over all of time.
+//
+// FLOPs: twice the forward's. In the time loop stands what no batching can take out of it, dh = dgates W_hh; dx =
+// dgates W_ih, dW_ih = dgates^T x and dW_hh = dgates^T h follow as one product each. Of the loop's results only dgates
+// are kept, in the type that these products want: bf16 where pairs of it are multiplied, else fp32 (fp64). tanh(c) is
+// computed again. Threads share the work as in the forward; what they add up, they add up in the same order.
+#include "core/rnn_loop.h"
+
+namespace llmkern::cpu {
+namespace rnn {
+namespace {
+
+// A block of columns of dgates that belongs to as many rows of the weights: gru keeps its two kinds apart.
+struct Gates {
+  int64_t row, count, column;
+};
+
+template <class S>
+class Backward {
+ public:
+  Backward(const Rnn& op, const RnnBackwardArgs& args, const RnnGradients& out)
+      : op_(op), args_(args), out_(out), weights_(kernels_, op.dtype, pairs_), projection_(kernels_, op.dtype, pairs_) {
+    const int64_t H = op.H;
+    if (op.mode == RnnMode::gru)
+      hidden_ = {{2 * H, H, 0}, {0, 2 * H, H}}, input_ = {0, 3 * H, H};
+    else
+      hidden_ = {{0, gates_of(op.mode) * H, 0}}, input_ = {0, gates_of(op.mode) * H, 0};
+  }
+
+  void run(const void* dhy, const void* dcy) {
+    const int64_t B = op_.B, H = op_.H, P = op_.P, n = tokens_.total(), D = dgates_of(op_);
+    const bool projected = op_.weight_hr;
+    const Buffer<S> dh(B * P), dm(projected ? B * H : 0), dc(op_.cx ? B * H : 0), c0(op_.cx ? B * H : 0);
+    const Buffer<char> dgates(n * D * size_of(operand_)), before(n * P * size_of(op_.dtype));
+    const Buffer<char> dprojected(projected ? n * even(P) * size_of(operand_) : 0);
+    const Buffer<char> m(projected && out_.dweight_hr ? n * H * size_of(op_.dtype) : 0);
+    const Buffer<S> dpeephole(out_.dpeephole ? B * 3 * H : 0);
+    dh_ = dh.get(), c0_ = c0.get(), before_ = before.get(), dprojected_ = dprojected.get();
+    args_.op = &op_, args_.operand = operand_;
+    args_.dh = projected ? dm.get() : dh.get(), args_.dc = dc.get();
+    args_.dgates = dgates.get(), args_.h_before = before.get();
+    args_.unprojected = projected && out_.dweight_hr ? m.get() : nullptr;
+    args_.dpeephole = out_.dpeephole ? dpeephole.get() : nullptr;
+    dy_ = args_.dy;
+    if (projected) args_.dy = nullptr;
+    std::fill_n(dpeephole.get(), out_.dpeephole ? B * 3 * H : 0, S{0});
+    load(B * P, dhy, dh_);
+    if (op_.cx) load(B * H, dcy, dc.get()), load(B * H, op_.cx, c0_);
+    clear_padding();
+    gather();
+    cut();
+    time();
+    if (out_.dhx) first_product(), store(B * P, dh_, out_.dhx);
+    if (out_.dcx) store(B * H, dc.get(), out_.dcx);
+    if (out_.dx)
+      product(n, op_.I, input_.count, dgates_at(input_.column), D, false, op_.weight_ih, op_.I, false, out_.dx);
+    if (out_.dweight_ih) weight_gradients();
+    if (out_.dweight_hr)
+      gemm(P, H, n, {dprojected_, operand_, even(P), true}, {m.get(), op_.dtype, H, false}, out_.dweight_hr, op_.dtype,
+           H, false);
+    if (out_.dpeephole) sum(dpeephole.get(), wide_, B, 3 * H, 3 * H, out_.dpeephole);
+  }
+
+ private:
+  static int64_t even(int64_t n) { return n + n % 2; }
+  const char* dgates_at(int64_t column) const { return at(static_cast<const void*>(args_.dgates), column, operand_); }
+  void load(int64_t n, const void* from, S* to) const {
+    kernels_.rnn.copy(1, n, from, op_.state_dtype, 0, to, wide_, 0, false);
+  }
+  void store(int64_t n, const S* from, void* to) const {
+    kernels_.rnn.copy(1, n, from, wide_, 0, to, op_.state_dtype, 0, false);
+  }
+
+  // The columns that make rows of pairs even; they meet zeros, which must not be NaN's.
+  void clear_padding() const {
+    const auto clear = [&](void* rows, int64_t width, int64_t used) {
+      for (int64_t i = 0; rows && used < width && i < tokens_.total(); ++i)
+        std::fill_n(at(rows, i * width + used, operand_), (width - used) * size_of(operand_), 0);
+    };
+    clear(args_.dgates, dgates_of(op_), (op_.mode == RnnMode::gru ? 4 : gates_of(op_.mode)) * op_.H);
+    if (op_.weight_hr) clear(dprojected_, even(op_.P), op_.P);
+  }
+
+  // h before each token's step, which dW_hh and gru need.
+  void gather() const {
+    if (!out_.dweight_hh && op_.mode != RnnMode::gru) return;
+    const int64_t P = op_.P, stride = tokens_.stride();
+    parallel_for(op_.T, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = tokens_.time(s), here = tokens_.first(t), n = tokens_.rows_before(s);
+        if (n > 0) {
+          const int64_t from = tokens_.first(tokens_.time(s - 1));
+          kernels_.rnn.copy(n, P, at(args_.y, from * P, op_.dtype), op_.dtype, stride * P,
+                            at(before_, here * P, op_.dtype), op_.dtype, stride * P, false);
+        }
+        kernels_.rnn.copy(tokens_.rows(t) - n, P, at(op_.hx, n * P, op_.state_dtype), op_.state_dtype, P,
+                          at(before_, (here + n * stride) * P, op_.dtype), op_.dtype, stride * P, false);
+      }
+    });
+  }
+
+  // W_hh for the loop, unless there is none, and W_hr.
+  void cut() {
+    const int64_t width = op_.P / op_.heads, units = op_.H / op_.heads;
+    for (int64_t head = 0; head < op_.heads; ++head)
+      weights_.add(op_.weight_hh, width, true, head * width, width, 1, 0, pieces(head, units));
+    if (op_.T > 1) weights_.pack();
+    if (!op_.weight_hr) return;
+    projection_.add(op_.weight_hr, op_.H, true, 0, op_.H, 1, 0, {{0, op_.P, 0}});
+    projection_.pack();
+  }
+  std::vector<typename Panels<S>::Piece> pieces(int64_t head, int64_t units) const {
+    std::vector<typename Panels<S>::Piece> all;
+    for (const Gates& gates : hidden_) {
+      if (op_.heads == 1) all.push_back({gates.row, gates.count, gates.column});
+      for (int64_t g = 0; op_.heads > 1 && g < gates.count; g += op_.H)
+        all.push_back({gates.row + g + head * units, units, gates.column + g + head * units});
+    }
+    return all;
+  }
+
+  void time() {
+    const Plan plan(op_,
+                    op_.B * (gates_of(op_.mode) * op_.H * op_.P / op_.heads + (op_.weight_hr ? op_.H * op_.P : 0)));
+    Barrier barrier(plan.threads);
+    const Range every{0, op_.B}, all{0, weights_.count()}, projections{0, projection_.count()};
+    if (plan.threads == 1) return loop(every, all, projections, barrier);
+#pragma omp parallel num_threads(plan.threads)
+    {
+      const bool whole = omp_get_num_threads() == plan.threads;
+      const int count = whole ? plan.threads : 1, index = omp_get_thread_num();
+      Barrier alone(1);
+      if (index < count && plan.by_units && whole)
+        loop(every, part(all.end, index, count), part(projections.end, index, count), barrier);
+      else if (index < count)
+        loop({tokens_.sequences(1.0 * index / count), tokens_.sequences(1.0 * (index + 1) / count)}, all, projections,
+             alone);
+    }
+  }
+
+  // One thread's share: sequences and panels. The cell's units are those of the panels that it is the gradient of.
+  void loop(Range sequences, Range panels, Range projected, Barrier& barrier) const {
+    alignas(64) S sums[kTile];
+    RnnBackwardArgs args = args_;
+    const int64_t stride = tokens_.stride(), D = dgates_of(op_);
+    const Range units = op_.weight_hr ? projection_.units(projected) : weights_.units(panels);
+    for (int64_t s = op_.T - 1; s >= 0; --s) {
+      const int64_t t = tokens_.time(s), first = tokens_.first(t);
+      const int64_t end = std::min(sequences.end, tokens_.rows(t));
+      if (op_.weight_hr) project(sequences.begin, end, panels, projected, first, sums, barrier);
+      if (units.begin < units.end) cells(args, s, sequences.begin, end, units);
+      barrier.wait();
+      if (s == 0) break;
+      for (int64_t p = panels.begin; p < panels.end; ++p)
+        weights_.multiply(p, sequences.begin, end, dgates_at(first * D), operand_, stride * D, sums,
+                          [&](int64_t b, int rows, const S* block) {
+                            put(weights_[p], rows, block, dh_ + b * op_.P, op_.P, !op_.weight_hr);
+                          });
+    }
+  }
+
+  // dm = (dh + dy) W_hr, from and for the thread's units.
+  void project(int64_t begin, int64_t end, Range panels, Range projected, int64_t first, S* sums,
+               Barrier& barrier) const {
+    const int64_t P = op_.P, stride = tokens_.stride(), ld = even(P);
+    const Range units = weights_.units(panels);
+    const int64_t n = units.end - units.begin;
+    if (n > 0 && begin < end) {
+      S* const dh = dh_ + begin * P + units.begin;
+      const int64_t token = first + begin * stride;
+      kernels_.rnn.copy(end - begin, n, at(dy_, token * P + units.begin, op_.dtype), op_.dtype, stride * P, dh, wide_,
+                        P, true);
+      kernels_.rnn.copy(end - begin, n, dh, wide_, P, at(dprojected_, token * ld + units.begin, operand_), operand_,
+                        stride * ld, false);
+    }
+    barrier.wait();
+    for (int64_t p = projected.begin; p < projected.end; ++p)
+      projection_.multiply(p, begin, end, at(dprojected_, first * ld, operand_), operand_, stride * ld, sums,
+                           [&](int64_t b, int rows, const S* block) {
+                             put(projection_[p], rows, block, static_cast<S*>(args_.dh) + b * op_.H, op_.H, false);
+                           });
+  }
+
+  // A block of a product's sums to, or added to, rows of the panel's units.
+  void put(const typename Panels<S>::Panel& panel, int rows, const S* sums, S* to, int64_t ld, bool accumulate) const {
+    kernels_.rnn.copy(rows, panel.units, sums, wide_, panel.vectors * kernels_.lanes(), to + panel.unit, wide_, ld,
+                      accumulate);
+  }
+
+  // Step s of sequences [begin, end): those that have a step before it, then those that begin with it.
+  void cells(RnnBackwardArgs& args, int64_t s, int64_t begin, int64_t end, Range units) const {
+    const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride(), H = op_.H;
+    const int64_t middle = std::clamp(tokens_.rows_before(s), begin, std::max(begin, end));
+    const auto run = [&](int64_t b, int64_t last) {
+      if (b < last)
+        kernels_.rnn.backward(
+            args, {static_cast<int>(last - b), b, units.begin, units.end - units.begin, s, first + b * stride, stride});
+    };
+    if (op_.cx && middle > begin) {
+      const int64_t token = tokens_.first(tokens_.time(s - 1)) + begin * stride;
+      args.c_before = at(args_.cells, token * H, wide_), args.c_stride = stride * H;
+    }
+    run(begin, middle);
+    if (op_.cx) args.c_before = c0_ + middle * H, args.c_stride = H;
+    run(middle, end);
+  }
+
+  // What reaches hx by the first step's gates; one product, which needs no panels.
+  void first_product() const {
+    const int64_t t = tokens_.time(0), n = tokens_.rows(t), P = op_.P, width = P / op_.heads, units = op_.H / op_.heads;
+    const int64_t row = tokens_.first(t) * dgates_of(op_), ld = tokens_.stride() * dgates_of(op_);
+    bool accumulate = !op_.weight_hr;
+    for (int64_t head = 0; head < op_.heads; ++head, accumulate = !op_.weight_hr)
+      for (const auto& piece : pieces(head, units)) {
+        gemm(n, width, piece.depth, {dgates_at(row + piece.column), operand_, ld, false},
+             {at(op_.weight_hh, piece.k * width, op_.dtype), op_.dtype, width, false}, dh_ + head * width, wide_, P,
+             accumulate);
+        accumulate = true;
+      }
+  }
+
+  void weight_gradients() const {
+    const int64_t n = tokens_.total(), D = dgates_of(op_), P = op_.P, I = op_.I, width = P / op_.heads;
+    product(input_.count, I, n, dgates_at(input_.column), D, true, op_.x, I, false, out_.dweight_ih);
+    for (int64_t head = 0; head < op_.heads; ++head)
+      for (const auto& piece : pieces(head, op_.H / op_.heads))
+        product(piece.depth, width, n, dgates_at(piece.column), D, true, at(before_, head * width, op_.dtype), P, false,
+                at(out_.dweight_hh, piece.k * width, op_.dtype));
+    if (out_.dbias_ih) sum(dgates_at(input_.column), operand_, n, D, input_.count, out_.dbias_ih);
+    for (const Gates& gates : hidden_)
+      if (out_.dbias_hh)
+        sum(dgates_at(gates.column), operand_, n, D, gates.count, at(out_.dbias_hh, gates.row, op_.dtype));
+  }
+
+  // C (M, N) of dtype, dense, = dgates' (M, K) or their transpose times B.
+  void product(int64_t M, int64_t N, int64_t K, const void* dgates, int64_t ld, bool transposed, const void* B,
+               int64_t ldb, bool b_transposed, void* C) const {
+    gemm(M, N, K, {dgates, operand_, ld, transposed}, {B, op_.dtype, ldb, b_transposed}, C, op_.dtype, N, false);
+  }
+
+  void sum(const void* from, DType dtype, int64_t rows, int64_t ld, int64_t columns, void* to) const {
+    parallel_for(columns, 256, [&](int64_t begin, int64_t end) {
+      kernels_.rnn.sum_rows(from, dtype, rows, ld, begin, end, to, op_.dtype);
+    });
+  }
+
+  const Rnn& op_;
+  RnnBackwardArgs args_;
+  const RnnGradients& out_;
+  const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const Kernels<S> kernels_{};
+  const Tokens tokens_{op_};
+  const bool pairs_ = in_pairs(op_);
+  const DType operand_ = pairs_ ? DType::bf16 : wide_;
+  Panels<S> weights_, projection_;
+  std::vector<Gates> hidden_;
+  Gates input_{};
+  const void* dy_ = nullptr;
+  S *dh_ = nullptr, *c0_ = nullptr;
+  char *before_ = nullptr, *dprojected_ = nullptr;
+};
+
+}  // namespace
+}  // namespace rnn
+
+void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void* dhy, const void* dcy, const void* y,
+                  const void* gates, const void* cells, const RnnGradients& out) {
+  RnnBackwardArgs args{};
+  args.dy = dy, args.dcells = dcells, args.y = y, args.gates = gates, args.cells = cells;
+  if (op.dtype == DType::f64)
+    rnn::Backward<double>(op, args, out).run(dhy, dcy);
+  else
+    rnn::Backward<float>(op, args, out).run(dhy, dcy);
+}
+
+}  // namespace llmkern::cpu

@@ -1,0 +1,262 @@
+// What the forward and the backward time loop share: where tokens lie, which thread does what, weights as panels.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "core/gemm.h"
+#include "core/memory.h"
+#include "core/rnn.h"
+#include "core/threads.h"
+
+namespace llmkern::cpu::rnn {
+
+inline DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+inline int64_t size_of(DType dtype) { return static_cast<int64_t>(itemsize(dtype)); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline const char* at(const void* p, int64_t elements, DType dtype) {
+  return p ? static_cast<const char*>(p) + elements * size_of(dtype) : nullptr;
+}
+inline char* at(void* p, int64_t elements, DType dtype) {
+  return p ? static_cast<char*>(p) + elements * size_of(dtype) : nullptr;
+}
+
+// Where the rows of a step lie in the tensors of tokens, whatever their layout.
+class Tokens {
+ public:
+  explicit Tokens(const Rnn& op) : op_(op), first_(static_cast<size_t>(op.T) + 1) {
+    for (int64_t t = 0; t < op.T; ++t) first_[t + 1] = first_[t] + rows(t);
+  }
+  int64_t total() const { return first_[op_.T]; }
+  int64_t rows(int64_t t) const { return op_.batch_sizes ? op_.batch_sizes[t] : op_.B; }
+  int64_t first(int64_t t) const { return op_.batch_first ? t : first_[t]; }
+  int64_t stride() const { return op_.batch_first ? op_.T : 1; }
+  // The time of the s-th step.
+  int64_t time(int64_t s) const { return op_.reverse ? op_.T - 1 - s : s; }
+  // How many sequences have a step before the s-th; a packed sequence in reverse begins at its own end.
+  int64_t rows_before(int64_t s) const { return s == 0 ? 0 : std::min(rows(time(s - 1)), rows(time(s))); }
+  // Sequences [0, b) with about the share `part` of all tokens.
+  int64_t sequences(double part) const {
+    if (!op_.batch_sizes) return static_cast<int64_t>(static_cast<double>(op_.B) * part + 0.5);
+    int64_t b = 0, sum = 0, t = op_.T;
+    for (; b < op_.B && static_cast<double>(sum) < part * static_cast<double>(total()) - 0.5; ++b) {
+      while (t > 0 && rows(t - 1) <= b) --t;
+      sum += t;
+    }
+    return b;
+  }
+
+ private:
+  const Rnn& op_;
+  std::vector<int64_t> first_;
+};
+
+// Meets all threads of a team. They spin, because a step takes microseconds; not for long, because there may be fewer
+// cores than threads.
+class Barrier {
+ public:
+  explicit Barrier(int threads) : threads_(threads) {}
+  void wait() {
+    if (threads_ == 1) return;
+    const int turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (spins > 1 << 14) std::this_thread::yield();
+#if defined(__x86_64__)
+      else
+        __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  int threads_;
+  std::atomic<int> arrived_{0}, turn_{0};
+};
+
+// A step's work is dealt out by sequences, which never meet, or by units, and then all threads meet after each product.
+struct Plan {
+  int threads;
+  bool by_units;
+
+  // `macs`: multiply-adds of a step of all sequences.
+  Plan(const Rnn& op, int64_t macs) {
+    const int64_t most = omp_in_parallel() ? 1 : omp_get_max_threads(), total = macs * op.T;
+    threads = static_cast<int>(std::clamp<int64_t>(total / kMacsPerThread, 1, most));
+    // Few sequences do not share what a panel's load costs. Where all panels fit a thread's own cache, it costs little.
+    const bool large = macs / op.B * size_of(op.dtype) > kOwnBytes;
+    by_units = op.B < (large ? kRowsPerThread : kLeastRows) * threads;
+    // Meeting costs more than it saves where a step is short.
+    if (by_units && macs < kMacsPerStep) threads = 1;
+    if (threads == 1) by_units = false;
+  }
+
+  static constexpr int64_t kMacsPerThread = 1 << 18, kMacsPerStep = 1 << 17;
+  static constexpr int64_t kRowsPerThread = 48, kLeastRows = 8, kOwnBytes = 1 << 20;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index / count, n * (index + 1) / count}; }
+
+// Calls f(begin, rows) on [begin, end) in blocks of nearly equal length, of at most `longest`.
+template <class F>
+void blocks(int64_t begin, int64_t end, int64_t longest, const F& f) {
+  const int64_t n = end - begin;
+  if (n <= 0) return;
+  const int64_t count = ceil_div(n, longest);
+  for (int64_t i = 0; i < count; ++i) {
+    const Range range = part(n, i, count);
+    f(begin + range.begin, static_cast<int>(range.end - range.begin));
+  }
+}
+
+// The kernels of sums in S.
+template <class S>
+struct Kernels {
+  const RnnKernels& rnn = LLMKERN_SELECT(rnn);
+  const GemmTable& gemm = LLMKERN_SELECT(gemm);
+  int lanes() const { return std::is_same_v<S, float> ? rnn.lanes_f32 : rnn.lanes_f64; }
+  const GemmKernels<S>& packing(bool pairs) const {
+    if constexpr (std::is_same_v<S, float>)
+      return pairs ? gemm.pairs : gemm.f32;
+    else
+      return gemm.f64;
+  }
+  void product(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
+               bool accumulate, S* to) const {
+    (std::is_same_v<S, float> ? rnn.product_f32 : rnn.product_f64)(rows, vectors, K, a, lda, panel, pairs, accumulate,
+                                                                   to);
+  }
+};
+
+// Whether the products of the loop are taken from pairs of bf16: a pair may not lie across two heads.
+inline bool in_pairs(const Rnn& op) {
+  return op.dtype == DType::bf16 && gemm_multiplies_bf16() && (op.heads == 1 || op.H / op.heads % 2 == 0);
+}
+
+// Most numbers of one product's result: rows by vectors by lanes.
+constexpr int64_t kTile = 6 * 4 * 16;
+
+// A matrix (K, N) for the loop's products, cut into panels of a few vectors of columns ("units"). What it is multiplied
+// with may be cut along k: a piece takes the operand's columns from `column` on.
+template <class S>
+class Panels {
+ public:
+  struct Piece {
+    int64_t k, depth, column;
+  };
+  struct Panel {
+    int64_t unit, units;
+    int vectors;
+    std::vector<Piece> pieces;
+    const char* data = nullptr;
+  };
+
+  Panels(const Kernels<S>& kernels, DType dtype, bool pairs)
+      : kernels_(kernels), dtype_(dtype), pairs_(pairs), data_(0) {}
+
+  // Units [first, first + count) of a matrix, element (k, unit) at w[k + unit * ld] or, `by_rows`, at w[k * ld + unit]
+  // (unit counted from `first`, then). Several gates: a panel is a vector of units of each, `apart` units from one
+  // another.
+  void add(const void* w, int64_t ld, bool by_rows, int64_t first, int64_t count, int gates, int64_t apart,
+           const std::vector<Piece>& pieces) {
+    const int64_t L = kernels_.lanes(), width = gates > 1 ? L : 4 * L;
+    for (int64_t u = 0; u < count; u += width) {
+      const int64_t units = std::min(width, count - u);
+      const int vectors = gates > 1 ? gates : static_cast<int>(ceil_div(units, L));
+      panels_.push_back({first + u, units, vectors, pieces, nullptr});
+      sources_.push_back({w, ld, by_rows, by_rows ? u : first + u, gates, apart, count});
+    }
+  }
+
+  void pack() {
+    std::vector<int64_t> offset{0};
+    for (const Panel& panel : panels_) {
+      int64_t steps = 0;
+      for (const Piece& piece : panel.pieces) steps += steps_of(piece);
+      offset.push_back(offset.back() + steps * panel.vectors * kernels_.lanes());
+    }
+    data_ = Buffer<S>(offset.back());
+    parallel_for(static_cast<int64_t>(panels_.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        S* to = data_.get() + offset[p];
+        panels_[p].data = reinterpret_cast<const char*>(to);
+        for (const Piece& piece : panels_[p].pieces) to = pack_piece(panels_[p], sources_[p], piece, to);
+      }
+    });
+  }
+
+  int64_t count() const { return static_cast<int64_t>(panels_.size()); }
+  const Panel& operator[](int64_t p) const { return panels_[p]; }
+  // The units of panels [begin, end).
+  Range units(const Range& range) const {
+    if (range.begin == range.end) return {0, 0};
+    return {panels_[range.begin].unit, panels_[range.end - 1].unit + panels_[range.end - 1].units};
+  }
+
+  // The operand's rows [begin, end), `lda` apart, times the panel: done(row, rows, sums) with the sums (rows, vectors,
+  // lanes) of each block of rows.
+  template <class F>
+  void multiply(int64_t p, int64_t begin, int64_t end, const void* a, DType operand, int64_t lda, S* sums,
+                const F& done) const {
+    const Panel& panel = panels_[p];
+    blocks(begin, end, kernels_.rnn.rows, [&](int64_t row, int rows) {
+      const char* data = panel.data;
+      for (const Piece& piece : panel.pieces) {
+        const int64_t steps = steps_of(piece);
+        kernels_.product(rows, panel.vectors, steps, at(a, row * lda + piece.column, operand), lda, data, pairs_,
+                         &piece != &panel.pieces[0], sums);
+        data += steps * panel.vectors * kernels_.lanes() * static_cast<int64_t>(sizeof(S));
+      }
+      done(row, rows, sums);
+    });
+  }
+
+ private:
+  struct Source {
+    const void* w;
+    int64_t ld;
+    bool by_rows;
+    int64_t unit;
+    int gates;
+    int64_t apart, extent;
+  };
+
+  int64_t steps_of(const Piece& piece) const { return pairs_ ? ceil_div(piece.depth, 2) : piece.depth; }
+
+  S* pack_piece(const Panel& panel, const Source& from, const Piece& piece, S* to) const {
+    const int64_t L = kernels_.lanes();
+    for (int v = 0; v < panel.vectors; ++v, to += steps_of(piece) * L) {
+      const int64_t unit = from.gates > 1 ? from.unit + v * from.apart : from.unit + v * L;
+      const int64_t n = std::min<int64_t>(L, panel.units - (from.gates > 1 ? 0 : v * L));
+      // Reading on past the last unit stays inside the matrix for none but the last of its columns.
+      kernels_.packing(pairs_).pack({from.w, dtype_, from.ld, from.by_rows}, from.by_rows ? from.ld : unit + n, unit,
+                                    static_cast<int>(n), piece.k, piece.depth, static_cast<int>(L), to);
+    }
+    return to;
+  }
+
+  const Kernels<S>& kernels_;
+  DType dtype_;
+  bool pairs_;
+  std::vector<Panel> panels_;
+  std::vector<Source> sources_;
+  Buffer<S> data_;
+};
+
+// Whether weights are better read where they lie than packed, and the forward that does so; see rnn_step.cpp.
+bool few_steps(const Rnn& op);
+void run_steps(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
+
+}  // namespace llmkern::cpu::rnn

@@ -1,0 +1,217 @@
+"""Layers and directions of a recurrent network, over ``ops.rnn``, which knows one of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What torch's layers have not; see :class:`llmkern.nn.LSTM`. Defaults are neutral."""
+
+    peepholes: Sequence[Tensor] = ()
+    forget_bias: float = 0.0
+    clip: float = 0.0
+    zoneout: float = 0.0
+    zoneout_cell: float = 0.0
+    weight_dropout: float = 0.0
+    variational_dropout: bool = False
+    return_cell_states: bool = False
+    checkpoint_chunks: int = 1
+
+    def used(self) -> list[str]:
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+
+@dataclass
+class Call:
+    """A call in either of torch's forms (see ``functional/rnn.py``), with the states as a tuple."""
+
+    mode: str
+    input: Tensor
+    batch_sizes: Tensor | None
+    states: tuple[Tensor, ...]
+    params: Sequence[Tensor]
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool
+    extras: Extras
+
+    @classmethod
+    def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
+        input, batch_sizes, hx, *rest = args if isinstance(args[3], (list, tuple)) else (args[0], None, *args[1:])
+        states = tuple(hx) if mode == "lstm" else (hx,)
+        params, biases, layers, dropout, train, bidirectional, *batch_first = rest
+        first = bool(batch_first and batch_first[0])
+        return cls(
+            mode, input, batch_sizes, states, params, biases, layers, dropout, train, bidirectional, first, extras
+        )
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def per_layer(self) -> int:
+        """Tensors in ``params`` for one layer and direction."""
+        return len(self.params) // (self.num_layers * self.directions)
+
+    @property
+    def projected(self) -> bool:
+        return self.per_layer == (5 if self.has_biases else 3)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of layer and direction ``index``."""
+        chunk = list(self.params[index * self.per_layer : (index + 1) * self.per_layer])
+        weight_hr = chunk.pop() if self.projected else None
+        bias_ih, bias_hh = chunk[2:] if self.has_biases else (None, None)
+        return chunk[0], chunk[1], bias_ih, bias_hh, weight_hr
+
+    def well_formed(self) -> bool:
+        """Whether torch would accept the call, or would if it had ``extras``; if not, torch gets it, for its error."""
+        x, packed = self.input, self.batch_sizes is not None
+        expected = (4 if self.has_biases else 2) + (len(self.states) == 2 and self.per_layer in (3, 5))
+        if x.dim() != (2 if packed else 3) or not x.numel() or self.per_layer != expected:
+            return False
+        if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if self.mode == "lstm" else 1):
+            return False
+        B = int(self.batch_sizes[0]) if self.batch_sizes is not None else x.shape[0 if self.batch_first else 1]
+        H = self.states[-1].shape[2]
+        outer, out = (self.num_layers * self.directions, B), self.states[0].shape[2]
+        if not H or any(h.shape[:2] != outer for h in self.states) or (out != H and not self.projected):
+            return False
+        rows = GATES[self.mode] * H
+        for index in range(outer[0]):
+            weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = self.layer(index)
+            width = x.shape[-1] if index < self.directions else out * self.directions
+            columns = out // self.heads
+            if weight_ih.shape != (rows, width) or weight_hh.shape != (rows, columns):
+                return False
+            if any(b is not None and b.shape != (rows,) for b in (bias_ih, bias_hh)):
+                return False
+            if weight_hr is not None and weight_hr.shape != (out, H):
+                return False
+        return True
+
+    @property
+    def heads(self) -> int:
+        """Diagonal blocks of the hidden weights, which then have fewer columns than h; torch knows one only."""
+        out, columns = self.states[0].shape[2], self.params[1].shape[-1] if self.params[1].dim() else 0
+        whole = columns > 0 and out % columns == 0 and not self.projected
+        return out // columns if whole else 1
+
+    def options(self) -> list[str]:
+        used = {
+            "batch_sizes": self.batch_sizes is not None,
+            "proj_size": self.projected,
+            "num_heads": self.heads > 1,
+            "state_dtype": any(state.dtype != self.input.dtype for state in self.states),
+            "clipped_projection": self.projected and bool({"clip", "zoneout"} & set(self.extras.used())),
+        }
+        return [name for name, on in used.items() if on] + self.extras.used()
+
+    def run(self, backend: str) -> tuple[Tensor, ...]:
+        """(output, h_n), for lstm (output, h_n, c_n); with ``return_cell_states`` the last layer's c of every step
+        follows."""
+        x, finals = self.input.contiguous(), []
+        cells: list[Tensor] = []
+        for layer in range(self.num_layers):
+            outputs, cells = [], []
+            for direction in range(self.directions):
+                y, *final, every = self._direction(x, layer * self.directions + direction, direction == 1, backend)
+                outputs.append(y)
+                cells.append(every)
+                finals.append(final)
+            x = _joined(outputs)
+            if layer < self.num_layers - 1:
+                x = self._dropped(x)
+        states = tuple(_stacked(column) for column in zip(*finals, strict=True))
+        return (x, *states, _joined(cells)) if self.extras.return_cell_states else (x, *states)
+
+    def _direction(self, x: Tensor, index: int, reverse: bool, backend: str) -> tuple[Tensor, ...]:
+        """(y, h_n[, c_n], cells) of one layer and direction."""
+        extras = self.extras
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = (
+            None if w is None else w.contiguous() for w in self.layer(index)
+        )
+        assert weight_ih is not None
+        assert weight_hh is not None
+        if extras.forget_bias and self.mode == "lstm":
+            H = self.states[1].shape[2]
+            added = torch.nn.functional.pad(weight_ih.new_full((H,), extras.forget_bias), (H, 2 * H))
+            bias_ih = added if bias_ih is None else bias_ih + added
+        if extras.weight_dropout:
+            weight_hh = drop(weight_hh, extras.weight_dropout, self.train)
+        peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
+        zoned = extras.zoneout or extras.zoneout_cell
+        seed = ops.draw_seed() if zoned and self.train else -1
+        options = ops.RNNOptions(
+            self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell, seed
+        )
+
+        def run(x: Tensor, batch_sizes: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
+            hx, cx = states if len(states) == 2 else (states[0], None)
+            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
+            y, hy, cy, every = ops.rnn(x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states)
+            return (y, hy, every) if cx is None else (y, hy, cy, every)
+
+        states = tuple(state[index].contiguous() for state in self.states)
+        if extras.checkpoint_chunks > 1:
+            return self._in_chunks(run, x, states, reverse)
+        return run(x, self.batch_sizes, *states)
+
+    def _in_chunks(
+        self, run: Callable[..., tuple[Tensor, ...]], x: Tensor, states: tuple[Tensor, ...], reverse: bool
+    ) -> tuple[Tensor, ...]:
+        """The same, chunk by chunk of steps, each of which the backward computes again."""
+        packed, time = self.batch_sizes is not None, 1 if self.batch_first else 0
+        rows = self.batch_sizes.tolist() if self.batch_sizes is not None else [x.shape[1 - time]] * x.shape[time]
+        longest = -(-len(rows) // self.extras.checkpoint_chunks)
+        chunks = [rows[t : t + longest] for t in range(0, len(rows), longest)]
+        parts = list(x.split([sum(chunk) for chunk in chunks]) if packed else x.split(longest, time))
+        order = range(len(chunks))[:: -1 if reverse else 1]
+        results: list[tuple[Tensor, ...]] = [()] * len(chunks)
+        for i in order:
+            n = max(chunks[i])
+            sizes = torch.tensor(chunks[i]) if packed else None
+            before = tuple(state[:n] for state in states)
+            y, *after, every = checkpoint(run, parts[i].contiguous(), sizes, *before, use_reentrant=False)
+            states = tuple(torch.cat([new, old[n:]]) for new, old in zip(after, states, strict=True))
+            results[i] = (y, every)
+        ys, cells = zip(*results, strict=True)
+        dim = 0 if packed else time
+        return torch.cat(ys, dim), *states, torch.cat(cells, dim if cells[0].dim() > 1 else 0)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Between two layers."""
+        if not (self.dropout and self.train):
+            return x
+        if not self.extras.variational_dropout:
+            return drop(x, self.dropout)
+        # One mask for all steps of a sequence.
+        mask = drop(x.new_ones(self.states[0].shape[1], x.shape[-1]), self.dropout)
+        if self.batch_sizes is not None:
+            return x * torch.cat([mask[:n] for n in self.batch_sizes.tolist()])
+        return x * mask.unsqueeze(1 if self.batch_first else 0)
+
+
+def _joined(outputs: Sequence[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), -1)
+
+
+def _stacked(states: Sequence[Tensor]) -> Tensor:
+    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(list(states))
