@@ -91,6 +91,7 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS),
     },
     "nll_loss": {},
+    "dropout": {"native": _cpu()},
     "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
     "embedding_bag": {},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},

@@ -159,9 +159,9 @@ def test_an_unknown_set_is_refused() -> None:
         ("exp_negative", -1.0, 0.0, 2.0),
         ("sigmoid", -87.0, 50.0, 6.0),
         ("sigmoid", -20.0, 20.0, 4.0),
-        ("tanh", -10.0, 10.0, 3.0),
-        ("tanh", -0.7, 0.7, 3.0),
-        ("tanh", -1e-4, 1e-4, 2.5),
+        ("tanh", -10.0, 10.0, 2.0),
+        ("tanh", -0.7, 0.7, 2.0),
+        ("tanh", -1e-4, 1e-4, 1.5),
     ],
 )
 def test_functions_in_ulps(name: str, low: float, high: float, ulps: float) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as drop
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
+from .. import dispatch, ops
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -114,12 +113,18 @@ class Call:
         whole = columns > 0 and out % columns == 0 and not self.projected
         return out // columns if whole else 1
 
+    @property
+    def wide_states(self) -> bool:
+        """Whether states are fp32 beside a narrower input."""
+        narrow = self.input.dtype in (torch.bfloat16, torch.float16)
+        return narrow and all(state.dtype == torch.float32 for state in self.states)
+
     def options(self) -> list[str]:
         used = {
             "batch_sizes": self.batch_sizes is not None,
             "proj_size": self.projected,
             "num_heads": self.heads > 1,
-            "state_dtype": any(state.dtype != self.input.dtype for state in self.states),
+            "state_dtype": self.wide_states,
             "clipped_projection": self.projected and bool({"clip", "zoneout"} & set(self.extras.used())),
         }
         return [name for name, on in used.items() if on] + self.extras.used()
@@ -155,7 +160,7 @@ class Call:
             added = torch.nn.functional.pad(weight_ih.new_full((H,), extras.forget_bias), (H, 2 * H))
             bias_ih = added if bias_ih is None else bias_ih + added
         if extras.weight_dropout:
-            weight_hh = drop(weight_hh, extras.weight_dropout, self.train)
+            weight_hh = self._drop(weight_hh, extras.weight_dropout)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         zoned = extras.zoneout or extras.zoneout_cell
         seed = ops.draw_seed() if zoned and self.train else -1
@@ -196,14 +201,21 @@ class Call:
         dim = 0 if packed else time
         return torch.cat(ys, dim), *states, torch.cat(cells, dim if cells[0].dim() > 1 else 0)
 
+    def _drop(self, x: Tensor, p: float) -> Tensor:
+        if not (p and self.train):
+            return x
+        backend = dispatch.pick("dropout", x)
+        # The compiler would have to leave its graph for a seed.
+        if backend == "torch" or torch.compiler.is_compiling():
+            return torch.nn.functional.dropout(x, p)
+        return ops.dropout(x, p, ops.draw_seed(), backend)
+
     def _dropped(self, x: Tensor) -> Tensor:
         """Between two layers."""
-        if not (self.dropout and self.train):
-            return x
-        if not self.extras.variational_dropout:
-            return drop(x, self.dropout)
+        if not (self.extras.variational_dropout and self.train):
+            return self._drop(x, self.dropout)
         # One mask for all steps of a sequence.
-        mask = drop(x.new_ones(self.states[0].shape[1], x.shape[-1]), self.dropout)
+        mask = self._drop(x.new_ones(self.states[0].shape[1], x.shape[-1]), self.dropout)
         if self.batch_sizes is not None:
             return x * torch.cat([mask[:n] for n in self.batch_sizes.tolist()])
         return x * mask.unsqueeze(1 if self.batch_first else 0)

@@ -28,7 +28,79 @@ class _Layers(torch.nn.RNNBase):
     _states: tuple[str, ...] = ("hx",)
     _step_weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    # What torch's layers have not, with neutral defaults; a module pickled without them has these.
+    _OPTIONS = (
+        "forget_bias",
+        "clip",
+        "zoneout",
+        "weight_dropout",
+        "variational_dropout",
+        "return_cell_states",
+        "checkpoint_chunks",
+    )
+    forget_bias: float = 0.0
+    peephole: bool = False
+    clip: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
+    variational_dropout: bool = False
+    num_heads: int = 1
+    return_cell_states: bool = False
+    checkpoint_chunks: int = 1
+    state_dtype: torch.dtype | None = None
+
+    def _set_options(self, **options: Any) -> None:
+        """Takes and checks the options; adds and reshapes parameters as they ask for."""
+        for name, value in options.items():
+            setattr(self, name, value)
+        for name in ("zoneout", "weight_dropout"):
+            given = getattr(self, name)
+            if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
+                raise ValueError(
+                    f"{name}: got {given}, expected a share between 0 and 1, or for zoneout a pair of them"
+                )
+        if isinstance(self.zoneout, tuple) and len(self._states) == 1:
+            raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
+        if not self.clip >= 0:
+            raise ValueError(f"clip: got {self.clip}, expected a bound > 0, or 0 for none")
+        if self.checkpoint_chunks < 1:
+            raise ValueError(f"checkpoint_chunks: got {self.checkpoint_chunks}, expected at least 1")
+        heads = self.num_heads
+        if heads < 1 or self.hidden_size % heads or (heads > 1 and self.proj_size):
+            raise ValueError(
+                f"num_heads: got {heads} for hidden_size {self.hidden_size} and proj_size {self.proj_size}; expected a"
+                " divisor of hidden_size, and no projection beside several heads"
+            )
+        if heads == 1 and not self.peephole:
+            return
+        like: Tensor = self._parameters["weight_hh_l0"]  # type: ignore[assignment]
+        for layer in range(self.num_layers):
+            for suffix in ("", "_reverse")[: 1 + self.bidirectional]:
+                if heads > 1:
+                    shape = like.shape[0], like.shape[1] // heads
+                    self.register_parameter(f"weight_hh_l{layer}{suffix}", torch.nn.Parameter(like.new_empty(shape)))
+                if self.peephole:
+                    weight = torch.nn.Parameter(like.new_empty(3, self.hidden_size))
+                    self.register_parameter(f"weight_peephole_l{layer}{suffix}", weight)
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _keywords(self) -> dict[str, Any]:
+        """The options of ``functional`` that are in use."""
+        used = {name: value for name in self._OPTIONS if (value := getattr(self, name)) != getattr(_Layers, name)}
+        if isinstance(self.zoneout, tuple):
+            used["zoneout"], used["zoneout_cell"] = self.zoneout
+        if self.peephole:
+            names = [name for name in self._flat_weights_names if name.startswith("weight_ih")]
+            used["peepholes"] = [getattr(self, name.replace("weight_ih", "weight_peephole")) for name in names]
+        return used
+
+    def extra_repr(self) -> str:
+        shown = ("peephole", "num_heads", "state_dtype", *self._OPTIONS)
+        used = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) != getattr(_Layers, n)]
+        return ", ".join([super().extra_repr(), *used])
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
         if not torch.compiler.is_compiling():
             if hx is not None and (result := self._step(input, hx)) is not None:
                 return result
@@ -47,8 +119,21 @@ class _Layers(torch.nn.RNNBase):
         if states is None:
             states = self._zeros(input, input.size(batch_dim))
         self.check_forward_args(input, self._as_given(states), None)
-        output, *finals = getattr(F, self._function)(
+        output, finals, cells = self._call(input, states, self.batch_first)
+        if not batched:
+            output, finals = output.squeeze(batch_dim), tuple(state.squeeze(1) for state in finals)
+            cells = tuple(c.squeeze(batch_dim) for c in cells)
+        return output, self._as_given(finals), *cells
+
+    def _call(
+        self, input: Tensor, states: tuple[Tensor, ...], *form: Any, batch_sizes: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(output, final states, (cell states) if wanted) from either form of the functional."""
+        if self.state_dtype is not None:
+            states = tuple(state.to(self.state_dtype) for state in states)
+        output, *rest = getattr(F, self._function)(
             input,
+            *batch_sizes,
             self._as_given(states),
             self._flat_weights,
             self.bias,
@@ -56,17 +141,19 @@ class _Layers(torch.nn.RNNBase):
             self.dropout,
             self.training,
             self.bidirectional,
-            self.batch_first,
+            *form,
+            **self._keywords(),
         )
-        if not batched:
-            output, finals = output.squeeze(batch_dim), [state.squeeze(1) for state in finals]
-        return output, self._as_given(tuple(finals))
+        count = len(self._states)
+        return output, tuple(rest[:count]), tuple(rest[count:])
 
     def _step(self, input: Any, hx: Any) -> tuple[Any, Any] | None:
         """A single step of a single plain layer, if it may take the short way."""
         if self.num_layers != 1 or self.bidirectional or self.proj_size or type(input) is not Tensor:
             return None
         if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
+            return None
+        if self.num_heads > 1 or self.state_dtype is not None or self._keywords():
             return None
         states, weights = self._as_tuple(hx), self._parameters
         weight_ih, weight_hh, *biases = map(weights.get, self._step_weights)
@@ -82,26 +169,19 @@ class _Layers(torch.nn.RNNBase):
         y = new[0].clone()
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None:
             states = self._zeros(data, int(batch_sizes[0]))
         else:
             states = self._permuted(self._as_tuple(hx), sorted_indices)
         self.check_forward_args(data, self._as_given(states), batch_sizes)
-        output, *finals = getattr(F, self._function)(
-            data,
-            batch_sizes,
-            self._as_given(states),
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-        )
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self._as_given(self._permuted(tuple(finals), unsorted_indices))
+        output, finals, cells = self._call(data, states, batch_sizes=(batch_sizes,))
+
+        def packed(data: Tensor) -> PackedSequence:
+            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+
+        return packed(output), self._as_given(self._permuted(finals, unsorted_indices)), *map(packed, cells)
 
     def _as_tuple(self, hx: Any) -> tuple[Tensor, ...]:
         return tuple(hx) if len(self._states) == 2 else (hx,)
@@ -115,8 +195,9 @@ class _Layers(torch.nn.RNNBase):
 
     def _zeros(self, like: Tensor, batch: int) -> tuple[Tensor, ...]:
         layers = self.num_layers * (2 if self.bidirectional else 1)
+        dtype = self.state_dtype or like.dtype
         widths = (self.proj_size or self.hidden_size, self.hidden_size)[: len(self._states)]
-        return tuple(torch.zeros(layers, batch, width, dtype=like.dtype, device=like.device) for width in widths)
+        return tuple(torch.zeros(layers, batch, width, dtype=dtype, device=like.device) for width in widths)
 
     def _check_state_dims(self, states: tuple[Tensor, ...], batched: bool) -> None:
         wanted, kind = (3, "batched") if batched else (2, "unbatched")
@@ -130,11 +211,38 @@ class _Layers(torch.nn.RNNBase):
 
 
 class RNN(_Layers):
-    """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs."""
+    """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs.
+
+    Keywords that torch has not, with neutral defaults:
+
+    Args:
+        clip: h of every step is held within [-clip, clip]. 0: it is not.
+        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
+            evaluation a mixture.
+        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
+            AWD-LSTM; Merity et al., 2017).
+        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
+            2016).
+        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
+            again: a fraction of the memory for a third more time.
+        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    """
 
     _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        clip: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        num_heads: int = 1,
+        checkpoint_chunks: int = 1,
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE_ERROR)
         if len(args) > 3:
@@ -145,6 +253,15 @@ class RNN(_Layers):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+        self._set_options(
+            clip=clip,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            variational_dropout=variational_dropout,
+            num_heads=num_heads,
+            checkpoint_chunks=checkpoint_chunks,
+            state_dtype=state_dtype,
+        )
 
     @property
     def _function(self) -> str:  # type: ignore[override]
@@ -154,7 +271,24 @@ class RNN(_Layers):
 class LSTM(_Layers):
     """Long short-term memory; see :class:`torch.nn.LSTM`. Same arguments, inputs and outputs.
 
-    Dense sequences on the CPU run natively: a whole sequence in one parallel region, cell states in fp32.
+    Keywords that torch has not, with neutral defaults:
+
+    Args:
+        clip: h of every step is held within [-clip, clip]. 0: it is not.
+        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
+            evaluation a mixture. A pair: of h and of c.
+        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
+            AWD-LSTM; Merity et al., 2017).
+        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
+            2016).
+        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        forget_bias: added to the forget gate before its sigmoid.
+        peephole: weights (3, H) by which c acts on the gates i, f and, after the step, o (Gers and Schmidhuber, 2000).
+        return_cell_states: the c of every step of the last layer is returned as well, after the final states, shaped as
+            the output.
+        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
+            again: a fraction of the memory for a third more time.
+        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
     """
 
     _function = "lstm"
@@ -166,20 +300,82 @@ class LSTM(_Layers):
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        forget_bias: float = 0.0,
+        peephole: bool = False,
+        return_cell_states: bool = False,
+        clip: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        num_heads: int = 1,
+        checkpoint_chunks: int = 1,
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        self._set_options(
+            forget_bias=forget_bias,
+            peephole=peephole,
+            return_cell_states=return_cell_states,
+            clip=clip,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            variational_dropout=variational_dropout,
+            num_heads=num_heads,
+            checkpoint_chunks=checkpoint_chunks,
+            state_dtype=state_dtype,
+        )
 
 
 class GRU(_Layers):
-    """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs."""
+    """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs.
+
+    Keywords that torch has not, with neutral defaults:
+
+    Args:
+        clip: h of every step is held within [-clip, clip]. 0: it is not.
+        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
+            evaluation a mixture.
+        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
+            AWD-LSTM; Merity et al., 2017).
+        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
+            2016).
+        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
+            again: a fraction of the memory for a third more time.
+        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    """
 
     _function = "gru"
     _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        clip: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        num_heads: int = 1,
+        checkpoint_chunks: int = 1,
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE_ERROR)
         super().__init__("GRU", *args, **kwargs)
+        self._set_options(
+            clip=clip,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            variational_dropout=variational_dropout,
+            num_heads=num_heads,
+            checkpoint_chunks=checkpoint_chunks,
+            state_dtype=state_dtype,
+        )
 
 
 class _Cell(torch.nn.RNNCellBase):

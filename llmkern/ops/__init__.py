@@ -8,6 +8,7 @@ from ..reference._random import draw_seed
 from ._autograd import differentiating
 from ._losses import Rows
 from .cross_entropy import cross_entropy
+from .dropout import dropout
 from .embedding import embedding
 from .embedding_bag import embedding_bag, stands_in_for_torch
 from .linear import linear
@@ -24,6 +25,7 @@ __all__ = [
     "cross_entropy",
     "differentiating",
     "draw_seed",
+    "dropout",
     "embedding",
     "embedding_bag",
     "linear",

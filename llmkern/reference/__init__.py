@@ -5,6 +5,7 @@ Every op in a few readable, differentiable lines, complete in its options. Tests
 """
 
 from .cross_entropy import cross_entropy
+from .dropout import dropout
 from .embedding import embedding, embedding_row_scale
 from .embedding_bag import embedding_bag
 from .linear import linear
@@ -16,6 +17,7 @@ from .rnn import rnn, rnn_step
 __all__ = [
     "adam_step",
     "cross_entropy",
+    "dropout",
     "embedding",
     "embedding_bag",
     "embedding_row_scale",

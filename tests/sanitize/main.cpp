@@ -13,6 +13,7 @@
 namespace llmkern::sanitize {
 
 void check_cross_entropy();
+void check_dropout();
 void check_embedding();
 void check_gemm();
 void check_linear();
@@ -29,6 +30,7 @@ constexpr struct {
   void (*check)();
 } kChecks[] = {
     {"cross_entropy", &check_cross_entropy},
+    {"dropout", &check_dropout},
     {"embedding", &check_embedding},
     {"gemm", &check_gemm},
     {"linear", &check_linear},

@@ -123,10 +123,11 @@ static inline vf32 expm1_negative(vf32 x) {
   return scale * (p * r * r + r) + (scale - 1);
 }
 
-// -u / (2 + u), u = e^(-2|x|) - 1, with the sign of x, that of -0 too.
+// -u / (2 + u), u = e^(-2|x|) - 1, with the sign of x, that of -0 too. Rounded as a division would be: near 1 gradients
+// hang on the last bits.
 static inline vf32 tanh(vf32 x) {
-  const vf32 u = expm1_negative(negative(x) * 2);
-  return with_sign(-u * reciprocal(2 + u), x);
+  const vf32 u = expm1_negative(negative(x) * 2), y = reciprocal(2 + u), q = -u * y;
+  return with_sign(q - y * ((u + 2 * q) + q * u), x);
 }
 
 static inline vf64 tanh(vf64 x) {

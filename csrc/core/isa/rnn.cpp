@@ -131,7 +131,7 @@ void forward_of(const RnnForwardArgs& a, const RnnBlock& block, const Accum<T>* 
         S* const state = static_cast<S*>(a.h) + at.state();
         if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
         if (op.zoneout_h != 0) {
-          const V kept = Zoneout<S>{op.zoneout_h, op.draws, op.seed}(at.drawn(block.step), 0);
+          const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(block.step), 0);
           h = kept * load_n<S>(state, n) + (1 - kept) * h;
         }
         store_n<S>(state, h, n);
@@ -156,7 +156,7 @@ void backward_of(const RnnBackwardArgs& a, const RnnBlock& block) {
       V dout = load_n<S>(dh, n), passed{};
       if (a.dy) dout += load_n<S>(static_cast<const T*>(a.dy) + at.cell(), n);
       if (op.zoneout_h != 0) {
-        const V kept = Zoneout<S>{op.zoneout_h, op.draws, op.seed}(at.drawn(block.step), 0);
+        const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(block.step), 0);
         passed = kept * dout, dout = (1 - kept) * dout;
       }
       A* const dgates = static_cast<A*>(a.dgates) + at.token * D + at.unit;
@@ -182,6 +182,9 @@ void backward(const RnnBackwardArgs& args, const RnnBlock& block) {
 }
 
 // --- rows ---
+
+// Rows that are added up before their sum is added to the others': rounding grows with both numbers, not their product.
+constexpr int64_t kSummed = 64;
 
 template <class From, class To>
 void copy_rows(int64_t rows, int64_t n, const From* from, int64_t from_ld, To* to, int64_t to_ld, bool accumulate) {
@@ -215,8 +218,12 @@ void sum_columns(const From* from, int64_t rows, int64_t ld, int64_t begin, int6
       Vec<S> sum[4] = {};
       const int some = static_cast<int>((end - i + L - 1) / L < 4 ? (end - i + L - 1) / L : 4);
       const auto width = [&](int v) { return end - i - v * L < L ? static_cast<int>(end - i - v * L) : L; };
-      for (int64_t r = 0; r < rows; ++r)
-        for (int v = 0; v < some; ++v) sum[v] += load_n<S>(from + r * ld + i + v * L, width(v));
+      for (int64_t r0 = 0; r0 < rows; r0 += kSummed) {
+        Vec<S> part[4] = {};
+        for (int64_t r = r0; r < rows && r < r0 + kSummed; ++r)
+          for (int v = 0; v < some; ++v) part[v] += load_n<S>(from + r * ld + i + v * L, width(v));
+        for (int v = 0; v < some; ++v) sum[v] += part[v];
+      }
       for (int v = 0; v < some; ++v) store_n<S>(to + i + v * L, sum[v], width(v));
     }
 }

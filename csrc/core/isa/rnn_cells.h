@@ -5,6 +5,7 @@
 // gradients. What is optional costs a branch that is always taken the same way.
 #pragma once
 #include "core/isa/functions.h"
+#include "core/isa/random.h"
 #include "core/isa/simd.h"
 #include "core/rnn.h"
 
@@ -20,34 +21,12 @@ inline void store_n(T* p, Vec<S> v, int n) {
   n == kLanes<S> ? store(p, v) : store(p, v, n);
 }
 
-// Which of the elements that a state keeps under zoneout: all ones or all zeros in training, else the same share of
-// all. `salt` tells h from c. See llmkern/reference/_random.py for the same in PyTorch.
+// Of elements [index, index + lanes) of a state under zoneout, the share that is kept: drawn in training, 0 or 1, else
+// the same of all. `salt` tells h from c.
 template <class S>
-struct Zoneout {
-  double share;
-  bool draws;
-  uint64_t seed;
-
-  // Of elements [index, index + lanes).
-  Vec<S> operator()(uint64_t index, uint32_t salt) const {
-    if (!draws) return splat<S>(static_cast<S>(share));
-    Vec<S> kept;
-    const double limit = share * 4294967296.0;
-    for (int l = 0; l < kLanes<S>; ++l) kept[l] = random_bits(seed, index + l, salt) < limit ? S{1} : S{0};
-    return kept;
-  }
-  // 32 bits from a counter: a seed, an index, and which draw it is.
-  static uint32_t random_bits(uint64_t seed, uint64_t index, uint32_t salt) {
-    uint32_t x = static_cast<uint32_t>(index) * 0x9e3779b1u + static_cast<uint32_t>(seed);
-    x = mix(x) ^ (static_cast<uint32_t>(index >> 32) * 0x85ebca77u + static_cast<uint32_t>(seed >> 32));
-    return mix(x + salt * 0xc2b2ae3du);
-  }
-  static uint32_t mix(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-  }
-};
+inline Vec<S> kept_of(const Rnn& op, double share, uint64_t index, uint32_t salt) {
+  return op.draws ? drawn<S>(share, op.seed, index, salt) : splat(static_cast<S>(share));
+}
 
 template <class V, class S>
 inline V clamp(V x, S bound) {
@@ -93,7 +72,7 @@ struct LstmCell {
     o = sigmoid(o);
     const V out = o * tanh(cell);
     if (op.zoneout_c != 0) {
-      const V kept = Zoneout<S>{op.zoneout_c, op.draws, op.seed}(at.drawn(step), 1);
+      const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(step), 1);
       cell = kept * before + (1 - kept) * cell;
     }
     store_n<S>(c, cell, n);
@@ -120,7 +99,7 @@ struct LstmCell {
     V dcell = load_n<S>(dc, n), passed{};
     if (a.dcells) dcell += load_n<S>(static_cast<const S*>(a.dcells) + at.cell(), n);
     if (op.zoneout_c != 0) {
-      const V kept = Zoneout<S>{op.zoneout_c, op.draws, op.seed}(at.drawn(step), 1);
+      const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(step), 1);
       passed = kept * dcell, dcell = (1 - kept) * dcell, cell = f * before + i * g;
     }
     const V squashed = tanh(cell);

@@ -1,0 +1,288 @@
+"""What torch's recurrent layers have not: every option against its reference, on every backend and shape of input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_accurate
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import llmkern
+import llmkern.nn as nn
+from llmkern import ops, reference
+
+NATIVE = llmkern.dispatch.unavailable("native") is None
+CLASSES = ["LSTM", "GRU", "RNN"]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)]
+
+
+def _run(module: Any, x: Any, states: Any, backend: str) -> list[Tensor]:
+    """All outputs, and all gradients for random cotangents on every output; random options draw the same."""
+    torch.manual_seed(11)
+    with llmkern.backend(backend):
+        data = x.data if isinstance(x, PackedSequence) else x
+        data = data.detach().clone().requires_grad_()
+        given = [s.detach().clone().requires_grad_() for s in _tensors(states)]
+        states = tuple(given) if isinstance(states, tuple) else given[0]
+        outputs = _tensors(module(x._replace(data=data) if isinstance(x, PackedSequence) else data, states))
+        g = torch.Generator().manual_seed(5)
+        cotangents = [torch.randn(out.shape, generator=g).to(out.dtype) for out in outputs]
+        grads = torch.autograd.grad(outputs, [data, *given, *module.parameters()], cotangents)
+    return [t.detach() for t in outputs] + list(grads)
+
+
+def _inputs(name: str, B: int, shape: str, dtype: torch.dtype, H: int = 18, layers: int = 1) -> tuple[Any, Any]:
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn((B, 6, 5) if shape == "batch_first" else (6, B, 5), generator=g).to(dtype)
+    states = [torch.randn(layers, B, H, generator=g).to(dtype) for _ in range(2 if name == "LSTM" else 1)]
+    lengths = torch.linspace(6, 1, B).long()
+    packed = pack_padded_sequence(x, lengths) if shape == "packed" else x
+    return packed, tuple(states) if name == "LSTM" else states[0]
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "clip": ({"clip": 0.3}, ("LSTM", "GRU", "RNN")),
+    "zoneout": ({"zoneout": 0.25}, ("LSTM", "GRU", "RNN")),
+    "zoneout of both": ({"zoneout": (0.25, 0.5)}, ("LSTM",)),
+    "heads": ({"num_heads": 3}, ("LSTM", "GRU", "RNN")),
+    "weight dropout": ({"weight_dropout": 0.5}, ("LSTM", "GRU", "RNN")),
+    "peephole": ({"peephole": True}, ("LSTM",)),
+    "forget bias": ({"forget_bias": 1.0}, ("LSTM",)),
+    "forget bias alone": ({"forget_bias": 1.0, "bias": False}, ("LSTM",)),
+    "cell states": ({"return_cell_states": True}, ("LSTM",)),
+    "chunks": ({"checkpoint_chunks": 3}, ("LSTM", "GRU", "RNN")),
+    "all": (
+        {"clip": 0.4, "zoneout": (0.1, 0.2), "num_heads": 2, "peephole": True, "return_cell_states": True},
+        ("LSTM",),
+    ),
+}
+CASES = [(name, option) for option, (_, names) in OPTIONS.items() for name in names]
+
+
+# 15 sequences: more than one block of rows, and no multiple of one.
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.parametrize(("name", "option"), CASES)
+@pytest.mark.parametrize("shape", ["steps", "batch_first", "packed"])
+@pytest.mark.parametrize("train", [True, False])
+def test_options(name: str, option: str, shape: str, train: bool) -> None:
+    torch.manual_seed(3)
+    module = getattr(nn, name)(5, 18, batch_first=shape == "batch_first", **OPTIONS[option][0]).train(train)
+    x, states = _inputs(name, 15, shape, torch.float32)
+    got, own = _run(module, x, states, "native"), _run(module, x, states, "reference")
+    wide = tuple(s.double() for s in states) if isinstance(states, tuple) else states.double()
+    right = _run(module.double(), x.double(), wide, "reference")
+    for a, b, c in zip(got, right, own, strict=True):
+        assert_accurate(a, b, c)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.parametrize("name", CLASSES)
+def test_layers_and_directions(name: str) -> None:
+    torch.manual_seed(3)
+    options = {"num_layers": 2, "bidirectional": True, "zoneout": 0.3, "num_heads": 2, "checkpoint_chunks": 2}
+    module = getattr(nn, name)(5, 18, **options).double()
+    for shape in ("steps", "packed"):
+        x, states = _inputs(name, 9, shape, torch.float64, layers=4)
+        for a, b in zip(_run(module, x, states, "native"), _run(module, x, states, "reference"), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("option", ["peephole", "cell states", "all"])
+@pytest.mark.parametrize("where", ["native", "reference"])
+def test_second_derivatives(option: str, where: str) -> None:
+    if where == "native" and not NATIVE:
+        pytest.skip("no native build")
+    options = {**OPTIONS[option][0], "num_heads": 1}
+    # No kinks, and no mask: finite differences see neither.
+    options.pop("clip", None)
+    module = nn.LSTM(2, 4, **options).double().eval()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    states = tuple(torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weights = dict(module.named_parameters())
+
+    def function(x: Tensor, h: Tensor, c: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        parameters = dict(zip(weights, values, strict=True))
+        with llmkern.backend(where):
+            return tuple(_tensors(torch.func.functional_call(module, parameters, (x, (h, c)))))
+
+    arguments = (x, *states, *(p.detach().requires_grad_() for p in weights.values()))
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_cell_states_are_those_of_every_step() -> None:
+    lstm = nn.LSTM(5, 7, return_cell_states=True)
+    x = torch.randn(4, 3, 5)
+    _, (_, c), cells = lstm(x)
+    assert cells.shape == (4, 3, 7)
+    torch.testing.assert_close(cells[-1], c[0])
+    state = None
+    for t in range(4):
+        _, state, each = lstm(x[t : t + 1], state)
+        torch.testing.assert_close(each[0], cells[t])
+    packed = lstm(pack_padded_sequence(x, torch.tensor([2, 4, 1]), enforce_sorted=False))
+    torch.testing.assert_close(torch.nn.utils.rnn.unpack_sequence(packed[2])[1], cells[:, 1])
+    assert lstm(x[:, 0])[2].shape == (4, 7)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_states_in_fp32_beside_bf16(name: str) -> None:
+    torch.manual_seed(0)
+    module = getattr(nn, name)(5, 18, state_dtype=torch.float32).bfloat16()
+    plain = getattr(nn, name)(5, 18).bfloat16()
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(40, 3, 5).bfloat16()
+    whole = _tensors(module(x)[1])
+    assert all(state.dtype == torch.float32 for state in whole)
+    errors = []
+    for one in (module, plain):
+        state = None
+        for part in x.split(1):
+            y, state = one(part, state)
+            assert y.dtype == torch.bfloat16
+        errors.append(max((a.float() - b).abs().max() for a, b in zip(_tensors(state), whole, strict=True)))
+    # Cut anywhere, the sequence is the same but for h, which products see in bf16 either way.
+    assert errors[0] <= errors[1]
+    for a, b in zip(
+        _run(module, x, module(x)[1], "native" if NATIVE else "auto"),
+        _run(module, x, module(x)[1], "reference"),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), atol=0.1, rtol=0.1)
+
+
+def test_zoneout_keeps_its_share() -> None:
+    for share in (0.0, 0.3, 1.0):
+        rnn = nn.RNN(1, 2000, zoneout=share)
+        hx = torch.randn(1, 20, 2000)
+        y, _ = rnn(torch.randn(1, 20, 1), hx)
+        assert abs((y == hx).double().mean() - share) < 0.01
+
+
+def test_variational_dropout_draws_one_mask_for_all_steps() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(5, 7, 2, dropout=0.5, variational_dropout=True, bidirectional=True)
+    with torch.no_grad():
+        for name, parameter in lstm.named_parameters():
+            if "l1" in name:
+                parameter.fill_(0.0)
+        # The second layer's cell shows in its gate g what it is given.
+        lstm.weight_ih_l1.view(4, 7, 14)[2] = torch.eye(14)[:7]
+        lstm.bias_ih_l1.view(4, 7)[:2] = torch.tensor([[9.0], [-20.0]])
+        lstm.bias_ih_l1.view(4, 7)[3] = 20.0
+    x = torch.randn(6, 3, 5)
+    for given in (x, pack_padded_sequence(x, torch.tensor([6, 4, 2]))):
+        out = lstm(given)[0]
+        y = torch.nn.utils.rnn.pad_packed_sequence(out)[0] if isinstance(out, PackedSequence) else out
+        dropped = y[..., :7] == 0
+        first = dropped[0]
+        assert 0.2 < first.double().mean() < 0.8
+        assert torch.equal(dropped[:2], first.expand(2, -1, -1))
+    lstm.eval()
+    assert not (lstm(x)[0][..., :7] == 0).any()
+
+
+def test_weight_dropout_is_one_mask_a_call() -> None:
+    rnn = nn.RNN(3, 40, weight_dropout=0.5)
+    x, hx = torch.zeros(2, 1, 3), torch.ones(1, 1, 40)
+    assert not torch.equal(rnn(x, hx)[0], rnn(x, hx)[0])
+    rnn.eval()
+    assert torch.equal(rnn(x, hx)[0], rnn(x, hx)[0])
+    rnn.train()
+    y = rnn(x, hx)[0]
+    grad = torch.autograd.grad(y.sum(), rnn.weight_hh_l0)[0]
+    assert 0.4 < (grad == 0).double().mean() < 0.6
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+def test_chunks_save_memory() -> None:
+    kept = []
+    for chunks in (1, 8):
+        lstm = nn.LSTM(16, 32, checkpoint_chunks=chunks)
+        saved: dict[int, int] = {}
+        x = torch.randn(256, 4, 16, requires_grad=True)
+
+        def pack(t: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            lstm(x)
+        kept.append(sum(saved.values()))
+    assert kept[1] < kept[0] / 2
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "zoneout": ({"zoneout": 1.5}, "zoneout: got 1.5, expected a share"),
+    "weight_dropout": ({"weight_dropout": -0.1}, "weight_dropout: got -0.1, expected a share"),
+    "clip": ({"clip": -1.0}, "clip: got -1.0, expected a bound"),
+    "heads": ({"num_heads": 4}, "num_heads: got 4 for hidden_size 18"),
+    "chunks": ({"checkpoint_chunks": 0}, "checkpoint_chunks: got 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_options(name: str, wrong: str) -> None:
+    options, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message):
+        getattr(nn, name)(5, 18, **options)
+    with pytest.raises(TypeError):
+        nn.GRU(5, 18, peephole=True)
+    if name != "LSTM":
+        with pytest.raises(ValueError, match="has one state; expected a number"):
+            getattr(nn, name)(5, 18, zoneout=(0.1, 0.1))
+
+
+def test_options_show() -> None:
+    lstm = nn.LSTM(5, 18, zoneout=0.1, num_heads=2, peephole=True)
+    assert repr(lstm) == "LSTM(5, 18, peephole=True, num_heads=2, zoneout=0.1)"
+    assert repr(nn.LSTM(5, 18)) == repr(torch.nn.LSTM(5, 18))
+    assert lstm.weight_hh_l0.shape == (72, 9)
+    assert lstm.weight_peephole_l0.shape == (3, 18)
+    other = nn.LSTM(5, 18, zoneout=0.1, num_heads=2, peephole=True)
+    other.load_state_dict(lstm.state_dict())
+    x = torch.randn(3, 2, 5)
+    assert torch.equal(lstm.eval()(x)[0], other.eval()(x)[0])
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_dropout_is_the_references(dtype: torch.dtype) -> None:
+    x = torch.randn(1003, 7).to(dtype)
+    for p in (0.0, 0.3, 1.0):
+        for seed in (0, 1, (1 << 62) - 1):
+            got, want = (ops.dropout(x, p, seed, where) for where in ("native", "reference"))
+            assert torch.equal(got, want)
+            assert abs((got == 0).double().mean() - p) < 0.02
+    a, b = (ops.dropout(x, 0.5, seed, "native") == 0 for seed in (1, 2))
+    assert 0.45 < (a == b).double().mean() < 0.55
+    huge = torch.full((64,), float("inf"))
+    assert set(ops.dropout(huge, 0.5, 3, "native").tolist()) == {0.0, float("inf")}
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native build")
+def test_dropout_differentiates() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    function = lambda x: ops.dropout(x, 0.4, 9, "native")  # noqa: E731
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_random_bits_are_even() -> None:
+    index = torch.arange(1 << 16) + (1 << 32) - (1 << 15)
+    bits = reference._random.random_bits(12345678901234, index, 1)
+    for position in range(32):
+        assert abs((bits >> position & 1).double().mean() - 0.5) < 0.01
+    assert bits.unique().numel() > 65_000
