@@ -29,10 +29,23 @@ BUILD: dict[str, Any] = {
     "LinearCrossEntropyLoss": lambda c: c(5, 7, bias=True, label_smoothing=0.1),
     "Linear": lambda c: c(5, 7, bias=False),
     "MSELoss": lambda c: c(reduction="sum"),
+    "Dropout": lambda c: c(0.25, inplace=True),
 }
 OURS = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]
 # Options of ours beyond torch's, neutral by default.
+_RECURRENT = {
+    "clip",
+    "zoneout",
+    "weight_dropout",
+    "variational_dropout",
+    "num_heads",
+    "checkpoint_chunks",
+    "state_dtype",
+}
 EXTRA = {
+    "RNN": _RECURRENT,
+    "GRU": _RECURRENT,
+    "LSTM": {*_RECURRENT, "forget_bias", "peephole", "return_cell_states"},
     "CrossEntropyLoss": {"z_loss", "softcap", "logit_scale", "outputs", "inplace"},
     "LinearCrossEntropyLoss": {"z_loss", "softcap", "logit_scale", "outputs", "workspace"},
 }
@@ -110,7 +123,7 @@ def test_copies(name: str) -> None:
             assert a.data_ptr() != b.data_ptr() or not a.numel()
 
 
-@pytest.mark.parametrize("name", [n for n in OURS if "Loss" not in n])
+@pytest.mark.parametrize("name", [n for n in OURS if "Loss" not in n and n != "Dropout"])
 def test_device_and_dtype_arguments(name: str) -> None:
     module = getattr(nn, name)(5, 7, device="meta", dtype=torch.float64)
     assert all(p.is_meta and p.dtype == torch.float64 for p in module.parameters())

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import llmkern
 import llmkern.nn as nn
-from llmkern import ops, reference
 
 NATIVE = llmkern.dispatch.unavailable("native") is None
 CLASSES = ["LSTM", "GRU", "RNN"]
@@ -255,34 +254,3 @@ def test_options_show() -> None:
     other.load_state_dict(lstm.state_dict())
     x = torch.randn(3, 2, 5)
     assert torch.equal(lstm.eval()(x)[0], other.eval()(x)[0])
-
-
-@pytest.mark.skipif(not NATIVE, reason="no native build")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_dropout_is_the_references(dtype: torch.dtype) -> None:
-    x = torch.randn(1003, 7).to(dtype)
-    for p in (0.0, 0.3, 1.0):
-        for seed in (0, 1, (1 << 62) - 1):
-            got, want = (ops.dropout(x, p, seed, where) for where in ("native", "reference"))
-            assert torch.equal(got, want)
-            assert abs((got == 0).double().mean() - p) < 0.02
-    a, b = (ops.dropout(x, 0.5, seed, "native") == 0 for seed in (1, 2))
-    assert 0.45 < (a == b).double().mean() < 0.55
-    huge = torch.full((64,), float("inf"))
-    assert set(ops.dropout(huge, 0.5, 3, "native").tolist()) == {0.0, float("inf")}
-
-
-@pytest.mark.skipif(not NATIVE, reason="no native build")
-def test_dropout_differentiates() -> None:
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    function = lambda x: ops.dropout(x, 0.4, 9, "native")  # noqa: E731
-    assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, x)
-
-
-def test_random_bits_are_even() -> None:
-    index = torch.arange(1 << 16) + (1 << 32) - (1 << 15)
-    bits = reference._random.random_bits(12345678901234, index, 1)
-    for position in range(32):
-        assert abs((bits >> position & 1).double().mean() - 0.5) < 0.01
-    assert bits.unique().numel() > 65_000

@@ -27,7 +27,7 @@
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384;              // of a block of k, in steps of a tile
+constexpr int64_t kDepth = 512;              // of a block of k, in steps of a tile
 constexpr int64_t kPassBlocks = 24;          // of k in one pass, which packs B
 constexpr int64_t kFlatElements = 1 << 20;   // of A in one pass, which packs A
 constexpr int64_t kDotDepth = 1024;          // of a block of k for inner products, whose sums are spread over lanes
@@ -35,6 +35,7 @@ constexpr int64_t kBlockBytes = 512 * 1024;  // of packed A
 constexpr int64_t kPanelBytes = 8 << 20;     // of packed B
 constexpr int64_t kBlockCols = 1024;         // of a block of C, about
 constexpr int64_t kBlocksPerThread = 6;      // of C
+constexpr int64_t kLeastTiles = 3;           // of rows in one of them, if columns can be split
 constexpr int64_t kSlack = 16;               // elements that packing may write past its end
 constexpr int64_t kConvertGrain = 1 << 15;   // elements that are worth a thread
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds that are worth a thread
@@ -173,7 +174,8 @@ void run(const Problem<S>& p) {
   int64_t width = std::min(widest, kBlockCols / cols);
   while (threads > 1 && ceil_div(row_tiles, tiles) * ceil_div(widest, width) < kBlocksPerThread * threads &&
          tiles * width > 4) {
-    int64_t& longer = tiles * rows > width * cols ? tiles : width;
+    // Rows first: columns in two parts pack A twice.
+    int64_t& longer = tiles > kLeastTiles || width == 1 ? tiles : width;
     longer = ceil_div(longer, 2);
   }
   const Split row_blocks = split(row_tiles, tiles);

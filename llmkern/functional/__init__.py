@@ -10,6 +10,7 @@ import torch.nn.functional
 
 from ._losses import CrossEntropyOutput
 from .cross_entropy import cross_entropy, nll_loss
+from .dropout import dropout
 from .embedding import embedding
 from .embedding_bag import embedding_bag
 from .linear import linear
@@ -20,6 +21,7 @@ from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_ta
 __all__ = [
     "CrossEntropyOutput",
     "cross_entropy",
+    "dropout",
     "embedding",
     "embedding_bag",
     "gru",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import dispatch, ops
+from .. import ops
+from .dropout import dropout
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -160,7 +161,7 @@ class Call:
             added = torch.nn.functional.pad(weight_ih.new_full((H,), extras.forget_bias), (H, 2 * H))
             bias_ih = added if bias_ih is None else bias_ih + added
         if extras.weight_dropout:
-            weight_hh = self._drop(weight_hh, extras.weight_dropout)
+            weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         zoned = extras.zoneout or extras.zoneout_cell
         seed = ops.draw_seed() if zoned and self.train else -1
@@ -201,21 +202,12 @@ class Call:
         dim = 0 if packed else time
         return torch.cat(ys, dim), *states, torch.cat(cells, dim if cells[0].dim() > 1 else 0)
 
-    def _drop(self, x: Tensor, p: float) -> Tensor:
-        if not (p and self.train):
-            return x
-        backend = dispatch.pick("dropout", x)
-        # The compiler would have to leave its graph for a seed.
-        if backend == "torch" or torch.compiler.is_compiling():
-            return torch.nn.functional.dropout(x, p)
-        return ops.dropout(x, p, ops.draw_seed(), backend)
-
     def _dropped(self, x: Tensor) -> Tensor:
         """Between two layers."""
         if not (self.extras.variational_dropout and self.train):
-            return self._drop(x, self.dropout)
+            return dropout(x, self.dropout, self.train)
         # One mask for all steps of a sequence.
-        mask = self._drop(x.new_ones(self.states[0].shape[1], x.shape[-1]), self.dropout)
+        mask = dropout(x.new_ones(self.states[0].shape[1], x.shape[-1]), self.dropout)
         if self.batch_sizes is not None:
             return x * torch.cat([mask[:n] for n in self.batch_sizes.tolist()])
         return x * mask.unsqueeze(1 if self.batch_first else 0)

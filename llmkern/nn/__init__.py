@@ -11,17 +11,20 @@ import torch.nn
 
 from .. import functional
 from .cross_entropy import CrossEntropyLoss, NLLLoss
+from .dropout import Dropout
 from .embedding import Embedding, EmbeddingBag
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
-from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .rnn import GRU, LSTM, RNN
+from .rnn_cell import GRUCell, LSTMCell, RNNCell
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "CrossEntropyLoss",
+    "Dropout",
     "Embedding",
     "EmbeddingBag",
     "GRUCell",

@@ -111,58 +111,80 @@ void visit_types(DType dtype, DType operand, const F& f) {
   });
 }
 
+template <class Cell, class T, class A, bool kWhole>
+LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& block, int64_t i, int tail,
+                                    const Accum<T>* pre, int64_t per_row) {
+  using S = Accum<T>;
+  using V = Vec<S>;
+  const Rnn& op = *a.op;
+  const int64_t H = op.H, unit = block.u + i, cells = block.token * H + unit, gates = block.token * 4 * H + unit;
+  At<S, kWhole> at{op, unit, block.b * H + unit, cells, gates, block.step, block.b, tail};
+  const S* gx = static_cast<const S*>(a.gx) + unit;
+  A* next = static_cast<A*>(a.next) + block.b * a.next_ld + unit;
+  pre += i;
+  for (int row = 0; row < block.rows; ++row) {
+    V h = Cell::template forward<T>(a, at, pre, gx);
+    if (!op.weight_hr) {
+      S* const state = static_cast<S*>(a.h) + at.state;
+      if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
+      if (op.zoneout_h != 0) {
+        const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
+        h = kept * at.load(state) + (1 - kept) * h;
+      }
+      at.store(state, h);
+      at.store(static_cast<T*>(a.y) + at.cell, h);
+    }
+    at.store(next, h);
+    pre += per_row, gx += a.gx_ld, next += a.next_ld;
+    at.state += H, at.cell += block.stride * H, at.gates += block.stride * 4 * H, ++at.b;
+  }
+}
+
 template <class Cell, class T, class A>
 void forward_of(const RnnForwardArgs& a, const RnnBlock& block, const Accum<T>* pre) {
+  constexpr int L = kLanes<Accum<T>>;
+  // One gate fills a panel with four vectors of units, several fill it with one vector each.
+  const int64_t per_row = Cell::kGates == 1 ? (block.units + L - 1) / L * L : Cell::kGates * L;
+  int64_t i = 0;
+  for (; i + L <= block.units; i += L) forward_vectors<Cell, T, A, true>(a, block, i, L, pre, per_row);
+  if (i < block.units) forward_vectors<Cell, T, A, false>(a, block, i, static_cast<int>(block.units - i), pre, per_row);
+}
+
+// Row `row` of a block, from its i-th unit on: n vectors, or a tail.
+template <class Cell, class T, class A, bool kWhole>
+LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& block, int64_t row, int64_t i, int64_t n,
+                                     int tail) {
   using S = Accum<T>;
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const Rnn& op = *a.op;
-  const bool projected = op.weight_hr;
-  // One gate fills a panel with four vectors of units, several fill it with one vector each.
-  const int64_t per_row = Cell::kGates == 1 ? (block.units + L - 1) / L * L : Cell::kGates * L;
-  for (int64_t row = 0; row < block.rows; ++row)
-    for (int64_t i = 0; i < block.units; i += L) {
-      const int n = block.units - i < L ? static_cast<int>(block.units - i) : L;
-      const At<T> at{op, block.b + row, block.token + row * block.stride, block.u + i, n};
-      const S* const gx = static_cast<const S*>(a.gx) + row * a.gx_ld + at.unit;
-      V h = Cell::template forward<T>(a, at, block.step, pre + row * per_row + i, gx);
-      A* const next = static_cast<A*>(a.next) + at.b * a.next_ld + at.unit;
-      if (!projected) {
-        S* const state = static_cast<S*>(a.h) + at.state();
-        if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
-        if (op.zoneout_h != 0) {
-          const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(block.step), 0);
-          h = kept * load_n<S>(state, n) + (1 - kept) * h;
-        }
-        store_n<S>(state, h, n);
-        store_n<S>(static_cast<T*>(a.y) + at.cell(), h, n);
-      }
-      store_n<S>(next, h, n);
+  const int64_t H = op.H, unit = block.u + i, b = block.b + row, token = block.token + row * block.stride;
+  At<S, kWhole> at{op, unit, b * H + unit, token * H + unit, token * 4 * H + unit, block.step, b, tail};
+  A* dgates = static_cast<A*>(a.dgates) + token * dgates_of(op) + unit;
+  int64_t c_before = row * a.c_stride + unit;
+  for (int64_t v = 0; v < n; ++v) {
+    S* const dh = static_cast<S*>(a.dh) + at.state;
+    V dout = at.load(dh), passed{};
+    if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.cell);
+    if (op.zoneout_h != 0) {
+      const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
+      passed = kept * dout, dout = (1 - kept) * dout;
     }
+    passed += Cell::template backward<T>(a, at, c_before, dout, dgates);
+    at.store(dh, passed);
+    at.unit += L, at.state += L, at.cell += L, at.gates += L, dgates += L, c_before += L;
+  }
 }
 
 template <class Cell, class T, class A>
 void backward_of(const RnnBackwardArgs& a, const RnnBlock& block) {
-  using S = Accum<T>;
-  using V = Vec<S>;
-  constexpr int L = kLanes<S>;
-  const Rnn& op = *a.op;
-  const int64_t D = dgates_of(op);
-  for (int64_t row = 0; row < block.rows; ++row)
-    for (int64_t i = 0; i < block.units; i += L) {
-      const int n = block.units - i < L ? static_cast<int>(block.units - i) : L;
-      const At<T> at{op, block.b + row, block.token + row * block.stride, block.u + i, n};
-      S* const dh = static_cast<S*>(a.dh) + at.state();
-      V dout = load_n<S>(dh, n), passed{};
-      if (a.dy) dout += load_n<S>(static_cast<const T*>(a.dy) + at.cell(), n);
-      if (op.zoneout_h != 0) {
-        const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(block.step), 0);
-        passed = kept * dout, dout = (1 - kept) * dout;
-      }
-      A* const dgates = static_cast<A*>(a.dgates) + at.token * D + at.unit;
-      passed += Cell::template backward<T, A>(a, at, block.step, row, dout, dgates);
-      store_n<S>(dh, passed, n);
-    }
+  constexpr int L = kLanes<Accum<T>>;
+  const int64_t whole = block.units / L;
+  const int tail = static_cast<int>(block.units % L);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    backward_vectors<Cell, T, A, true>(a, block, row, 0, whole, L);
+    if (tail > 0) backward_vectors<Cell, T, A, false>(a, block, row, whole * L, 1, tail);
+  }
 }
 
 void forward(const RnnForwardArgs& args, const RnnBlock& block, const void* pre) {
@@ -182,6 +204,15 @@ void backward(const RnnBackwardArgs& args, const RnnBlock& block) {
 }
 
 // --- rows ---
+
+template <class S, class T>
+inline Vec<S> load_n(const T* p, int n) {
+  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
+}
+template <class S, class T>
+inline void store_n(T* p, Vec<S> v, int n) {
+  n == kLanes<S> ? store(p, v) : store(p, v, n);
+}
 
 // Rows that are added up before their sum is added to the others': rounding grows with both numbers, not their product.
 constexpr int64_t kSummed = 64;

@@ -1,0 +1,30 @@
+"""Dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, ops
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``input`` with each element zeroed with probability ``p``, the others scaled by 1 / (1 - p); see
+    :func:`torch.nn.functional.dropout`.
+
+    The mask is a function of a seed and of an index: it is computed anew in the backward and never stored. The
+    seed comes from torch's default generator, so that ``torch.manual_seed`` determines the mask; it is another one than
+    torch's own function would draw.
+
+    Raises:
+        ValueError: if ``p`` is not between 0 and 1.
+    """
+    # A seed is a number: the compiler would leave its graph for it, and vmap has its own rules for random numbers.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    options = [name for name, on in (("inplace", inplace), ("traced", traced)) if on]
+    backend = "torch"
+    if training and 0 < p <= 1 and input.numel():
+        backend = dispatch.pick("dropout", input, options=options)
+    if backend == "torch":
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    return ops.dropout(input, float(p), ops.draw_seed(), backend)
