@@ -101,6 +101,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "mse_loss": {"native": _cpu()},
     "lstm": {"native": _cpu("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS)},
     **{mode: {"native": _cpu("batch_sizes", *_RNN_OPTIONS)} for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS)},
     **{f"{mode}_cell": {"native": _cpu()} for mode in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "adam": {"native": _cpu("weight_decay", "amsgrad", "maximize")},
     "sgd": {},
@@ -108,8 +109,9 @@ TABLE: dict[str, dict[str, Support]] = {
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
-    "lstm": frozenset({*_RNN_OPTIONS, "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
-    **{mode: frozenset(_RNN_OPTIONS) for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    "lstm": frozenset({*_RNN_OPTIONS, "norms", "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
+    **{mode: frozenset({*_RNN_OPTIONS, "norms"}) for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    "slstm": frozenset({"mode", "norms", *_RNN_OPTIONS}),
 }
 REFERENCE_LACKS: dict[str, frozenset[str]] = {
     "embedding": frozenset({"sparse"}),

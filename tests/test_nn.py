@@ -30,6 +30,7 @@ BUILD: dict[str, Any] = {
     "Linear": lambda c: c(5, 7, bias=False),
     "MSELoss": lambda c: c(reduction="sum"),
     "Dropout": lambda c: c(0.25, inplace=True),
+    "sLSTM": lambda c: c(5, 7, 2, bidirectional=True, num_heads=7),
 }
 OURS = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]
 # Options of ours beyond torch's, neutral by default.
@@ -39,6 +40,7 @@ _RECURRENT = {
     "weight_dropout",
     "variational_dropout",
     "num_heads",
+    "layer_norm",
     "checkpoint_chunks",
     "state_dtype",
 }

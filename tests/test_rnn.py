@@ -349,9 +349,9 @@ def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
         bad[index] = torch.zeros([n + 1 for n in good[index].shape])
         with pytest.raises(ValueError, match="expected"):
             run(bad)
-    with pytest.raises(ValueError, match="mode lstm, gru, rnn_tanh or rnn_relu, got elman"):
+    with pytest.raises(ValueError, match="mode lstm, gru, rnn_tanh, rnn_relu or slstm, got elman"):
         run(good, options=options._replace(mode="elman"))
-    with pytest.raises(ValueError, match="for lstm alone"):
+    with pytest.raises(ValueError, match="for lstm and slstm alone"):
         run(good, options=options._replace(mode="gru"))
     packed = [torch.zeros(6, 5), *good[1:]]
     run(packed, torch.tensor([3, 2, 1]))

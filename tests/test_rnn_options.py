@@ -43,23 +43,32 @@ def _run(module: Any, x: Any, states: Any, backend: str) -> list[Tensor]:
 def _inputs(name: str, B: int, shape: str, dtype: torch.dtype, H: int = 18, layers: int = 1) -> tuple[Any, Any]:
     g = torch.Generator().manual_seed(7)
     x = torch.randn((B, 6, 5) if shape == "batch_first" else (6, B, 5), generator=g).to(dtype)
-    states = [torch.randn(layers, B, H, generator=g).to(dtype) for _ in range(2 if name == "LSTM" else 1)]
+    states = [torch.randn(layers, B, H, generator=g).to(dtype) for _ in range(2 if "LSTM" in name else 1)]
     lengths = torch.linspace(6, 1, B).long()
     packed = pack_padded_sequence(x, lengths) if shape == "packed" else x
+    if name == "sLSTM":
+        return packed, _slstm_states(states)
     return packed, tuple(states) if name == "LSTM" else states[0]
 
 
+def _slstm_states(states: Any) -> Any:
+    """c, n > 0, m."""
+    h, c = states
+    return h, torch.cat([c, c.abs() + 0.5, c.cos()], -1)
+
+
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "clip": ({"clip": 0.3}, ("LSTM", "GRU", "RNN")),
-    "zoneout": ({"zoneout": 0.25}, ("LSTM", "GRU", "RNN")),
+    "none": ({}, ("sLSTM",)),
+    "clip": ({"clip": 0.3}, ("LSTM", "GRU", "RNN", "sLSTM")),
+    "zoneout": ({"zoneout": 0.25}, ("LSTM", "GRU", "RNN", "sLSTM")),
     "zoneout of both": ({"zoneout": (0.25, 0.5)}, ("LSTM",)),
-    "heads": ({"num_heads": 3}, ("LSTM", "GRU", "RNN")),
+    "heads": ({"num_heads": 3}, ("LSTM", "GRU", "RNN", "sLSTM")),
     "weight dropout": ({"weight_dropout": 0.5}, ("LSTM", "GRU", "RNN")),
     "peephole": ({"peephole": True}, ("LSTM",)),
     "forget bias": ({"forget_bias": 1.0}, ("LSTM",)),
     "forget bias alone": ({"forget_bias": 1.0, "bias": False}, ("LSTM",)),
-    "cell states": ({"return_cell_states": True}, ("LSTM",)),
-    "chunks": ({"checkpoint_chunks": 3}, ("LSTM", "GRU", "RNN")),
+    "cell states": ({"return_cell_states": True}, ("LSTM", "sLSTM")),
+    "chunks": ({"checkpoint_chunks": 3}, ("LSTM", "GRU", "RNN", "sLSTM")),
     "all": (
         {"clip": 0.4, "zoneout": (0.1, 0.2), "num_heads": 2, "peephole": True, "return_cell_states": True},
         ("LSTM",),
@@ -117,6 +126,85 @@ def test_second_derivatives(option: str, where: str) -> None:
     arguments = (x, *states, *(p.detach().requires_grad_() for p in weights.values()))
     assert torch.autograd.gradcheck(function, arguments)
     assert torch.autograd.gradgradcheck(function, arguments)
+
+
+def test_layer_norm_is_that_of_a_loop_over_steps() -> None:
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(5, 7, layer_norm=True), torch.randn(6, 3, 5)
+    with torch.no_grad():
+        for parameter in lstm.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    h = c = torch.zeros(3, 7)
+    norm = torch.nn.functional.layer_norm
+    for step in x:
+        a = norm(step @ lstm.weight_ih_l0.T, (28,), lstm.weight_norm_ih_l0) + lstm.bias_ih_l0
+        a = a + norm(h @ lstm.weight_hh_l0.T, (28,), lstm.weight_norm_hh_l0) + lstm.bias_hh_l0
+        i, f, g, o = a.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * norm(c, (7,), lstm.weight_norm_c_l0, lstm.bias_norm_c_l0).tanh()
+    y, (h_n, c_n) = lstm(x)
+    for got, want in ((y[-1], h), (h_n[0], h), (c_n[0], c)):
+        torch.testing.assert_close(got, want)
+    told = llmkern.explain(lstm, x)
+    assert told.backends == ("reference",)
+    assert not NATIVE or "native: does not serve norms" in str(told)
+    for name in ("GRU", "RNN", "sLSTM"):
+        other = getattr(nn, name)(5, 7, 2, bidirectional=True, layer_norm=True)
+        # The identity at first, of both products: their scale does not matter.
+        scaled = getattr(nn, name)(5, 7, 2, bidirectional=True, layer_norm=True)
+        scaled.load_state_dict(
+            {k: v * 3 if k.startswith(("weight_ih", "weight_hh")) else v for k, v in other.state_dict().items()}
+        )
+        torch.testing.assert_close(other(x)[0], scaled(x)[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_slstm_is_the_papers_formula(where: str, dtype: torch.dtype) -> None:
+    if where == "native" and not NATIVE:
+        pytest.skip("no native build")
+    torch.manual_seed(0)
+    H, lstm = 17, nn.sLSTM(5, 17).to(dtype)
+    x = torch.randn(9, 4, 5).to(dtype)
+    with llmkern.backend(where):
+        y, (h, c) = lstm(x)
+    w_ih, w_hh, b_ih, b_hh = (p.detach().double() for p in lstm.parameters())
+    # Unstabilised, in fp64.
+    h_, c_, n_ = (torch.zeros(4, H, dtype=torch.float64) for _ in range(3))
+    for step in x.double():
+        i, f, z, o = (step @ w_ih.T + b_ih + h_ @ w_hh.T + b_hh).chunk(4, -1)
+        c_ = f.sigmoid() * c_ + i.exp() * z.tanh()
+        n_ = f.sigmoid() * n_ + i.exp()
+        h_ = o.sigmoid() * c_ / n_
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    torch.testing.assert_close(h[0].double(), h_, atol=tolerance, rtol=tolerance)
+    c, n, m = c[0].double().chunk(3, -1)
+    torch.testing.assert_close(c * m.exp(), c_, atol=tolerance * 4, rtol=tolerance * 4)
+    torch.testing.assert_close(n * m.exp(), n_, atol=tolerance * 4, rtol=tolerance * 4)
+    assert torch.equal(y[-1], h[0])
+    # Gates whose exponentials overflow, in both directions.
+    with torch.no_grad(), llmkern.backend(where):
+        lstm.bias_ih_l0[:H] = torch.linspace(-200, 200, H).to(dtype)
+        assert torch.isfinite(lstm(x)[0]).all()
+
+
+def test_slstm_differentiates_twice_and_says_what_does_not_fit() -> None:
+    lstm = nn.sLSTM(2, 4, num_heads=2).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    c = (torch.rand(1, 2, 12, dtype=torch.float64) + 0.5).requires_grad_()
+
+    def function(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_tensors(lstm(x, (h, c))))
+
+    assert torch.autograd.gradcheck(function, (x, h, c))
+    assert torch.autograd.gradgradcheck(function, (x, h, c))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 2, 12\), got \[1, 2, 4\]"):
+        lstm(x, (h, h))
+    with pytest.raises(ValueError, match="only supported for LSTM"):
+        nn.sLSTM(2, 4, proj_size=2)
+    with pytest.raises(ValueError, match="slstm: shapes do not fit"):
+        llmkern.functional.slstm(x, (h, h), list(lstm.parameters()), True, 1, 0.0, False, False, False)
 
 
 def test_cell_states_are_those_of_every_step() -> None:

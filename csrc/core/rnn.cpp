@@ -40,7 +40,7 @@ class Forward {
 
   void run() {
     const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
-    const Buffer<S> h(B * P), c(op_.cx ? B * H : 0), bias(2 * G * H);
+    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(2 * G * H);
     const int64_t ld = even(P), ld_m = even(H);
     const Buffer<char> operands(2 * B * ld * size_of(operand_)), m(op_.weight_hr ? B * ld_m * size_of(operand_) : 0);
     h_ = h.get(), c_ = c.get(), m_ = op_.weight_hr ? m.get() : nullptr, ld_ = ld, ld_m_ = ld_m;
@@ -53,7 +53,7 @@ class Forward {
     const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * size_of(wide_));
     for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), bias.get(), scratch.get());
     kernels_.rnn.copy(1, B * P, h.get(), wide_, 0, hy_, op_.state_dtype, 0, false);
-    if (op_.cx) kernels_.rnn.copy(1, B * H, c.get(), wide_, 0, cy_, op_.state_dtype, 0, false);
+    if (op_.cx) kernels_.rnn.copy(1, B * cells_of(op_), c.get(), wide_, 0, cy_, op_.state_dtype, 0, false);
   }
 
  private:
@@ -62,7 +62,7 @@ class Forward {
   // The states before the first step. Both operands, because sequences may begin at any step.
   void begin() {
     kernels_.rnn.copy(1, op_.B * op_.P, op_.hx, op_.state_dtype, 0, h_, wide_, 0, false);
-    if (op_.cx) kernels_.rnn.copy(1, op_.B * op_.H, op_.cx, op_.state_dtype, 0, c_, wide_, 0, false);
+    if (op_.cx) kernels_.rnn.copy(1, op_.B * cells_of(op_), op_.cx, op_.state_dtype, 0, c_, wide_, 0, false);
     for (void* operand : operands_) {
       std::fill_n(static_cast<char*>(operand), op_.B * ld_ * size_of(operand_), 0);
       kernels_.rnn.copy(op_.B, op_.P, h_, wide_, op_.P, operand, operand_, ld_, false);

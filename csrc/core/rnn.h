@@ -5,8 +5,8 @@
 
 namespace llmkern::cpu {
 
-// Gates G, in torch's order: lstm i, f, g, o; gru r, z, n; rnn one.
-enum class RnnMode : int { lstm, gru, rnn_tanh, rnn_relu };
+// Gates G, in torch's order: lstm i, f, g, o; gru r, z, n; rnn one; slstm i, f, z, o.
+enum class RnnMode : int { lstm, gru, rnn_tanh, rnn_relu, slstm };
 
 // A layer's problem. Pointers are row-major and contiguous; T, B, H, P > 0 and I >= 0. A null pointer that may be null
 // counts as zero. Tokens are the rows of x, y, gates and cells: (T, B), or (B, T), or those of a packed sequence.
@@ -17,7 +17,7 @@ struct Rnn {
   DType dtype, state_dtype;  // of everything but states and what is said to be in Accum; of hx, cx, hy, cy
   bool reverse, batch_first;
   const int64_t* batch_sizes;         // (T), not increasing, the first is B; null if the sequences are not packed
-  const void *x, *hx, *cx;            // (tokens, I), (B, P), (B, H): cx for lstm only
+  const void *x, *hx, *cx;            // (tokens, I), (B, P), (B, C): see cells_of
   const void *weight_ih, *weight_hh;  // (G H, I), (G H, P / heads)
   const void *bias_ih, *bias_hh;      // (G H), may be null
   const void* weight_hr;              // (P, H), may be null: then P = H
@@ -30,23 +30,30 @@ struct Rnn {
   uint64_t seed;
 };
 
-inline int64_t gates_of(RnnMode mode) { return mode == RnnMode::lstm ? 4 : mode == RnnMode::gru ? 3 : 1; }
-// Numbers per token and unit that a backward needs beside y: activated gates, and gru's W_hn h + b_hn. A plain Elman
-// network needs none.
-inline int64_t saved_of(const Rnn& op) {
+static inline int64_t gates_of(RnnMode mode) {
+  return mode == RnnMode::lstm || mode == RnnMode::slstm ? 4 : mode == RnnMode::gru ? 3 : 1;
+}
+// C, the width of cell states beside h: c; for slstm c, n and m, side by side.
+static inline int64_t cells_of(const Rnn& op) {
+  return op.mode == RnnMode::lstm ? op.H : op.mode == RnnMode::slstm ? 3 * op.H : 0;
+}
+// Numbers per token and unit that a backward needs beside y: activated gates, and gru's W_hn h + b_hn, or slstm's
+// sigmoid(f) beside the stabilised one. A plain Elman network needs none.
+static inline int64_t saved_of(const Rnn& op) {
+  if (op.mode == RnnMode::slstm) return 5;
   if (op.mode == RnnMode::lstm || op.mode == RnnMode::gru) return 4;
   return op.clip != 0 || op.zoneout_h != 0;
 }
 int64_t tokens_of(const Rnn& op);
 
-// y (tokens, P), hy (B, P) and cy (B, H). For a backward: gates (tokens, saved H) and, for lstm, cells (tokens, H) in
-// Accum; null if there will be none. cells may be wanted alone.
+// y (tokens, P), hy (B, P) and cy (B, C). For a backward: gates (tokens, saved H) and cells (tokens, C) in Accum; null
+// if there will be none. cells may be wanted alone.
 void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
 
 // Gradients from dy (tokens, P), dcells (tokens, H) in Accum or null, dhy (B, P), dcy (B, H) and what the forward
 // saved. Null outputs are not computed.
 struct RnnGradients {
-  void *dx, *dhx, *dcx;           // (tokens, I), (B, P), (B, H)
+  void *dx, *dhx, *dcx;           // (tokens, I), (B, P), (B, C)
   void *dweight_ih, *dweight_hh;  // (G H, I), (G H, P / heads)
   void *dbias_ih, *dbias_hh;      // (G H)
   void *dweight_hr, *dpeephole;   // (P, H), (3, H)
@@ -68,7 +75,7 @@ struct RnnForwardArgs {
   const void* gx;  // of this block: x W_ih^T + b in S, gx_ld numbers from one sequence to the next
   int64_t gx_ld;
   const void* hidden_bias;  // gru: b_hn (H) in S, or null
-  void *h, *c;              // (B, P), (B, H): the states, in S
+  void *h, *c;              // (B, P), (B, C): the states, in S
   void* next;               // (B, next_ld): h for the products of the next step (projected: h before it), in A
   int64_t next_ld;
   void *y, *gates, *cells;  // null if not wanted (projected: no y)
@@ -77,11 +84,11 @@ struct RnnForwardArgs {
 struct RnnBackwardArgs {
   const Rnn* op;
   DType operand;
-  void *dh, *dc;            // (B, H), in S: of h and c after this step; the parts that pass by the gates come back
+  void *dh, *dc;  // (B, H), (B, C), in S: of h and c after this step; the parts that pass by the gates come back
   const void *dy, *dcells;  // null if there is none
   const void *y, *gates, *cells;
   const void* h_before;  // (tokens, P), dtype
-  const void* c_before;  // (B, H), rows of B; or (tokens, H) with rows `c_stride` apart; in S
+  const void* c_before;  // (B, C), rows of B; or (tokens, C) with rows `c_stride` apart; in S
   int64_t c_stride;
   void* dgates;       // (tokens, D) in A; see dgates_of
   void* unprojected;  // (tokens, H) in dtype: h before its projection; null if not wanted
@@ -90,7 +97,7 @@ struct RnnBackwardArgs {
 
 // Columns of dgates: those of the gates, in order; gru's are r dn, dr, dz, dn, so that both products find theirs side
 // by side. Rows of pairs of bf16 are of even length.
-inline int64_t dgates_of(const Rnn& op) {
+static inline int64_t dgates_of(const Rnn& op) {
   const int64_t columns = (op.mode == RnnMode::gru ? 4 : gates_of(op.mode)) * op.H;
   return columns + columns % 2;
 }

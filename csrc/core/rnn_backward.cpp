@@ -28,9 +28,9 @@ class Backward {
   }
 
   void run(const void* dhy, const void* dcy) {
-    const int64_t B = op_.B, H = op_.H, P = op_.P, n = tokens_.total(), D = dgates_of(op_);
+    const int64_t B = op_.B, H = op_.H, P = op_.P, C = cells_of(op_), n = tokens_.total(), D = dgates_of(op_);
     const bool projected = op_.weight_hr;
-    const Buffer<S> dh(B * P), dm(projected ? B * H : 0), dc(op_.cx ? B * H : 0), c0(op_.cx ? B * H : 0);
+    const Buffer<S> dh(B * P), dm(projected ? B * H : 0), dc(B * C), c0(B * C);
     const Buffer<char> dgates(n * D * size_of(operand_)), before(n * P * size_of(op_.dtype));
     const Buffer<char> dprojected(projected ? n * even(P) * size_of(operand_) : 0);
     const Buffer<char> m(projected && out_.dweight_hr ? n * H * size_of(op_.dtype) : 0);
@@ -45,13 +45,13 @@ class Backward {
     if (projected) args_.dy = nullptr;
     std::fill_n(dpeephole.get(), out_.dpeephole ? B * 3 * H : 0, S{0});
     load(B * P, dhy, dh_);
-    if (op_.cx) load(B * H, dcy, dc.get()), load(B * H, op_.cx, c0_);
+    if (op_.cx) load(B * C, dcy, dc.get()), load(B * C, op_.cx, c0_);
     clear_padding();
     gather();
     cut();
     time();
     if (out_.dhx) first_product(), store(B * P, dh_, out_.dhx);
-    if (out_.dcx) store(B * H, dc.get(), out_.dcx);
+    if (out_.dcx) store(B * C, dc.get(), out_.dcx);
     if (out_.dx)
       product(n, op_.I, input_.count, dgates_at(input_.column), D, false, op_.weight_ih, op_.I, false, out_.dx);
     if (out_.dweight_ih) weight_gradients();
@@ -189,7 +189,7 @@ class Backward {
 
   // Step s of sequences [begin, end): those that have a step before it, then those that begin with it.
   void cells(RnnBackwardArgs& args, int64_t s, int64_t begin, int64_t end, Range units) const {
-    const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride(), H = op_.H;
+    const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride(), C = cells_of(op_);
     const int64_t middle = std::clamp(tokens_.rows_before(s), begin, std::max(begin, end));
     const auto run = [&](int64_t b, int64_t last) {
       if (b < last)
@@ -198,10 +198,10 @@ class Backward {
     };
     if (op_.cx && middle > begin) {
       const int64_t token = tokens_.first(tokens_.time(s - 1)) + begin * stride;
-      args.c_before = at(args_.cells, token * H, wide_), args.c_stride = stride * H;
+      args.c_before = at(args_.cells, token * C, wide_), args.c_stride = stride * C;
     }
     run(begin, middle);
-    if (op_.cx) args.c_before = c0_ + middle * H, args.c_stride = H;
+    if (op_.cx) args.c_before = c0_ + middle * C, args.c_stride = C;
     run(middle, end);
   }
 

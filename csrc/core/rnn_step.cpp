@@ -19,21 +19,21 @@ class Steps {
   Steps(const Rnn& op, void* y, void* gates, void* cells) : op_(op), y_(y), gates_(gates), cells_(cells) {}
 
   void run(void* hy, void* cy) {
-    const int64_t B = op_.B, H = op_.H, G = gates_of(op_.mode), n = tokens_.total();
+    const int64_t B = op_.B, H = op_.H, C = cells_of(op_), G = gates_of(op_.mode), n = tokens_.total();
     const bool widens = op_.dtype != operand_;
-    const Buffer<S> h(B * H), c(op_.cx ? B * H : 0), gx(B * G * H), bias(G * H + H);
+    const Buffer<S> h(B * H), c(B * C), gx(B * G * H), bias(G * H + H);
     const Buffer<char> operands(2 * B * H * size_of(operand_)), x(widens ? n * op_.I * size_of(operand_) : 0);
     h_ = h.get(), c_ = c.get(), gx_ = gx.get(), bias_ = bias.get();
     operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * H, operand_);
     x_ = widens ? x.get() : op_.x;
     if (widens) copy(n * op_.I, op_.x, op_.dtype, x.get(), operand_);
     copy(B * H, op_.hx, op_.state_dtype, h_, wide_);
-    if (op_.cx) copy(B * H, op_.cx, op_.state_dtype, c_, wide_);
+    if (op_.cx) copy(B * C, op_.cx, op_.state_dtype, c_, wide_);
     for (void* operand : operands_) copy(B * H, h_, wide_, operand, operand_);
     biases();
     for (int64_t s = 0; s < op_.T; ++s) step(s);
     copy(B * H, h_, wide_, hy, op_.state_dtype);
-    if (op_.cx) copy(B * H, c_, wide_, cy, op_.state_dtype);
+    if (op_.cx) copy(B * C, c_, wide_, cy, op_.state_dtype);
   }
 
  private:

@@ -24,8 +24,9 @@ cpu::RnnMode mode_of(const std::string& mode) {
   if (mode == "lstm") return cpu::RnnMode::lstm;
   if (mode == "gru") return cpu::RnnMode::gru;
   if (mode == "rnn_tanh") return cpu::RnnMode::rnn_tanh;
-  require(mode == "rnn_relu", "rnn: expected mode lstm, gru, rnn_tanh or rnn_relu, got " + mode);
-  return cpu::RnnMode::rnn_relu;
+  if (mode == "rnn_relu") return cpu::RnnMode::rnn_relu;
+  require(mode == "slstm", "rnn: expected mode lstm, gru, rnn_tanh, rnn_relu or slstm, got " + mode);
+  return cpu::RnnMode::slstm;
 }
 
 // The steps' numbers of rows are trusted with memory, so they are looked at.
@@ -66,8 +67,9 @@ struct Layer {
     cpu::Rnn op{};
     op.mode = mode_of(mode);
     const bool lstm = op.mode == cpu::RnnMode::lstm;
-    require(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 2 && weight_hh.dim() == 2 && lstm == cx.has_value(),
-            "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx (B, H) for lstm alone");
+    require(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 2 && weight_hh.dim() == 2 &&
+                (lstm || op.mode == cpu::RnnMode::slstm) == cx.has_value(),
+            "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx for lstm and slstm alone");
     require(!batch_sizes || !batch_first, "rnn: a packed sequence has no batch_first");
     op.B = hx.size(0), op.P = hx.size(1), op.H = weight_hr ? weight_hr->size(1) : op.P, op.I = x.size(x.dim() - 1);
     op.T = batch_sizes ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
@@ -86,7 +88,7 @@ struct Layer {
     else
       require(x.size(batch_first ? 0 : 1) == op.B, "hx: expected as many sequences as x");
     require_shape(hx, {op.B, P}, states, "hx");
-    if (cx) require_shape(*cx, {op.B, H}, states, "cx");
+    if (cx) require_shape(*cx, {op.B, cpu::cells_of(op)}, states, "cx");
     require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih"),
         require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
     if (bias_ih) require_shape(*bias_ih, {G * H}, dtype, "bias_ih");
@@ -124,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
   const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
                     batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
   const auto op = layer.problem();
-  const bool lstm = op.mode == cpu::RnnMode::lstm;
+  const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
-  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = make(lstm, hx, {op.B, op.H});
+  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = make(C > 0, hx, {op.B, C});
   Tensor gates = make(saved > 0, x, layer.tokens(saved));
-  Tensor cells = make(save && lstm, x, layer.tokens(op.H), accumulator(op));
+  Tensor cells = make(save && C > 0, x, layer.tokens(C), accumulator(op));
   cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells));
   return {y, hy, cy, gates, cells};
 }
@@ -142,16 +144,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
                     batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
   const auto op = layer.problem();
-  const bool lstm = op.mode == cpu::RnnMode::lstm;
-  const int64_t saved = cpu::saved_of(op) * op.H;
+  const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
-  require(dcy.has_value() == lstm, "rnn_backward: expected dcy (B, H) for lstm alone");
+  require(dcy.has_value() == (C > 0), "rnn_backward: expected dcy where there is a cx");
   require_shape(dy, layer.tokens(op.P), dtype, "dy"), require_shape(y, layer.tokens(op.P), dtype, "y");
   require_shape(dhy, {op.B, op.P}, states, "dhy");
-  if (dcy) require_shape(*dcy, {op.B, op.H}, states, "dcy");
+  if (dcy) require_shape(*dcy, {op.B, C}, states, "dcy");
   if (saved > 0) require_shape(gates, layer.tokens(saved), dtype, "gates");
-  if (lstm) require_shape(cells, layer.tokens(op.H), accumulator(op), "cells");
-  if (dcells) require_shape(*dcells, layer.tokens(op.H), accumulator(op), "dcells");
+  if (C > 0) require_shape(cells, layer.tokens(C), accumulator(op), "cells");
+  if (dcells) require_shape(*dcells, layer.tokens(C), accumulator(op), "dcells");
   const auto like = [&](bool wanted, const Optional& t) {
     std::vector<int64_t> sizes;
     for (int64_t d = 0; t && d < t->dim(); ++d) sizes.push_back(t->size(d));
@@ -163,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dbias_ih = like(weights, bias_ih), dbias_hh = like(weights, bias_hh);
   Tensor dweight_hr = like(weights, weight_hr), dpeephole = like(weights, peephole);
   cpu::rnn_backward(op, dy.const_data_ptr(), data(dcells), dhy.const_data_ptr(), data(dcy), y.const_data_ptr(),
-                    saved > 0 ? gates.const_data_ptr() : nullptr, lstm ? cells.const_data_ptr() : nullptr,
+                    saved > 0 ? gates.const_data_ptr() : nullptr, C > 0 ? cells.const_data_ptr() : nullptr,
                     {pointer(dx), pointer(dhx), pointer(dcx), pointer(dweight_ih), pointer(dweight_hh),
                      pointer(dbias_ih), pointer(dbias_hh), pointer(dweight_hr), pointer(dpeephole)});
   return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole};

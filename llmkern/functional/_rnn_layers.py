@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from .dropout import dropout
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
+# Widths of the cell state, in H.
+CELLS = {"lstm": 1, "slstm": 3}
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Extras:
     """What torch's layers have not; see :class:`llmkern.nn.LSTM`. Defaults are neutral."""
 
     peepholes: Sequence[Tensor] = ()
+    norms: Sequence[Sequence[Tensor]] = ()
     forget_bias: float = 0.0
     clip: float = 0.0
     zoneout: float = 0.0
@@ -54,7 +57,7 @@ class Call:
     @classmethod
     def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
         input, batch_sizes, hx, *rest = args if isinstance(args[3], (list, tuple)) else (args[0], None, *args[1:])
-        states = tuple(hx) if mode == "lstm" else (hx,)
+        states = tuple(hx) if mode in CELLS else (hx,)
         params, biases, layers, dropout, train, bidirectional, *batch_first = rest
         first = bool(batch_first and batch_first[0])
         return cls(
@@ -84,13 +87,13 @@ class Call:
     def well_formed(self) -> bool:
         """Whether torch would accept the call, or would if it had ``extras``; if not, torch gets it, for its error."""
         x, packed = self.input, self.batch_sizes is not None
-        expected = (4 if self.has_biases else 2) + (len(self.states) == 2 and self.per_layer in (3, 5))
+        expected = (4 if self.has_biases else 2) + (self.mode == "lstm" and self.per_layer in (3, 5))
         if x.dim() != (2 if packed else 3) or not x.numel() or self.per_layer != expected:
             return False
-        if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if self.mode == "lstm" else 1):
+        if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if self.mode in CELLS else 1):
             return False
         B = int(self.batch_sizes[0]) if self.batch_sizes is not None else x.shape[0 if self.batch_first else 1]
-        H = self.states[-1].shape[2]
+        H = self.states[-1].shape[2] // CELLS.get(self.mode, 1)
         outer, out = (self.num_layers * self.directions, B), self.states[0].shape[2]
         if not H or any(h.shape[:2] != outer for h in self.states) or (out != H and not self.projected):
             return False
@@ -122,6 +125,7 @@ class Call:
 
     def options(self) -> list[str]:
         used = {
+            "mode": self.mode == "slstm",
             "batch_sizes": self.batch_sizes is not None,
             "proj_size": self.projected,
             "num_heads": self.heads > 1,
@@ -163,6 +167,7 @@ class Call:
         if extras.weight_dropout:
             weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
+        norms = tuple(extras.norms[index]) if extras.norms else ()
         zoned = extras.zoneout or extras.zoneout_cell
         seed = ops.draw_seed() if zoned and self.train else -1
         options = ops.RNNOptions(
@@ -172,7 +177,9 @@ class Call:
         def run(x: Tensor, batch_sizes: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
             hx, cx = states if len(states) == 2 else (states[0], None)
             weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
-            y, hy, cy, every = ops.rnn(x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states)
+            y, hy, cy, every = ops.rnn(
+                x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states, norms
+            )
             return (y, hy, every) if cx is None else (y, hy, cy, every)
 
         states = tuple(state[index].contiguous() for state in self.states)

@@ -1,6 +1,6 @@
 """Recurrent networks of several layers and directions, with the signatures that torch's modules call.
 
-Each of ``lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu`` is called in one of two ways, as ``torch._VF``'s:
+Each of ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` and ``slstm`` is called in one of two ways, as ``torch._VF``'s:
 
     lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
     lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
@@ -8,18 +8,19 @@ Each of ``lstm``, ``gru``, ``rnn_tanh`` and ``rnn_relu`` is called in one of two
 Args:
     input: (T, B, I), or (B, T, I) with ``batch_first``.
     data, batch_sizes: a PackedSequence's (total, I) and (T).
-    hx: the first state (layers * directions, B, H); for ``lstm`` a pair (h, c), h of width P with projections. Beside a
+    hx: the first state (layers * directions, B, H); for ``lstm`` a pair (h, c), h of width P with projections; for
+        ``slstm`` (h, c), c of width 3H. Beside a
         bf16 or fp16 input they may be fp32, and then so are the final states (torch knows one dtype only).
     params: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of every layer and direction, in torch's order. They
         need not lie in one buffer. A weight_hh (G * H, H / n) holds the n blocks of a diagonal.
     dropout: probability of zeroing an element between two layers, if ``train``.
-    peepholes, forget_bias, clip, zoneout, zoneout_cell, weight_dropout, variational_dropout, return_cell_states,
+    peepholes, norms, forget_bias, clip, zoneout, zoneout_cell, weight_dropout, variational_dropout, return_cell_states,
         checkpoint_chunks: keywords that torch has not; see :class:`llmkern.nn.LSTM`. ``peepholes`` are (3, H), one for
-        every layer and direction.
+        every layer and direction; ``norms`` the weights of ``layer_norm``, a sequence for each.
 
 Returns:
-    (output, h_n), for ``lstm`` (output, h_n, c_n), shaped as torch shapes them; with ``return_cell_states`` also the c
-    of every step of the last layer, shaped as output, in fp32 (fp64 for fp64).
+    (output, h_n), for ``lstm`` and ``slstm`` (output, h_n, c_n), shaped as torch shapes them; with
+    ``return_cell_states`` also the c of every step of the last layer, in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         if torch.is_autocast_enabled(call.input.device.type):
             used.append("autocast")
         backend = dispatch.pick(mode, *tensors, options=used)
-    if backend == "torch":
-        return getattr(torch._VF, mode)(*args)
-    return call.run(backend)
+    if backend != "torch":
+        return call.run(backend)
+    if mode == "slstm":
+        shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
+        raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
+    return getattr(torch._VF, mode)(*args)
 
 
 _STEP_MODES = {"gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
@@ -85,6 +89,12 @@ def lstm(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 def gru(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     """Gated recurrent units; see this module for arguments and results, :class:`torch.nn.GRU` for the formula."""
     return _recurrent("gru", args, options)
+
+
+def slstm(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    """LSTM with exponential gates; see this module for arguments and results, :class:`llmkern.nn.sLSTM` for the
+    formula. torch has none."""
+    return _recurrent("slstm", args, options)
 
 
 def rnn_tanh(*args: Any, **options: Any) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from .embedding import Embedding, EmbeddingBag
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
-from .rnn import GRU, LSTM, RNN
+from .rnn import GRU, LSTM, RNN, sLSTM
 from .rnn_cell import GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "NLLLoss",
     "RNNCell",
     "functional",
+    "sLSTM",
 ]
 
 # So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.

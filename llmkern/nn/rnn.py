@@ -1,8 +1,4 @@
-"""``RNN``, ``LSTM`` and ``GRU``: torch's modules over ``llmkern.functional``.
-
-They extend ``RNNBase`` rather than torch's classes, because the compiler refuses a subclass of those under
-``fullgraph=True``. ``RNNBase`` keeps parameters, initialisation, state_dict, representation and most checks.
-"""
+"""``RNN``, ``LSTM``, ``GRU`` and ``sLSTM``: recurrent layers over ``llmkern.functional``."""
 
 from __future__ import annotations
 
@@ -11,206 +7,13 @@ from typing import Any
 import torch
 import torch.nn
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional as F
-from ..functional.rnn import step
+from ._rnn import Layers
 
 _PROJ_SIZE_ERROR = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
-class _Layers(torch.nn.RNNBase):
-    """What the three have in common: states in, states out, packed, unbatched or neither."""
-
-    _function: str
-    # The words of torch's messages, which differ between its classes.
-    _dim_error: str
-    _states: tuple[str, ...] = ("hx",)
-    _step_weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-
-    # What torch's layers have not, with neutral defaults; a module pickled without them has these.
-    _OPTIONS = (
-        "forget_bias",
-        "clip",
-        "zoneout",
-        "weight_dropout",
-        "variational_dropout",
-        "return_cell_states",
-        "checkpoint_chunks",
-    )
-    forget_bias: float = 0.0
-    peephole: bool = False
-    clip: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_dropout: float = 0.0
-    variational_dropout: bool = False
-    num_heads: int = 1
-    return_cell_states: bool = False
-    checkpoint_chunks: int = 1
-    state_dtype: torch.dtype | None = None
-
-    def _set_options(self, **options: Any) -> None:
-        """Takes and checks the options; adds and reshapes parameters as they ask for."""
-        for name, value in options.items():
-            setattr(self, name, value)
-        for name in ("zoneout", "weight_dropout"):
-            given = getattr(self, name)
-            if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
-                raise ValueError(
-                    f"{name}: got {given}, expected a share between 0 and 1, or for zoneout a pair of them"
-                )
-        if isinstance(self.zoneout, tuple) and len(self._states) == 1:
-            raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
-        if not self.clip >= 0:
-            raise ValueError(f"clip: got {self.clip}, expected a bound > 0, or 0 for none")
-        if self.checkpoint_chunks < 1:
-            raise ValueError(f"checkpoint_chunks: got {self.checkpoint_chunks}, expected at least 1")
-        heads = self.num_heads
-        if heads < 1 or self.hidden_size % heads or (heads > 1 and self.proj_size):
-            raise ValueError(
-                f"num_heads: got {heads} for hidden_size {self.hidden_size} and proj_size {self.proj_size}; expected a"
-                " divisor of hidden_size, and no projection beside several heads"
-            )
-        if heads == 1 and not self.peephole:
-            return
-        like: Tensor = self._parameters["weight_hh_l0"]  # type: ignore[assignment]
-        for layer in range(self.num_layers):
-            for suffix in ("", "_reverse")[: 1 + self.bidirectional]:
-                if heads > 1:
-                    shape = like.shape[0], like.shape[1] // heads
-                    self.register_parameter(f"weight_hh_l{layer}{suffix}", torch.nn.Parameter(like.new_empty(shape)))
-                if self.peephole:
-                    weight = torch.nn.Parameter(like.new_empty(3, self.hidden_size))
-                    self.register_parameter(f"weight_peephole_l{layer}{suffix}", weight)
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    def _keywords(self) -> dict[str, Any]:
-        """The options of ``functional`` that are in use."""
-        used = {name: value for name in self._OPTIONS if (value := getattr(self, name)) != getattr(_Layers, name)}
-        if isinstance(self.zoneout, tuple):
-            used["zoneout"], used["zoneout_cell"] = self.zoneout
-        if self.peephole:
-            names = [name for name in self._flat_weights_names if name.startswith("weight_ih")]
-            used["peepholes"] = [getattr(self, name.replace("weight_ih", "weight_peephole")) for name in names]
-        return used
-
-    def extra_repr(self) -> str:
-        shown = ("peephole", "num_heads", "state_dtype", *self._OPTIONS)
-        used = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) != getattr(_Layers, n)]
-        return ", ".join([super().extra_repr(), *used])
-
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
-        if not torch.compiler.is_compiling():
-            if hx is not None and (result := self._step(input, hx)) is not None:
-                return result
-            self._update_flat_weights()
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
-            raise ValueError(self._dim_error.format(input.dim()))
-        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
-        states = None if hx is None else self._as_tuple(hx)
-        if states is not None:
-            self._check_state_dims(states, batched)
-        if not batched:
-            input = input.unsqueeze(batch_dim)
-            states = states and tuple(state.unsqueeze(1) for state in states)
-        if states is None:
-            states = self._zeros(input, input.size(batch_dim))
-        self.check_forward_args(input, self._as_given(states), None)
-        output, finals, cells = self._call(input, states, self.batch_first)
-        if not batched:
-            output, finals = output.squeeze(batch_dim), tuple(state.squeeze(1) for state in finals)
-            cells = tuple(c.squeeze(batch_dim) for c in cells)
-        return output, self._as_given(finals), *cells
-
-    def _call(
-        self, input: Tensor, states: tuple[Tensor, ...], *form: Any, batch_sizes: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(output, final states, (cell states) if wanted) from either form of the functional."""
-        if self.state_dtype is not None:
-            states = tuple(state.to(self.state_dtype) for state in states)
-        output, *rest = getattr(F, self._function)(
-            input,
-            *batch_sizes,
-            self._as_given(states),
-            self._flat_weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            *form,
-            **self._keywords(),
-        )
-        count = len(self._states)
-        return output, tuple(rest[:count]), tuple(rest[count:])
-
-    def _step(self, input: Any, hx: Any) -> tuple[Any, Any] | None:
-        """A single step of a single plain layer, if it may take the short way."""
-        if self.num_layers != 1 or self.bidirectional or self.proj_size or type(input) is not Tensor:
-            return None
-        if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
-            return None
-        if self.num_heads > 1 or self.state_dtype is not None or self._keywords():
-            return None
-        states, weights = self._as_tuple(hx), self._parameters
-        weight_ih, weight_hh, *biases = map(weights.get, self._step_weights)
-        # A missing one may be parametrised, which the long way knows how to find.
-        if weight_ih is None or weight_hh is None or (self.bias and any(b is None for b in biases)):
-            return None
-        if states[0].dim() != 3 or states[0].size(0) != 1:
-            return None
-        new = step(self._function, input, states, weight_ih, weight_hh, *biases)
-        if new is None:
-            return None
-        # Not the same tensor twice: what is written into the output stays out of the state.
-        y = new[0].clone()
-        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
-
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[Any, ...]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            states = self._zeros(data, int(batch_sizes[0]))
-        else:
-            states = self._permuted(self._as_tuple(hx), sorted_indices)
-        self.check_forward_args(data, self._as_given(states), batch_sizes)
-        output, finals, cells = self._call(data, states, batch_sizes=(batch_sizes,))
-
-        def packed(data: Tensor) -> PackedSequence:
-            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
-
-        return packed(output), self._as_given(self._permuted(finals, unsorted_indices)), *map(packed, cells)
-
-    def _as_tuple(self, hx: Any) -> tuple[Tensor, ...]:
-        return tuple(hx) if len(self._states) == 2 else (hx,)
-
-    def _as_given(self, states: tuple[Tensor, ...]) -> Any:
-        return states if len(self._states) == 2 else states[0]
-
-    @staticmethod
-    def _permuted(states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
-        return states if permutation is None else tuple(state.index_select(1, permutation) for state in states)
-
-    def _zeros(self, like: Tensor, batch: int) -> tuple[Tensor, ...]:
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        dtype = self.state_dtype or like.dtype
-        widths = (self.proj_size or self.hidden_size, self.hidden_size)[: len(self._states)]
-        return tuple(torch.zeros(layers, batch, width, dtype=dtype, device=like.device) for width in widths)
-
-    def _check_state_dims(self, states: tuple[Tensor, ...], batched: bool) -> None:
-        wanted, kind = (3, "batched") if batched else (2, "unbatched")
-        if all(state.dim() == wanted for state in states):
-            return
-        got = ", ".join(f"{state.dim()}-D" for state in states)
-        got = f"({got}) tensors" if len(states) == 2 else f"{got} tensor"
-        raise RuntimeError(
-            f"For {kind} {wanted}-D input, {' and '.join(self._states)} should also be {wanted}-D but got {got}"
-        )
-
-
-class RNN(_Layers):
+class RNN(Layers):
     """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs.
 
     Keywords that torch has not, with neutral defaults:
@@ -224,6 +27,8 @@ class RNN(_Layers):
         variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
             2016).
         num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
+            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
         checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
             again: a fraction of the memory for a third more time.
         state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
@@ -239,6 +44,7 @@ class RNN(_Layers):
         weight_dropout: float = 0.0,
         variational_dropout: bool = False,
         num_heads: int = 1,
+        layer_norm: bool = False,
         checkpoint_chunks: int = 1,
         state_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -259,6 +65,7 @@ class RNN(_Layers):
             weight_dropout=weight_dropout,
             variational_dropout=variational_dropout,
             num_heads=num_heads,
+            layer_norm=layer_norm,
             checkpoint_chunks=checkpoint_chunks,
             state_dtype=state_dtype,
         )
@@ -268,7 +75,7 @@ class RNN(_Layers):
         return self.mode.lower()
 
 
-class LSTM(_Layers):
+class LSTM(Layers):
     """Long short-term memory; see :class:`torch.nn.LSTM`. Same arguments, inputs and outputs.
 
     Keywords that torch has not, with neutral defaults:
@@ -282,6 +89,9 @@ class LSTM(_Layers):
         variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
             2016).
         num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
+            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). An LSTM normalises c as well before its tanh,
+            with ``weight_norm_c`` and ``bias_norm_c`` (H). No kernel does this yet: the reference computes it.
         forget_bias: added to the forget gate before its sigmoid.
         peephole: weights (3, H) by which c acts on the gates i, f and, after the step, o (Gers and Schmidhuber, 2000).
         return_cell_states: the c of every step of the last layer is returned as well, after the final states, shaped as
@@ -311,6 +121,7 @@ class LSTM(_Layers):
         weight_dropout: float = 0.0,
         variational_dropout: bool = False,
         num_heads: int = 1,
+        layer_norm: bool = False,
         checkpoint_chunks: int = 1,
         state_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -325,12 +136,13 @@ class LSTM(_Layers):
             weight_dropout=weight_dropout,
             variational_dropout=variational_dropout,
             num_heads=num_heads,
+            layer_norm=layer_norm,
             checkpoint_chunks=checkpoint_chunks,
             state_dtype=state_dtype,
         )
 
 
-class GRU(_Layers):
+class GRU(Layers):
     """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs.
 
     Keywords that torch has not, with neutral defaults:
@@ -344,6 +156,8 @@ class GRU(_Layers):
         variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
             2016).
         num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
+            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
         checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
             again: a fraction of the memory for a third more time.
         state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
@@ -360,6 +174,7 @@ class GRU(_Layers):
         weight_dropout: float = 0.0,
         variational_dropout: bool = False,
         num_heads: int = 1,
+        layer_norm: bool = False,
         checkpoint_chunks: int = 1,
         state_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -373,6 +188,77 @@ class GRU(_Layers):
             weight_dropout=weight_dropout,
             variational_dropout=variational_dropout,
             num_heads=num_heads,
+            layer_norm=layer_norm,
+            checkpoint_chunks=checkpoint_chunks,
+            state_dtype=state_dtype,
+        )
+
+
+class sLSTM(Layers):
+    """An LSTM with exponential input gates, a normaliser and a stabiliser (Beck et al., xLSTM, 2024). torch has none.
+
+        c' = sigmoid(f) c + exp(i) tanh(z);  n' = sigmoid(f) n + exp(i);  h' = sigmoid(o) c' / n'
+
+    with i, f, z, o = W x + b_ih + U h + b_hh. c and n are kept times exp(-m), m' = max(i, log sigmoid(f) + m), so that
+    nothing overflows. Arguments, inputs and outputs are those of :class:`torch.nn.LSTM` but for ``proj_size``; c has 3H
+    columns: c, n and m. ``num_heads`` blocks make the paper's memory mixing within heads.
+
+    Keywords that torch has not, with neutral defaults:
+
+    Args:
+        clip: h of every step is held within [-clip, clip]. 0: it is not.
+        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
+            evaluation a mixture.
+        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
+            AWD-LSTM; Merity et al., 2017).
+        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
+            2016).
+        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
+        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
+            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
+        return_cell_states: c, n and m of every step of the last layer are returned as well, after the final states.
+        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
+            again: a fraction of the memory for a third more time.
+        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    """
+
+    _function = "slstm"
+    _dim_error = "sLSTM: Expected input to be 2D or 3D, got {}D instead"
+    _states = ("hx", "cx")
+    _cells = 3
+
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        layers, batch, hidden = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, 3 * hidden
+
+    def __init__(
+        self,
+        *args: Any,
+        return_cell_states: bool = False,
+        clip: float = 0.0,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        num_heads: int = 1,
+        layer_norm: bool = False,
+        checkpoint_chunks: int = 1,
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("proj_size"):
+            raise ValueError("proj_size argument is only supported for LSTM, not sLSTM")
+        # Parameters have an LSTM's shapes.
+        super().__init__("LSTM", *args, **kwargs)
+        self._set_options(
+            return_cell_states=return_cell_states,
+            clip=clip,
+            zoneout=zoneout,
+            weight_dropout=weight_dropout,
+            variational_dropout=variational_dropout,
+            num_heads=num_heads,
+            layer_norm=layer_norm,
             checkpoint_chunks=checkpoint_chunks,
             state_dtype=state_dtype,
         )

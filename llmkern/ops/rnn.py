@@ -39,15 +39,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _forward_fake(x: Tensor, hx: Tensor, cx: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     options, save = Options(*args[-8:-1]), args[-1]
-    steps, H = x.shape[:-1], hx.shape[-1] if cx is None else cx.shape[-1]
-    # Activated gates, and gru's hidden part of n; what y does not tell of the others.
-    saved = 4 if options.mode in ("lstm", "gru") else int(options.clip != 0 or options.zoneout != 0)
+    steps, H = x.shape[:-1], cx.shape[-1] if cx is not None and options.mode == "lstm" else hx.shape[-1]
+    # Activated gates, and gru's hidden part of n or slstm's sigmoid(f); what y does not tell of the others.
+    saved = {"lstm": 4, "gru": 4, "slstm": 5}.get(options.mode, int(options.clip != 0 or options.zoneout != 0))
     return (
         x.new_empty((*steps, hx.shape[-1])),
         torch.empty_like(hx),
         hx.new_empty(0) if cx is None else torch.empty_like(cx),
         x.new_empty((*steps, saved * H) if save and saved else 0),
-        x.new_empty((*steps, H) if save and cx is not None else 0, dtype=_wide(x)),
+        x.new_empty((*steps, cx.shape[-1]) if save and cx is not None else 0, dtype=_wide(x)),
     )
 
 
@@ -219,12 +219,13 @@ def rnn(
     options: Options,
     backend: str,
     cells: bool = False,
+    norms: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, cells), as :func:`llmkern.reference.rnn`; all tensors contiguous. Without ``cells`` the last may be
-    empty."""
+    empty. ``norms`` are the reference's alone."""
     inputs = (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
     if backend == "reference":
-        return reference.rnn(*inputs, batch_sizes, *options)
+        return reference.rnn(*inputs, batch_sizes, *options, norms)
     if differentiating(*inputs):
         return RNNFunction.run(*inputs, batch_sizes, options, backend)[:4]
     y, hy, cy, _, every = rnn_forward(*inputs, batch_sizes, *options, cells, backend)

@@ -5,11 +5,17 @@ With W = weight_ih, U = weight_hh, a = W x[t] + b_ih, r = U h + b_hh, and the ro
     rnn_tanh, rnn_relu   h' = f(a + r)
     lstm (i, f, g, o)    c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c'), each gate of a + r
     gru (r, z, n)        n = tanh(a_n + sigmoid(a_r + r_r) r_n);  z = sigmoid(a_z + r_z);  h' = (1 - z) n + z h
+    slstm (i, f, z, o)   c' = sigmoid(f) c + exp(i) tanh(z);  n' = sigmoid(f) n + exp(i);  h' = sigmoid(o) c' / n'
+
+slstm (Beck et al., xLSTM, 2024) keeps c and n times exp(-m), with m' = max(i, log sigmoid(f) + m), so that nothing
+overflows; where n is 0 nothing is carried and m' = i. Its cell state is c, n and m, side by side.
 
 With weight_hr (P, H) the h of an lstm is projected: h' = weight_hr (sigmoid(o) tanh(c')).
 
 What torch has not, in the order of its application:
 
+    norms       a = norm(W x) + b_ih, r = norm(U h) + b_hh, each over all gates; lstm: h' = sigmoid(o) tanh(norm(c'))
+                (Ba et al., 2016)
     heads       U of H / heads columns: head k of h acts on the units of head k of each gate, a block diagonal
     peephole    p (3, H): i += p[0] c, f += p[1] c, o += p[2] c', before their sigmoids (Gers and Schmidhuber, 2000)
     clip        h' = min(max(h', -clip), clip)
@@ -21,20 +27,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear, logsigmoid
 
 from ._random import keeps
 
 
-def hidden_product(mode: str, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
-    """U h + b (B, G*H), U a matrix or, with fewer columns than h has, the blocks of a diagonal."""
+def normalised(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return layer_norm(x, weight.shape, weight, bias)
+
+
+def hidden_product(mode: str, h: Tensor, weight_hh: Tensor) -> Tensor:
+    """U h (B, G*H), U a matrix or, with fewer columns than h has, the blocks of a diagonal."""
     columns = weight_hh.shape[1]
     if columns == h.shape[1]:
-        return linear(h, weight_hh, bias_hh)
-    gates, heads = {"lstm": 4, "gru": 3}.get(mode, 1), h.shape[1] // columns
+        return linear(h, weight_hh)
+    gates, heads = {"lstm": 4, "slstm": 4, "gru": 3}.get(mode, 1), h.shape[1] // columns
     blocks = weight_hh.reshape(gates, heads, -1, columns)
-    r = torch.einsum("bkc,gkuc->bgku", h.reshape(-1, heads, columns), blocks).flatten(1)
-    return r if bias_hh is None else r + bias_hh
+    return torch.einsum("bkc,gkuc->bgku", h.reshape(-1, heads, columns), blocks).flatten(1)
 
 
 def rnn_step(
@@ -46,15 +55,21 @@ def rnn_step(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     peephole: Tensor | None = None,
+    norms: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """(h', c') of one step; ``a`` (B, G*H) is the input's part, ``c`` is passed through by all but lstm."""
-    r = hidden_product(mode, h, weight_hh, bias_hh)
+    r = hidden_product(mode, h, weight_hh)
+    if norms:
+        r = normalised(r, norms[1], bias_hh)
+    elif bias_hh is not None:
+        r = r + bias_hh
     if mode == "lstm":
         i, f, g, o = (a + r).chunk(4, -1)
         if peephole is not None:
             i, f = i + peephole[0] * c, f + peephole[1] * c
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = (o if peephole is None else o + peephole[2] * c).sigmoid() * c.tanh()
+        shown = normalised(c, norms[2], norms[3]) if norms else c
+        h = (o if peephole is None else o + peephole[2] * c).sigmoid() * shown.tanh()
         return (h if weight_hr is None else linear(h, weight_hr)), c
     if mode == "gru":
         (a_r, a_z, a_n), (r_r, r_z, r_n) = a.chunk(3, -1), r.chunk(3, -1)
@@ -65,7 +80,15 @@ def rnn_step(
         return (a + r).tanh(), c
     if mode == "rnn_relu":
         return (a + r).relu(), c
-    raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh or rnn_relu")
+    if mode == "slstm":
+        i, f, z, o = (a + r).chunk(4, -1)
+        c, n, m = c.chunk(3, -1)
+        carried, empty = logsigmoid(f) + m, n == 0
+        m = torch.where(empty | (i >= carried), i, carried)
+        stable_i, stable_f = (i - m).exp(), torch.where(empty, 0.0, (carried - m).where(~empty, 0.0).exp())
+        c, n = stable_f * c + stable_i * z.tanh(), stable_f * n + stable_i
+        return o.sigmoid() * c / n, torch.cat([c, n, m], -1)
+    raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh, rnn_relu or slstm")
 
 
 def _zone(new: Tensor, old: Tensor, share: float, seed: int, step: int, B: int, salt: int) -> Tensor:
@@ -96,20 +119,22 @@ def rnn(
     zoneout: float = 0.0,
     zoneout_cell: float = 0.0,
     seed: int = -1,
+    norms: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, cells) of a whole sequence.
 
     Args:
         x: (T, B, I); (B, T, I) with ``batch_first``; or packed, (total, I), with ``batch_sizes`` (T), int64,
             non-increasing.
-        hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm only.
-        mode: ``lstm``, ``gru``, ``rnn_tanh`` or ``rnn_relu``.
+        hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm and, (B, 3H), slstm only.
+        mode: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` or ``slstm``.
         reverse: time runs from the end of each sequence to its beginning; y[t] stays at its t.
+        norms: weights of the norms of W x and U h (G*H), and for lstm weight and bias of that of c (H); or none.
         seed: what zoneout is drawn from, in training; -1 in evaluation.
 
     Returns:
-        y, shaped as x with H (P with a projection) in place of I, of ``x``'s dtype; hy and cy (B, H) of ``hx``'s, cy
-        empty but for lstm; and c after every step, shaped as y with H, in fp32 (fp64 for fp64), empty but for lstm.
+        y, shaped as x with H (P with a projection) in place of I, of ``x``'s dtype; hy and cy, of ``hx``'s, cy empty
+        where there is no ``cx``; and c after every step, in fp32 (fp64 for fp64), as empty.
         States are carried in fp32 (fp64) inside the sequence.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -120,14 +145,17 @@ def rnn(
     assert w_hh is not None
     steps_first = x.transpose(0, 1) if batch_first else x
     sizes = [steps_first.shape[1]] * steps_first.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    steps = linear(steps_first.to(wide), w_ih, b_ih).reshape(-1, w_ih.shape[0]).split(sizes)
+    wide_norms = tuple(n.to(wide) for n in norms)
+    product = linear(steps_first.to(wide), w_ih, None if norms else b_ih)
+    product = normalised(product, wide_norms[0], b_ih) if norms else product
+    steps = product.reshape(-1, w_ih.shape[0]).split(sizes)
     h = hx.to(wide)
     c = h.new_zeros((h.shape[0], 0)) if cx is None else cx.to(wide)
     B, outputs, cells = h.shape[0], [], []
     for step, a in enumerate(reversed(steps) if reverse else steps):
         # Sequences that have ended, or in reverse not begun, keep their states.
         n = a.shape[0]
-        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr, peep)
+        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr, peep, wide_norms)
         new_h = _zone(new_h.clamp(-clip, clip) if clip else new_h, h[:n], zoneout, seed, step, B, 0)
         new_c = _zone(new_c, c[:n], zoneout_cell, seed, step, B, 1)
         outputs.append(new_h)

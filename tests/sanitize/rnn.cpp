@@ -33,15 +33,15 @@ class Layer {
     op_.draws = c.draws, op_.seed = 0x123456789abcd;
     n_ = cpu::tokens_of(op_);
     const int64_t G = cpu::gates_of(c.mode), rows = G * c.H, B = c.B, H = c.H;
-    const bool lstm = c.mode == cpu::RnnMode::lstm;
     sizes_ = {{"x", n_ * c.I}, {"hx", B * out_}, {"weight_ih", rows * c.I}, {"weight_hh", rows * out_ / c.heads}};
-    if (lstm) sizes_["cx"] = B * H;
+    const int64_t C = cpu::cells_of(op_);
+    if (C > 0) sizes_["cx"] = B * C;
     if (c.bias_ih) sizes_["bias_ih"] = rows;
     if (c.bias_hh) sizes_["bias_hh"] = rows;
     if (c.P) sizes_["weight_hr"] = c.P * H;
     if (c.peephole) sizes_["peephole"] = 3 * H;
     cotangent_sizes_ = {{"y", n_ * out_}, {"hy", B * out_}};
-    if (lstm) cotangent_sizes_["cy"] = B * H, cotangent_sizes_["cells"] = n_ * H;
+    if (C > 0) cotangent_sizes_["cy"] = B * C, cotangent_sizes_["cells"] = n_ * C;
   }
 
   Values draw(const std::map<std::string, int64_t>& sizes) const {
@@ -51,7 +51,15 @@ class Layer {
       for (int64_t i = 0; i < n; ++i) values[name].push_back(uniform() * (name.starts_with("weight") ? 0.3 : 1));
     return values;
   }
-  Values inputs() const { return draw(sizes_); }
+  // A normaliser is positive, and a stabiliser about as large as the gates.
+  Values inputs() const {
+    Values values = draw(sizes_);
+    if (c_.mode == cpu::RnnMode::slstm)
+      for (int64_t b = 0; b < c_.B; ++b)
+        for (int64_t u = 0; u < c_.H; ++u) values["cx"][(3 * b + 1) * c_.H + u] += 1.5;
+    return values;
+  }
+  Values directions() const { return draw(sizes_); }
   Values cotangents() const { return draw(cotangent_sizes_); }
 
   // The outputs; with cotangents the gradients as well, named as the inputs.
@@ -125,7 +133,7 @@ void run_case(const Case& c) {
           " heads" + std::to_string(c.heads) + " shape" + std::to_string(c.shape) + (c.reverse ? " reverse" : "") +
           (c.peephole ? " peephole" : "") + " clip" + text(c.clip) + " zoneout" + text(c.zoneout_h);
   Layer layer(c);
-  const Values inputs = layer.inputs(), cotangents = layer.cotangents(), directions = layer.inputs();
+  const Values inputs = layer.inputs(), cotangents = layer.cotangents(), directions = layer.directions();
   const Values right = layer.run(DType::f64, DType::f64, inputs, &cotangents);
   Values ahead = inputs, behind = inputs;
   // Short: a relu that changes sides on the way would show as an error.
@@ -158,7 +166,7 @@ void run_case(const Case& c) {
           if (std::isnan(got[i])) fail(name + ": not written");
         }
         // At a kink a rounding decides whether a gradient passes.
-        const bool kinked = c.clip != 0 || c.mode == cpu::RnnMode::rnn_relu;
+        const bool kinked = c.clip != 0 || c.mode == cpu::RnnMode::rnn_relu || c.mode == cpu::RnnMode::slstm;
         if (error > (t == DType::f32 ? 512 : kinked ? 128 : 32) * epsilon(t) * largest)
           fail(name + ": off by " + text(error));
       }
@@ -170,7 +178,7 @@ void run_case(const Case& c) {
 
 void check_rnn() {
   using enum cpu::RnnMode;
-  for (cpu::RnnMode mode : {lstm, gru, rnn_tanh, rnn_relu}) {
+  for (cpu::RnnMode mode : {lstm, gru, rnn_tanh, rnn_relu, slstm}) {
     for (Shape shape : {kDense, kBatchFirst, kPacked})
       for (bool reverse : {false, true}) {
         run_case({mode, 1, 1, 1, 1, 0, 1, shape, reverse});

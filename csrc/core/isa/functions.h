@@ -62,7 +62,7 @@ static inline vf32 exp_negative(vf32 x) {
   return reinterpret_cast<vf32>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   // The exponent 2^n is where magic left it; n = -127 becomes 0.
-  return p * bits_as<vf32>((bits_as<vi32>(shifted) << 23) + 0x3f800000);
+  return p * bits_as<vf32>((bits_as<vu32>(shifted) << 23) + 0x3f800000u);
 #endif
 #else
   return exp(x);
@@ -77,7 +77,7 @@ static inline vf64 exp(vf64 x) {
 
 static inline vf64 exp_negative(vf64 x) { return exp(x); }
 
-// 1 / x for x in [1, 2], within 1 ulp. The division of 16 floats occupies the unit for as long as ten instructions.
+// 1 / x for x of order 1, within 1 ulp. The division of 16 floats occupies the unit for as long as ten instructions.
 static inline vf32 reciprocal(vf32 x) {
 #if defined(__AVX512F__)
   const vf32 y = reinterpret_cast<vf32>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
@@ -110,7 +110,7 @@ static inline vf32 expm1_negative(vf32 x) {
   x = max(splat(-87.0f), x);
   const float magic = 12582912.0f;
   const vf32 shifted = x * 1.44269504f + magic, n = shifted - magic;
-  const vf32 scale = bits_as<vf32>((bits_as<vi32>(shifted) << 23) + 0x3f800000);
+  const vf32 scale = bits_as<vf32>((bits_as<vu32>(shifted) << 23) + 0x3f800000u);
 #endif
   vf32 r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;

@@ -97,6 +97,8 @@ void visit_mode(RnnMode mode, const F& f) {
       return f(ElmanCell<true>{});
     case RnnMode::rnn_relu:
       return f(ElmanCell<false>{});
+    case RnnMode::slstm:
+      return f(SlstmCell{});
   }
 }
 
@@ -117,8 +119,9 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
   using S = Accum<T>;
   using V = Vec<S>;
   const Rnn& op = *a.op;
-  const int64_t H = op.H, unit = block.u + i, cells = block.token * H + unit, gates = block.token * 4 * H + unit;
-  At<S, kWhole> at{op, unit, block.b * H + unit, cells, gates, block.step, block.b, tail};
+  const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i, b = block.b, token = block.token;
+  At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
+                   block.step, b,    tail};
   const S* gx = static_cast<const S*>(a.gx) + unit;
   A* next = static_cast<A*>(a.next) + block.b * a.next_ld + unit;
   pre += i;
@@ -132,11 +135,12 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
         h = kept * at.load(state) + (1 - kept) * h;
       }
       at.store(state, h);
-      at.store(static_cast<T*>(a.y) + at.cell, h);
+      at.store(static_cast<T*>(a.y) + at.token, h);
     }
     at.store(next, h);
     pre += per_row, gx += a.gx_ld, next += a.next_ld;
-    at.state += H, at.cell += block.stride * H, at.gates += block.stride * 4 * H, ++at.b;
+    at.state += H, at.c += C, ++at.b;
+    at.token += block.stride * H, at.cells += block.stride * C, at.gates += block.stride * G;
   }
 }
 
@@ -158,21 +162,23 @@ LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& b
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const Rnn& op = *a.op;
-  const int64_t H = op.H, unit = block.u + i, b = block.b + row, token = block.token + row * block.stride;
-  At<S, kWhole> at{op, unit, b * H + unit, token * H + unit, token * 4 * H + unit, block.step, b, tail};
+  const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i;
+  const int64_t b = block.b + row, token = block.token + row * block.stride;
+  At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
+                   block.step, b,    tail};
   A* dgates = static_cast<A*>(a.dgates) + token * dgates_of(op) + unit;
   int64_t c_before = row * a.c_stride + unit;
   for (int64_t v = 0; v < n; ++v) {
     S* const dh = static_cast<S*>(a.dh) + at.state;
     V dout = at.load(dh), passed{};
-    if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.cell);
+    if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.token);
     if (op.zoneout_h != 0) {
       const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
       passed = kept * dout, dout = (1 - kept) * dout;
     }
     passed += Cell::template backward<T>(a, at, c_before, dout, dgates);
     at.store(dh, passed);
-    at.unit += L, at.state += L, at.cell += L, at.gates += L, dgates += L, c_before += L;
+    at.unit += L, at.state += L, at.c += L, at.token += L, at.cells += L, at.gates += L, dgates += L, c_before += L;
   }
 }
 

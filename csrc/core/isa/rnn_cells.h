@@ -19,8 +19,10 @@ namespace {
 template <class S, bool kWhole>
 struct At {
   const Rnn& op;
-  int64_t unit;                // in (H)
-  int64_t state, cell, gates;  // in (B, H), (tokens, H), (tokens, 4 H)
+  int64_t unit;          // in (H)
+  int64_t state, c;      // in (B, H), (B, C)
+  int64_t token, cells;  // in (tokens, H), (tokens, C)
+  int64_t gates;         // in what is saved of them
   int64_t step, b;
   int tail;
 
@@ -63,14 +65,14 @@ inline V where_within(V x, S bound, V d) {
 }
 
 struct LstmCell {
-  static constexpr int kGates = 4;
+  static constexpr int kGates = 4, kSaved = 4;
   template <class T, class P, class S = Accum<T>, class V = Vec<S>>
   static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
     const Rnn& op = *a.op;
     const int64_t H = op.H;
     const auto gate = [&](int g) { return load<S>(pre + g * kLanes<S>) + at.load(gx + g * H); };
     const auto peep = [&](int g) { return at.load(static_cast<const T*>(op.peephole) + g * H + at.unit); };
-    S* const c = static_cast<S*>(a.c) + at.state;
+    S* const c = static_cast<S*>(a.c) + at.c;
     const V before = at.load(c);
     V i = gate(0), f = gate(1), o = gate(3);
     if (op.peephole) i += peep(0) * before, f += peep(1) * before;
@@ -89,7 +91,7 @@ struct LstmCell {
       T* const to = static_cast<T*>(a.gates) + at.gates;
       at.store(to, i), at.store(to + H, f), at.store(to + 2 * H, g), at.store(to + 3 * H, o);
     }
-    if (a.cells) at.store(static_cast<S*>(a.cells) + at.cell, cell);
+    if (a.cells) at.store(static_cast<S*>(a.cells) + at.cells, cell);
     return out;
   }
 
@@ -101,10 +103,10 @@ struct LstmCell {
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V i = at.load(saved), f = at.load(saved + H), g = at.load(saved + 2 * H), o = at.load(saved + 3 * H);
     const V before = at.load(static_cast<const S*>(a.c_before) + c_before);
-    V cell = at.load(static_cast<const S*>(a.cells) + at.cell);
-    S* const dc = static_cast<S*>(a.dc) + at.state;
+    V cell = at.load(static_cast<const S*>(a.cells) + at.cells);
+    S* const dc = static_cast<S*>(a.dc) + at.c;
     V dcell = at.load(dc), passed{};
-    if (a.dcells) dcell += at.load(static_cast<const S*>(a.dcells) + at.cell);
+    if (a.dcells) dcell += at.load(static_cast<const S*>(a.dcells) + at.cells);
     if (op.zoneout_c != 0) {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
       passed = kept * dcell, dcell = (1 - kept) * dcell, cell = f * before + i * g;
@@ -121,7 +123,7 @@ struct LstmCell {
     at.store(dc, passed);
     at.store(dgates, di), at.store(dgates + H, df);
     at.store(dgates + 2 * H, dg), at.store(dgates + 3 * H, d_o);
-    if (a.unprojected) at.store(static_cast<T*>(a.unprojected) + at.cell, o * squashed);
+    if (a.unprojected) at.store(static_cast<T*>(a.unprojected) + at.token, o * squashed);
     if (a.dpeephole) {
       S* const to = static_cast<S*>(a.dpeephole) + at.b * 3 * H + at.unit;
       at.store(to, at.load(to) + di * before);
@@ -133,7 +135,7 @@ struct LstmCell {
 };
 
 struct GruCell {
-  static constexpr int kGates = 3;
+  static constexpr int kGates = 3, kSaved = 4;
   template <class T, class P, class S = Accum<T>, class V = Vec<S>>
   static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
     const int64_t H = a.op->H;
@@ -154,7 +156,7 @@ struct GruCell {
     const int64_t H = a.op->H;
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V r = at.load(saved), z = at.load(saved + H), new_ = at.load(saved + 2 * H), hidden = at.load(saved + 3 * H);
-    const V before = at.load(static_cast<const T*>(a.h_before) + at.cell);
+    const V before = at.load(static_cast<const T*>(a.h_before) + at.token);
     dout = where_within(new_ + z * (before - new_), static_cast<S>(a.op->clip), dout);
     const V dn = dout * (1 - z) * (1 - new_ * new_), dr = dn * hidden * r * (1 - r);
     const V dz = dout * (before - new_) * z * (1 - z);
@@ -166,7 +168,7 @@ struct GruCell {
 
 template <bool kTanh>
 struct ElmanCell {
-  static constexpr int kGates = 1;
+  static constexpr int kGates = 1, kSaved = 1;
   template <class T, class P, class S = Accum<T>, class V = Vec<S>>
   static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
     const V x = load<S>(pre) + at.load(gx);
@@ -175,18 +177,91 @@ struct ElmanCell {
       out = tanh(x);
     else
       out = x < 0 ? V{} : x;
-    if (a.gates) at.store(static_cast<T*>(a.gates) + at.cell, out);
+    if (a.gates) at.store(static_cast<T*>(a.gates) + at.token, out);
     return out;
   }
 
   template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
   static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t, V dout, A* dgates) {
-    const V out = at.load(static_cast<const T*>(saved_of(*a.op) ? a.gates : a.y) + at.cell);
+    const V out = at.load(static_cast<const T*>(saved_of(*a.op) ? a.gates : a.y) + at.token);
     dout = where_within(out, static_cast<S>(a.op->clip), dout);
     if constexpr (kTanh)
       at.store(dgates, dout * (1 - out * out));
     else
       at.store(dgates, out > 0 ? dout : V{});
+    return V{};
+  }
+};
+
+// log(1 + x) for x in [0, 1]: 2 atanh(x / (2 + x)), a series in a number below a third. fp64 lane by lane.
+inline vf32 log1p_small(vf32 x) {
+  const vf32 s = x * reciprocal(2 + x), z = s * s;
+  vf32 p = splat(2.0f / 13);
+  for (int k = 11; k > 0; k -= 2) p = p * z + 2.0f / static_cast<float>(k);
+  return s * p;
+}
+inline vf64 log1p_small(vf64 x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = ::log1p(x[l]);
+  return x;
+}
+
+// Exponential gates, kept in range by m: with i' = exp(i - m') and f' = exp(log sigmoid(f) + m - m'), c and n carry a
+// common factor exp(-m), which cancels in h = o c / n.
+struct SlstmCell {
+  static constexpr int kGates = 4, kSaved = 5;
+  template <class T, class P, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
+    const int64_t H = a.op->H;
+    const auto gate = [&](int g) { return load<S>(pre + g * kLanes<S>) + at.load(gx + g * H); };
+    S* const states = static_cast<S*>(a.c) + at.c;
+    const V c = at.load(states), n = at.load(states + H), m = at.load(states + 2 * H);
+    const V i = gate(0), f = gate(1), z = tanh(gate(2)), o = sigmoid(gate(3));
+    const V log_f = (f < 0 ? f : V{}) - log1p_small(exp_negative(f < 0 ? f : -f));
+    // Nothing is carried from a state of nothing, whatever its m.
+    const V carried = log_f + m, larger = carried > i ? carried : i, m_new = n == 0 ? i : larger;
+    const V i_new = exp_negative(i - m_new), f_new = n == 0 ? V{} : exp_negative(carried - m_new);
+    const V c_new = f_new * c + i_new * z, n_new = f_new * n + i_new;
+    at.store(states, c_new), at.store(states + H, n_new), at.store(states + 2 * H, m_new);
+    if (a.gates) {
+      T* const to = static_cast<T*>(a.gates) + at.gates;
+      // With a minus where m follows it, which a backward must know better than rounding tells.
+      at.store(to, i_new), at.store(to + H, m_new == i ? f_new : -f_new);
+      at.store(to + 2 * H, z), at.store(to + 3 * H, o), at.store(to + 4 * H, sigmoid(f));
+    }
+    if (a.cells) {
+      S* const to = static_cast<S*>(a.cells) + at.cells;
+      at.store(to, c_new), at.store(to + H, n_new), at.store(to + 2 * H, m_new);
+    }
+    return o * c_new / n_new;
+  }
+
+  template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t c_before, V dout, A* dgates) {
+    const int64_t H = a.op->H;
+    const T* const saved = static_cast<const T*>(a.gates) + at.gates;
+    const V i = at.load(saved), signed_f = at.load(saved + H), f = signed_f < 0 ? -signed_f : signed_f;
+    const V z = at.load(saved + 2 * H), o = at.load(saved + 3 * H), open = at.load(saved + 4 * H);
+    const S* const before = static_cast<const S*>(a.c_before) + c_before;
+    const S* const after = static_cast<const S*>(a.cells) + at.cells;
+    const V c_old = at.load(before), n_old = at.load(before + H), c = at.load(after), n = at.load(after + H);
+    S* const states = static_cast<S*>(a.dc) + at.c;
+    V dc = at.load(states), dn = at.load(states + H), dm = at.load(states + 2 * H);
+    if (a.dcells) {
+      const S* const given = static_cast<const S*>(a.dcells) + at.cells;
+      dc += at.load(given), dn += at.load(given + H), dm += at.load(given + 2 * H);
+    }
+    const V ratio = c / n;
+    dout = where_within(o * ratio, static_cast<S>(a.op->clip), dout);
+    const V dratio = dout * o / n;
+    dc += dratio, dn -= dratio * ratio;
+    V di = (dc * z + dn) * i, df = (dc * c_old + dn * n_old) * f;
+    // m is the larger of two numbers.
+    dm -= di + df;
+    const V of_i = signed_f < 0 ? V{} : dm;
+    di += of_i, df += dm - of_i;
+    at.store(states, dc * f), at.store(states + H, dn * f), at.store(states + 2 * H, df);
+    at.store(dgates, di), at.store(dgates + H, df * (1 - open));
+    at.store(dgates + 2 * H, dc * i * (1 - z * z)), at.store(dgates + 3 * H, dout * ratio * o * (1 - o));
     return V{};
   }
 };

@@ -1,0 +1,237 @@
+"""What recurrent layers have in common; the classes are in ``rnn.py``.
+
+It extends ``RNNBase`` rather than torch's classes, because the compiler refuses a subclass of those under
+``fullgraph=True``. ``RNNBase`` keeps parameters, initialisation, state_dict, representation and most checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import functional as F
+from ..functional.rnn import step
+
+
+class Layers(torch.nn.RNNBase):
+    """What the three have in common: states in, states out, packed, unbatched or neither."""
+
+    _function: str
+    # The words of torch's messages, which differ between its classes.
+    _dim_error: str
+    _states: tuple[str, ...] = ("hx",)
+    _cells = 1  # the width of c, in hidden_size
+    _step_weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
+    # What torch's layers have not, with neutral defaults; a module pickled without them has these.
+    _OPTIONS = (
+        "forget_bias",
+        "clip",
+        "zoneout",
+        "weight_dropout",
+        "variational_dropout",
+        "return_cell_states",
+        "checkpoint_chunks",
+    )
+    forget_bias: float = 0.0
+    peephole: bool = False
+    clip: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
+    variational_dropout: bool = False
+    num_heads: int = 1
+    layer_norm: bool = False
+    return_cell_states: bool = False
+    checkpoint_chunks: int = 1
+    state_dtype: torch.dtype | None = None
+
+    def _set_options(self, **options: Any) -> None:
+        """Takes and checks the options; adds and reshapes parameters as they ask for."""
+        for name, value in options.items():
+            setattr(self, name, value)
+        for name in ("zoneout", "weight_dropout"):
+            given = getattr(self, name)
+            if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
+                raise ValueError(
+                    f"{name}: got {given}, expected a share between 0 and 1, or for zoneout a pair of them"
+                )
+        if isinstance(self.zoneout, tuple) and len(self._states) == 1:
+            raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
+        if not self.clip >= 0:
+            raise ValueError(f"clip: got {self.clip}, expected a bound > 0, or 0 for none")
+        if self.checkpoint_chunks < 1:
+            raise ValueError(f"checkpoint_chunks: got {self.checkpoint_chunks}, expected at least 1")
+        heads = self.num_heads
+        if heads < 1 or self.hidden_size % heads or (heads > 1 and self.proj_size):
+            raise ValueError(
+                f"num_heads: got {heads} for hidden_size {self.hidden_size} and proj_size {self.proj_size}; expected a"
+                " divisor of hidden_size, and no projection beside several heads"
+            )
+        if heads > 1 or self.peephole or self.layer_norm:
+            self._add_parameters()
+
+    def _directions(self) -> list[str]:
+        """The endings of parameters' names, one for every layer and direction, in torch's order."""
+        suffixes = ("", "_reverse")[: 1 + self.bidirectional]
+        return [f"_l{layer}{suffix}" for layer in range(self.num_layers) for suffix in suffixes]
+
+    def _add_parameters(self) -> None:
+        H, (rows, columns) = self.hidden_size, self._parameters["weight_hh_l0"].shape  # type: ignore[union-attr]
+        like: Tensor = self._parameters["weight_hh_l0"]  # type: ignore[assignment]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.num_heads > 1:
+            shapes["weight_hh"] = (rows, columns // self.num_heads)
+        if self.peephole:
+            shapes["weight_peephole"] = (3, H)
+        shapes.update(dict.fromkeys(self._norms(), (rows,)))
+        shapes.update({name: (H,) for name in self._norms() if name.endswith("_c")})
+        for direction in self._directions():
+            for name, shape in shapes.items():
+                self.register_parameter(name + direction, torch.nn.Parameter(like.new_empty(shape)))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _norms(self) -> tuple[str, ...]:
+        if not self.layer_norm:
+            return ()
+        own = ("weight_norm_c", "bias_norm_c") if self._function == "lstm" else ()
+        return ("weight_norm_ih", "weight_norm_hh", *own)
+
+    def reset_parameters(self) -> None:
+        """As torch's; what normalises begins as the identity."""
+        super().reset_parameters()
+        for name, parameter in self._parameters.items():
+            if parameter is not None and "_norm_" in name:
+                torch.nn.init.constant_(parameter, float(name.startswith("weight")))
+
+    def _keywords(self) -> dict[str, Any]:
+        """The options of ``functional`` that are in use."""
+        used = {name: value for name in self._OPTIONS if (value := getattr(self, name)) != getattr(Layers, name)}
+        if isinstance(self.zoneout, tuple):
+            used["zoneout"], used["zoneout_cell"] = self.zoneout
+        if self.peephole:
+            used["peepholes"] = [getattr(self, f"weight_peephole{direction}") for direction in self._directions()]
+        if self.layer_norm:
+            norms = self._norms()
+            used["norms"] = [[getattr(self, name + direction) for name in norms] for direction in self._directions()]
+        return used
+
+    def extra_repr(self) -> str:
+        shown = ("peephole", "num_heads", "layer_norm", "state_dtype", *self._OPTIONS)
+        used = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) != getattr(Layers, n)]
+        return ", ".join([super().extra_repr(), *used])
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():
+            if hx is not None and (result := self._step(input, hx)) is not None:
+                return result
+            self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(self._dim_error.format(input.dim()))
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        states = None if hx is None else self._as_tuple(hx)
+        if states is not None:
+            self._check_state_dims(states, batched)
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            states = states and tuple(state.unsqueeze(1) for state in states)
+        if states is None:
+            states = self._zeros(input, input.size(batch_dim))
+        self.check_forward_args(input, self._as_given(states), None)
+        output, finals, cells = self._call(input, states, self.batch_first)
+        if not batched:
+            output, finals = output.squeeze(batch_dim), tuple(state.squeeze(1) for state in finals)
+            cells = tuple(c.squeeze(batch_dim) for c in cells)
+        return output, self._as_given(finals), *cells
+
+    def _call(
+        self, input: Tensor, states: tuple[Tensor, ...], *form: Any, batch_sizes: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(output, final states, (cell states) if wanted) from either form of the functional."""
+        if self.state_dtype is not None:
+            states = tuple(state.to(self.state_dtype) for state in states)
+        output, *rest = getattr(F, self._function)(
+            input,
+            *batch_sizes,
+            self._as_given(states),
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            *form,
+            **self._keywords(),
+        )
+        count = len(self._states)
+        return output, tuple(rest[:count]), tuple(rest[count:])
+
+    def _step(self, input: Any, hx: Any) -> tuple[Any, Any] | None:
+        """A single step of a single plain layer, if it may take the short way."""
+        if self.num_layers != 1 or self.bidirectional or self.proj_size or type(input) is not Tensor:
+            return None
+        if self._cells > 1:
+            return None
+        if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
+            return None
+        if self.num_heads > 1 or self.state_dtype is not None or self._keywords():
+            return None
+        states, weights = self._as_tuple(hx), self._parameters
+        weight_ih, weight_hh, *biases = map(weights.get, self._step_weights)
+        # A missing one may be parametrised, which the long way knows how to find.
+        if weight_ih is None or weight_hh is None or (self.bias and any(b is None for b in biases)):
+            return None
+        if states[0].dim() != 3 or states[0].size(0) != 1:
+            return None
+        new = step(self._function, input, states, weight_ih, weight_hh, *biases)
+        if new is None:
+            return None
+        # Not the same tensor twice: what is written into the output stays out of the state.
+        y = new[0].clone()
+        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[Any, ...]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            states = self._zeros(data, int(batch_sizes[0]))
+        else:
+            states = self._permuted(self._as_tuple(hx), sorted_indices)
+        self.check_forward_args(data, self._as_given(states), batch_sizes)
+        output, finals, cells = self._call(data, states, batch_sizes=(batch_sizes,))
+
+        def packed(data: Tensor) -> PackedSequence:
+            return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
+
+        return packed(output), self._as_given(self._permuted(finals, unsorted_indices)), *map(packed, cells)
+
+    def _as_tuple(self, hx: Any) -> tuple[Tensor, ...]:
+        return tuple(hx) if len(self._states) == 2 else (hx,)
+
+    def _as_given(self, states: tuple[Tensor, ...]) -> Any:
+        return states if len(self._states) == 2 else states[0]
+
+    @staticmethod
+    def _permuted(states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
+        return states if permutation is None else tuple(state.index_select(1, permutation) for state in states)
+
+    def _zeros(self, like: Tensor, batch: int) -> tuple[Tensor, ...]:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        dtype = self.state_dtype or like.dtype
+        widths = (self.proj_size or self.hidden_size, self._cells * self.hidden_size)[: len(self._states)]
+        return tuple(torch.zeros(layers, batch, width, dtype=dtype, device=like.device) for width in widths)
+
+    def _check_state_dims(self, states: tuple[Tensor, ...], batched: bool) -> None:
+        wanted, kind = (3, "batched") if batched else (2, "unbatched")
+        if all(state.dim() == wanted for state in states):
+            return
+        got = ", ".join(f"{state.dim()}-D" for state in states)
+        got = f"({got}) tensors" if len(states) == 2 else f"{got} tensor"
+        raise RuntimeError(
+            f"For {kind} {wanted}-D input, {' and '.join(self._states)} should also be {wanted}-D but got {got}"
+        )
