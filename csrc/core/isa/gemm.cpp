@@ -103,24 +103,47 @@ static inline void interleave(V a, V b, V& low, V& high) {
 #endif
 }
 
+// Integers as wide as S: the index of a shuffle.
+typedef long long vi64 __attribute__((vector_size(kVectorBytes)));
+template <class S>
+struct IndexOf {
+  using type = vi32;
+};
+template <>
+struct IndexOf<double> {
+  using type = vi64;
+};
+template <class S>
+using Index = typename IndexOf<S>::type;
+
 template <class S>
 static inline void transpose(Vec<S> (&rows)[kLanes<S>]) {
   constexpr int L = kLanes<S>;
-  typedef long long vi64 __attribute__((vector_size(kVectorBytes)));
-  using Index = decltype([] {
-    if constexpr (sizeof(S) == 4)
-      return vi32{};
-    else
-      return vi64{};
-  }());
 #pragma GCC unroll 8
   for (int round = 1; round < L; round *= 2) {
     Vec<S> next[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L / 2; ++i)
-      interleave<Vec<S>, Index, L>(rows[i], rows[i + L / 2], next[2 * i], next[2 * i + 1]);
+      interleave<Vec<S>, Index<S>, L>(rows[i], rows[i + L / 2], next[2 * i], next[2 * i + 1]);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// A vector whose lane i is the sum of the lanes of rows[i]: the shuffles of a transposition, but each round adds up
+// what belongs together and leaves half as many vectors.
+template <class S, int N = kLanes<S>>
+static inline Vec<S> sum_lanes(Vec<S>* rows) {
+  if constexpr (N == 1) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < N / 2; ++i) {
+      Vec<S> low, high;
+      interleave<Vec<S>, Index<S>, kLanes<S>>(rows[i], rows[i + N / 2], low, high);
+      rows[i] = low + high;
+    }
+    return sum_lanes<S, N / 2>(rows);
   }
 }
 
@@ -239,7 +262,7 @@ static inline Vec<S> dot(Vec<S> sum, const A* a, const T* b, int n) {
 }
 
 // c (R, lanes) = the products of R rows of a with L lines of b; `line` names them. Their sums lie across
-// lanes and are brought together by one transposition per row.
+// lanes and are brought together row by row.
 template <class S, int R, class A, class T>
 void dots_of(const T* const* line, int64_t depth, const A* a, int64_t lda, Vec<S>* c) {
   constexpr int L = kLanes<S>, kLines = L < 4 ? L : 4, kStep = L * static_cast<int>(sizeof(S) / sizeof(A));
@@ -261,11 +284,7 @@ void dots_of(const T* const* line, int64_t depth, const A* a, int64_t lda, Vec<S
 #pragma GCC unroll 4
       for (int j = 0; j < kLines; ++j) sum[i][l + j] = part[i][j];
   }
-  for (int i = 0; i < R; ++i) {
-    transpose<S>(sum[i]);
-    c[i] = sum[i][0];
-    for (int l = 1; l < L; ++l) c[i] += sum[i][l];
-  }
+  for (int i = 0; i < R; ++i) c[i] = sum_lanes<S>(sum[i]);
 }
 
 template <class S, class A, class T>

@@ -107,7 +107,7 @@ template <class F>
 void visit_types(DType dtype, DType operand, const F& f) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
-    if constexpr (sizeof(T) == 2)
+    if constexpr (__is_same(T, bf16))
       if (operand == DType::bf16) return f(t, bf16{});
     f(t, Accum<T>{});
   });
