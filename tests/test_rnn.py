@@ -301,14 +301,32 @@ def test_compiled_in_one_graph() -> None:
         torch.testing.assert_close(got, want)
 
 
-def test_autocast_takes_torchs_path() -> None:
-    ours, theirs = _pair("LSTM", 5, 7)
-    x = torch.randn(4, 3, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for got, want in zip(_flat(ours(x)), _flat(theirs(x)), strict=True):
-            assert got.dtype == want.dtype
-            torch.testing.assert_close(got, want)
-        assert llmkern.explain(ours, x).backends == ("torch",)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 4}], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(name: str, options: dict[str, Any], packed: bool, dtype: torch.dtype) -> None:
+    if "proj_size" in options and name != "LSTM":
+        pytest.skip("torch projects LSTM only")
+    ours, theirs = _pair(name, 5, 7, **options)
+    x: Any = torch.randn(9, 3, 5)
+    x = pack_padded_sequence(x, torch.tensor([9, 4, 1])) if packed else x
+    with torch.autocast("cpu", dtype=dtype):
+        if name == "LSTM" and dtype == torch.float16 and not packed and "proj_size" not in options:
+            # torch has no such LSTM, and says so.
+            with pytest.raises(RuntimeError, match="could not create"):
+                ours(x)
+            return
+        got, own = _results(ours, x, None), _results(theirs, x, None)
+        served = dtype == torch.bfloat16 and "proj_size" not in options
+        assert not NATIVE or llmkern.explain(ours, x).backends == (("native",) if served else ("torch",))
+    right = _results(theirs.double(), x.double(), None)
+    for a, b, c in zip(got, right, own, strict=True):
+        assert a.dtype == c.dtype
+        # Of an order of 1, and rounded to bf16 somewhere.
+        error, torchs = ((t.double() - b).abs().max() for t in (a, c))
+        assert error <= 2 * torchs + 2**-8 * max(1.0, float(b.abs().max()))
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native build")
@@ -316,14 +334,14 @@ def test_explain() -> None:
     lstm, gru = nn.LSTM(5, 7), nn.GRU(5, 7)
     x = torch.randn(4, 3, 5)
     assert llmkern.explain(lstm, x).backends == ("native",)
-    for module in (lstm, gru):
+    for module in (nn.RNN(5, 7), gru):
         assert llmkern.explain(module, pack_padded_sequence(x, torch.tensor([4, 2, 1]))).backends == ("native",)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.float16):
             told = llmkern.explain(module, x)
         assert told.backends == ("torch",)
         assert "does not serve autocast" in str(told)
         with (
-            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.autocast("cpu", dtype=torch.float16),
             llmkern.backend("native"),
             pytest.raises(BackendError, match="backend 'native' was forced"),
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Extras:
     checkpoint_chunks: int = 1
 
     def used(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, [])]
 
 
 @dataclass
@@ -109,6 +109,25 @@ class Call:
             if weight_hr is not None and weight_hr.shape != (out, H):
                 return False
         return True
+
+    def autocast(self, dtype: torch.dtype) -> Call | None:
+        """The call that autocast makes of this one, in bf16; ``None`` where only torch knows.
+
+        torch runs dense LSTMs and all Elman networks in bf16 as a whole; its steps of packed LSTMs and of GRUs round
+        the operands of products only, and keep the dtype of the states.
+        """
+        if dtype != torch.bfloat16 or self.projected or self.input.device.type != "cpu":
+            return None
+        stepwise = self.mode == "gru" or (self.mode == "lstm" and self.batch_sizes is not None)
+        if any(t.dtype not in (torch.float32, dtype) for t in (self.input, *self.states, *self.params)):
+            return None
+        return replace(
+            self,
+            input=self.input.to(dtype),
+            params=[p.to(dtype) for p in self.params],
+            states=self.states if stepwise else tuple(state.to(dtype) for state in self.states),
+            extras=replace(self.extras, peepholes=[p.to(dtype) for p in self.extras.peepholes]),
+        )
 
     @property
     def heads(self) -> int:

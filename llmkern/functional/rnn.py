@@ -37,20 +37,26 @@ from ._rnn_layers import GATES, Call, Extras
 
 def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
     call = Call.parse(mode, args, Extras(**options))
-    backend = "torch"
+    backend, kind = "torch", call.input.device.type
+    autocast = torch.is_autocast_enabled(kind)
     if call.well_formed():
-        used = call.options()
+        served = call.autocast(torch.get_autocast_dtype(kind)) if autocast else call
+        used = (served or call).options() + (["autocast"] if served is None else [])
+        call = served or call
         tensors = [call.input, *call.params, *call.extras.peepholes]
         tensors += [state for state in call.states if "state_dtype" not in used]
-        if torch.is_autocast_enabled(call.input.device.type):
-            used.append("autocast")
         backend = dispatch.pick(mode, *tensors, options=used)
-    if backend != "torch":
-        return call.run(backend)
-    if mode == "slstm":
+    if backend == "torch" and mode == "slstm":
         shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
-    return getattr(torch._VF, mode)(*args)
+    if backend == "torch":
+        return getattr(torch._VF, mode)(*args)
+    if not autocast:
+        return call.run(backend)
+    with torch.autocast(kind, enabled=False):
+        y, *rest = call.run(backend)
+    # Where torch's steps carry fp32, its outputs are fp32.
+    return y.to(call.states[0].dtype), *rest
 
 
 _STEP_MODES = {"gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
