@@ -61,6 +61,22 @@ def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | N
     return "torch.func batches the composition" if sizes["transformed"] else None
 
 
+def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Measured: benchmarks/bench_rnn.py. oneDNN's forward is up to 13% faster where many sequences share small weights;
+    it has no packed sequences, projections or options."""
+    if not sizes["plain"] or sizes["graph"] or sizes["T"] == 1 or sizes["B"] < 32:
+        return None
+    small = {torch.float32: 128, torch.bfloat16: 512}.get(dtype, 0)
+    return "torch's forward without gradients is faster at this size" if sizes["H"] <= small else None
+
+
+def _cell_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Measured: benchmarks/bench_rnn.py, lstmcell."""
+    if dtype == torch.bfloat16 and sizes["graph"] and sizes["B"] >= 32:
+        return "torch's steps with gradients in bfloat16 are faster at this size"
+    return None
+
+
 _LOSS_OPTIONS = (
     "weight",
     "label_smoothing",
@@ -99,10 +115,16 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
     "mse_loss": {"native": _cpu()},
-    "lstm": {"native": _cpu("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS)},
+    "lstm": {
+        "native": _cpu(
+            *("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS),
+            unless=_lstm_is_faster_in_torch,
+        )
+    },
     **{mode: {"native": _cpu("batch_sizes", *_RNN_OPTIONS)} for mode in ("gru", "rnn_tanh", "rnn_relu")},
     "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS)},
-    **{f"{mode}_cell": {"native": _cpu()} for mode in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "lstm_cell": {"native": _cpu(unless=_cell_is_faster_in_torch)},
+    **{f"{mode}_cell": {"native": _cpu()} for mode in ("gru", "rnn_tanh", "rnn_relu")},
     "adam": {"native": _cpu("weight_decay", "amsgrad", "maximize")},
     "sgd": {},
     "adagrad": {},

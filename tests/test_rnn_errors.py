@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import llmkern
 import llmkern.nn as nn
+from llmkern import ops
 
 CLASSES = ["LSTM", "GRU", "RNN"]
 
@@ -92,3 +95,33 @@ def test_cell_errors_are_torchs(name: str, call: str) -> None:
             CELL_CALLS[call](module, lambda h: (h, h) if name == "LSTMCell" else h)
         texts.append((error.type, str(error.value)))
     assert texts[0] == texts[1]
+
+
+def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
+    if llmkern.dispatch.unavailable("native") is not None:
+        pytest.skip("no native build")
+    from llmkern import native
+
+    shapes = [(2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,), (4, 7), (3, 7)]
+    good: list[Any] = [torch.zeros(s) for s in shapes]
+    good[7] = None
+    options = ops.RNNOptions("lstm")
+
+    def run(tensors: list[Any], sizes: Tensor | None = None, options: ops.RNNOptions = options) -> None:
+        native.rnn_forward(*tensors, sizes, *options, True)
+
+    run(good)
+    for index in (1, 2, 3, 4, 5, 6, 8):
+        bad = list(good)
+        bad[index] = torch.zeros([n + 1 for n in good[index].shape])
+        with pytest.raises(ValueError, match="expected"):
+            run(bad)
+    with pytest.raises(ValueError, match="mode lstm, gru, rnn_tanh, rnn_relu or slstm, got elman"):
+        run(good, options=options._replace(mode="elman"))
+    with pytest.raises(ValueError, match="for lstm and slstm alone"):
+        run(good, options=options._replace(mode="gru"))
+    packed = [torch.zeros(6, 5), *good[1:]]
+    run(packed, torch.tensor([3, 2, 1]))
+    for sizes in ([3, 3, 1], [2, 2, 2], [3, 1, 2], [3, 3, 0], [4, 2]):
+        with pytest.raises(ValueError, match="batch_sizes: expected"):
+            run(packed, torch.tensor(sizes))

@@ -45,7 +45,9 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         call = served or call
         tensors = [call.input, *call.params, *call.extras.peepholes]
         tensors += [state for state in call.states if "state_dtype" not in used]
-        backend = dispatch.pick(mode, *tensors, options=used)
+        T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
+        H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
+        backend = dispatch.pick(mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, graph=graph)
     if backend == "torch" and mode == "slstm":
         shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
@@ -119,7 +121,8 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     if _cell_is_well_formed(mode, input, states, weights):
         tensors = [t for t in (*states, *weights) if t is not None]
         autocast = ["autocast"] if torch.is_autocast_enabled(input.device.type) else []
-        backend = dispatch.pick(name, input, *tensors, options=autocast)
+        graph = ops.differentiating(input, *tensors)
+        backend = dispatch.pick(name, input, *tensors, options=autocast, B=input.shape[0], graph=graph)
     if backend == "torch":
         return getattr(torch._VF, name)(input, hx, *weights)
     x, h, *c = (t.contiguous() for t in (input, *states))
