@@ -70,7 +70,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins > 1 << 14) std::this_thread::yield();
+      if (spins > 1 << 12) std::this_thread::yield();
 #if defined(__x86_64__)
       else
         __builtin_ia32_pause();
