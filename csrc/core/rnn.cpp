@@ -112,24 +112,10 @@ class Forward {
     gemm(last - first, G * op_.H, op_.I, {at(op_.x, first * op_.I, op_.dtype), op_.dtype, op_.I, false},
          {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
          bias_ ? bias : nullptr);
-    if (plan.threads == 1) {
-      Barrier alone(1);
-      return loop(s0, s1, {0, op_.B}, {0, weights_.count()}, {0, projection_.count()}, alone);
-    }
-    Barrier barrier(plan.threads);
-#pragma omp parallel num_threads(plan.threads)
-    {
-      // A smaller team than was asked for: one thread does it all, which is right if not fast.
-      const bool whole = omp_get_num_threads() == plan.threads;
-      const int count = whole ? plan.threads : 1, index = omp_get_thread_num();
-      Barrier alone(1);
-      if (index < count && plan.by_units && whole)
-        loop(s0, s1, {0, op_.B}, part(weights_.count(), index, count), part(projection_.count(), index, count),
-             barrier);
-      else if (index < count)
-        loop(s0, s1, {tokens_.sequences(1.0 * index / count), tokens_.sequences(1.0 * (index + 1) / count)},
-             {0, weights_.count()}, {0, projection_.count()}, alone);
-    }
+    share_out(plan, tokens_, weights_.count(), projection_.count(),
+              [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
+                loop(s0, s1, sequences, panels, projected, barrier);
+              });
   }
   int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
 

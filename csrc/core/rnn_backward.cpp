@@ -122,20 +122,10 @@ class Backward {
   void time() {
     const Plan plan(op_,
                     op_.B * (gates_of(op_.mode) * op_.H * op_.P / op_.heads + (op_.weight_hr ? op_.H * op_.P : 0)));
-    Barrier barrier(plan.threads);
-    const Range every{0, op_.B}, all{0, weights_.count()}, projections{0, projection_.count()};
-    if (plan.threads == 1) return loop(every, all, projections, barrier);
-#pragma omp parallel num_threads(plan.threads)
-    {
-      const bool whole = omp_get_num_threads() == plan.threads;
-      const int count = whole ? plan.threads : 1, index = omp_get_thread_num();
-      Barrier alone(1);
-      if (index < count && plan.by_units && whole)
-        loop(every, part(all.end, index, count), part(projections.end, index, count), barrier);
-      else if (index < count)
-        loop({tokens_.sequences(1.0 * index / count), tokens_.sequences(1.0 * (index + 1) / count)}, all, projections,
-             alone);
-    }
+    share_out(plan, tokens_, weights_.count(), projection_.count(),
+              [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
+                loop(sequences, panels, projected, barrier);
+              });
   }
 
   // One thread's share: sequences and panels. The cell's units are those of the panels that it is the gradient of.

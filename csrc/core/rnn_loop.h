@@ -26,6 +26,10 @@ inline char* at(void* p, int64_t elements, DType dtype) {
   return p ? static_cast<char*>(p) + elements * size_of(dtype) : nullptr;
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 // Where the rows of a step lie in the tensors of tokens, whatever their layout.
 class Tokens {
  public:
@@ -40,7 +44,8 @@ class Tokens {
   int64_t time(int64_t s) const { return op_.reverse ? op_.T - 1 - s : s; }
   // How many sequences have a step before the s-th; a packed sequence in reverse begins at its own end.
   int64_t rows_before(int64_t s) const { return s == 0 ? 0 : std::min(rows(time(s - 1)), rows(time(s))); }
-  // Sequences [0, b) with about the share `part` of all tokens.
+  Range all() const { return {0, op_.B}; }
+  // The number of the first sequences that have about the share `part` of all tokens.
   int64_t sequences(double part) const {
     if (!op_.batch_sizes) return static_cast<int64_t>(static_cast<double>(op_.B) * part + 0.5);
     int64_t b = 0, sum = 0, t = op_.T;
@@ -104,10 +109,30 @@ struct Plan {
   static constexpr int64_t kRowsPerThread = 48, kLeastRows = 8, kOwnBytes = 1 << 20;
 };
 
-struct Range {
-  int64_t begin, end;
-};
 inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index / count, n * (index + 1) / count}; }
+
+// Calls f(sequences, panels, projected, barrier) once for each thread of the plan with its share of all sequences, or
+// of the panels of both products.
+template <class F>
+void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t projected, const F& f) {
+  Barrier barrier(plan.by_units ? plan.threads : 1);
+  const auto alone = [&](double from, double to) {
+    Barrier none(1);
+    f(Range{tokens.sequences(from), tokens.sequences(to)}, Range{0, panels}, Range{0, projected}, none);
+  };
+  if (plan.threads == 1) return alone(0, 1);
+#pragma omp parallel num_threads(plan.threads)
+  {
+    const int count = omp_get_num_threads(), index = omp_get_thread_num();
+    if (!plan.by_units)
+      alone(1.0 * index / count, 1.0 * (index + 1) / count);
+    else if (count == plan.threads)
+      f(tokens.all(), part(panels, index, count), part(projected, index, count), barrier);
+    else if (index == 0)
+      // A smaller team than was asked for, which the barrier would wait for: right, if not fast.
+      alone(0, 1);
+  }
+}
 
 // Calls f(begin, rows) on [begin, end) in blocks of nearly equal length, of at most `longest`.
 template <class F>
