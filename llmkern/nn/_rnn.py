@@ -49,10 +49,29 @@ class Layers(torch.nn.RNNBase):
     checkpoint_chunks: int = 1
     state_dtype: torch.dtype | None = None
 
-    def _set_options(self, **options: Any) -> None:
-        """Takes and checks the options; adds and reshapes parameters as they ask for."""
-        for name, value in options.items():
-            setattr(self, name, value)
+    def __init__(
+        self,
+        mode: str,
+        *args: Any,
+        clip: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        variational_dropout: bool = False,
+        num_heads: int = 1,
+        layer_norm: bool = False,
+        checkpoint_chunks: int = 1,
+        state_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(mode, *args, **kwargs)
+        self.clip, self.zoneout, self.weight_dropout = clip, zoneout, weight_dropout
+        self.variational_dropout, self.num_heads, self.layer_norm = variational_dropout, num_heads, layer_norm
+        self.checkpoint_chunks, self.state_dtype = checkpoint_chunks, state_dtype
+        self._check_options()
+        if num_heads > 1 or self.peephole or layer_norm:
+            self._add_parameters()
+
+    def _check_options(self) -> None:
         for name in ("zoneout", "weight_dropout"):
             given = getattr(self, name)
             if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
@@ -71,8 +90,6 @@ class Layers(torch.nn.RNNBase):
                 f"num_heads: got {heads} for hidden_size {self.hidden_size} and proj_size {self.proj_size}; expected a"
                 " divisor of hidden_size, and no projection beside several heads"
             )
-        if heads > 1 or self.peephole or self.layer_norm:
-            self._add_parameters()
 
     def _directions(self) -> list[str]:
         """The endings of parameters' names, one for every layer and direction, in torch's order."""

@@ -16,39 +16,13 @@ _PROJ_SIZE_ERROR = "proj_size argument is only supported for LSTM, not RNN or GR
 class RNN(Layers):
     """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs.
 
-    Keywords that torch has not, with neutral defaults:
-
-    Args:
-        clip: h of every step is held within [-clip, clip]. 0: it is not.
-        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
-            evaluation a mixture.
-        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
-            AWD-LSTM; Merity et al., 2017).
-        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
-            2016).
-        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
-        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
-            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
-        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
-            again: a fraction of the memory for a third more time.
-        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
+    ``zoneout`` is one number.
     """
 
     _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
-    def __init__(
-        self,
-        *args: Any,
-        clip: float = 0.0,
-        zoneout: float = 0.0,
-        weight_dropout: float = 0.0,
-        variational_dropout: bool = False,
-        num_heads: int = 1,
-        layer_norm: bool = False,
-        checkpoint_chunks: int = 1,
-        state_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE_ERROR)
         if len(args) > 3:
@@ -59,16 +33,6 @@ class RNN(Layers):
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-        self._set_options(
-            clip=clip,
-            zoneout=zoneout,
-            weight_dropout=weight_dropout,
-            variational_dropout=variational_dropout,
-            num_heads=num_heads,
-            layer_norm=layer_norm,
-            checkpoint_chunks=checkpoint_chunks,
-            state_dtype=state_dtype,
-        )
 
     @property
     def _function(self) -> str:  # type: ignore[override]
@@ -116,82 +80,26 @@ class LSTM(Layers):
         forget_bias: float = 0.0,
         peephole: bool = False,
         return_cell_states: bool = False,
-        clip: float = 0.0,
-        zoneout: float | tuple[float, float] = 0.0,
-        weight_dropout: float = 0.0,
-        variational_dropout: bool = False,
-        num_heads: int = 1,
-        layer_norm: bool = False,
-        checkpoint_chunks: int = 1,
-        state_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        self.forget_bias, self.peephole, self.return_cell_states = forget_bias, peephole, return_cell_states
         super().__init__("LSTM", *args, **kwargs)
-        self._set_options(
-            forget_bias=forget_bias,
-            peephole=peephole,
-            return_cell_states=return_cell_states,
-            clip=clip,
-            zoneout=zoneout,
-            weight_dropout=weight_dropout,
-            variational_dropout=variational_dropout,
-            num_heads=num_heads,
-            layer_norm=layer_norm,
-            checkpoint_chunks=checkpoint_chunks,
-            state_dtype=state_dtype,
-        )
 
 
 class GRU(Layers):
     """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs.
 
-    Keywords that torch has not, with neutral defaults:
-
-    Args:
-        clip: h of every step is held within [-clip, clip]. 0: it is not.
-        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
-            evaluation a mixture.
-        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
-            AWD-LSTM; Merity et al., 2017).
-        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
-            2016).
-        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
-        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
-            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
-        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
-            again: a fraction of the memory for a third more time.
-        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
+    ``zoneout`` is one number.
     """
 
     _function = "gru"
     _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(
-        self,
-        *args: Any,
-        clip: float = 0.0,
-        zoneout: float = 0.0,
-        weight_dropout: float = 0.0,
-        variational_dropout: bool = False,
-        num_heads: int = 1,
-        layer_norm: bool = False,
-        checkpoint_chunks: int = 1,
-        state_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE_ERROR)
         super().__init__("GRU", *args, **kwargs)
-        self._set_options(
-            clip=clip,
-            zoneout=zoneout,
-            weight_dropout=weight_dropout,
-            variational_dropout=variational_dropout,
-            num_heads=num_heads,
-            layer_norm=layer_norm,
-            checkpoint_chunks=checkpoint_chunks,
-            state_dtype=state_dtype,
-        )
 
 
 class sLSTM(Layers):
@@ -203,23 +111,8 @@ class sLSTM(Layers):
     nothing overflows. Arguments, inputs and outputs are those of :class:`torch.nn.LSTM` but for ``proj_size``; c has 3H
     columns: c, n and m. ``num_heads`` blocks make the paper's memory mixing within heads.
 
-    Keywords that torch has not, with neutral defaults:
-
-    Args:
-        clip: h of every step is held within [-clip, clip]. 0: it is not.
-        zoneout: the share of h that keeps its former value at a step (Krueger et al., 2016): drawn in training, in
-            evaluation a mixture.
-        weight_dropout: the probability of zeroing a hidden weight for a whole call, in training (DropConnect, as in
-            AWD-LSTM; Merity et al., 2017).
-        variational_dropout: ``dropout`` between layers draws one mask for all steps of a sequence (Gal and Ghahramani,
-            2016).
-        num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
-        layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
-            ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). No kernel does this yet: the reference computes it.
-        return_cell_states: c, n and m of every step of the last layer are returned as well, after the final states.
-        checkpoint_chunks: the backward keeps the states between so many chunks of time and computes the gates of each
-            again: a fraction of the memory for a third more time.
-        state_dtype: of initial and final states, where it is not the input's: fp32 states carry what bf16 would round.
+    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``; ``return_cell_states``
+    returns c, n and m.
     """
 
     _function = "slstm"
@@ -233,32 +126,9 @@ class sLSTM(Layers):
         layers, batch, hidden = self.get_expected_hidden_size(input, batch_sizes)
         return layers, batch, 3 * hidden
 
-    def __init__(
-        self,
-        *args: Any,
-        return_cell_states: bool = False,
-        clip: float = 0.0,
-        zoneout: float = 0.0,
-        weight_dropout: float = 0.0,
-        variational_dropout: bool = False,
-        num_heads: int = 1,
-        layer_norm: bool = False,
-        checkpoint_chunks: int = 1,
-        state_dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, return_cell_states: bool = False, **kwargs: Any) -> None:
         if kwargs.get("proj_size"):
             raise ValueError("proj_size argument is only supported for LSTM, not sLSTM")
+        self.return_cell_states = return_cell_states
         # Parameters have an LSTM's shapes.
         super().__init__("LSTM", *args, **kwargs)
-        self._set_options(
-            return_cell_states=return_cell_states,
-            clip=clip,
-            zoneout=zoneout,
-            weight_dropout=weight_dropout,
-            variational_dropout=variational_dropout,
-            num_heads=num_heads,
-            layer_norm=layer_norm,
-            checkpoint_chunks=checkpoint_chunks,
-            state_dtype=state_dtype,
-        )
