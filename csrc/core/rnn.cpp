@@ -40,29 +40,29 @@ class Forward {
 
   void run() {
     const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
-    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(2 * G * H);
+    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(G * H + H);
     const int64_t ld = even(P), ld_m = even(H);
     const Buffer<char> operands(2 * B * ld * size_of(operand_)), m(op_.weight_hr ? B * ld_m * size_of(operand_) : 0);
     h_ = h.get(), c_ = c.get(), m_ = op_.weight_hr ? m.get() : nullptr, ld_ = ld, ld_m_ = ld_m;
     operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * ld, operand_);
     begin();
     cut();
-    biases(bias.get());
-    const Plan plan(op_, B * (G * H * P / op_.heads + (op_.weight_hr ? H * P : 0)));
+    merge_biases(op_, kernels_, bias.get());
+    if (op_.bias_ih || op_.bias_hh) bias_ = bias.get();
+    if (op_.bias_hh && op_.mode == RnnMode::gru) hidden_bias_ = bias.get() + G * H;
+    const Plan plan(op_);
     const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
     const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * size_of(wide_));
-    for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), bias.get(), scratch.get());
-    kernels_.rnn.copy(1, B * P, h.get(), wide_, 0, hy_, op_.state_dtype, 0, false);
-    if (op_.cx) kernels_.rnn.copy(1, B * cells_of(op_), c.get(), wide_, 0, cy_, op_.state_dtype, 0, false);
+    for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), scratch.get());
+    kernels_.copy(B * P, h.get(), wide_, hy_, op_.state_dtype);
+    if (op_.cx) kernels_.copy(B * cells_of(op_), c.get(), wide_, cy_, op_.state_dtype);
   }
 
  private:
-  int64_t even(int64_t n) const { return n + n % 2; }
-
   // The states before the first step. Both operands, because sequences may begin at any step.
   void begin() {
-    kernels_.rnn.copy(1, op_.B * op_.P, op_.hx, op_.state_dtype, 0, h_, wide_, 0, false);
-    if (op_.cx) kernels_.rnn.copy(1, op_.B * cells_of(op_), op_.cx, op_.state_dtype, 0, c_, wide_, 0, false);
+    kernels_.copy(op_.B * op_.P, op_.hx, op_.state_dtype, h_, wide_);
+    if (op_.cx) kernels_.copy(op_.B * cells_of(op_), op_.cx, op_.state_dtype, c_, wide_);
     for (void* operand : operands_) {
       std::fill_n(static_cast<char*>(operand), op_.B * ld_ * size_of(operand_), 0);
       kernels_.rnn.copy(op_.B, op_.P, h_, wide_, op_.P, operand, operand_, ld_, false);
@@ -79,19 +79,6 @@ class Forward {
     if (op_.weight_hr) projection_.pack();
   }
 
-  // What x W_ih^T starts from, and gru's bias of h.
-  void biases(S* bias) {
-    const int64_t H = op_.H, rows = gates_of(op_.mode) * H, merged = op_.mode == RnnMode::gru ? 2 * H : rows;
-    if (!op_.bias_ih && !op_.bias_hh) return;
-    std::fill_n(bias, rows, S{0});
-    if (op_.bias_ih) kernels_.rnn.copy(1, rows, op_.bias_ih, op_.dtype, 0, bias, wide_, 0, true);
-    if (op_.bias_hh) kernels_.rnn.copy(1, merged, op_.bias_hh, op_.dtype, 0, bias, wide_, 0, true);
-    bias_ = bias;
-    if (!op_.bias_hh || merged == rows) return;
-    kernels_.rnn.copy(1, H, at(op_.bias_hh, merged, op_.dtype), op_.dtype, 0, bias + rows, wide_, 0, false);
-    hidden_bias_ = bias + rows;
-  }
-
   // Where x W_ih^T may lie until the cell takes it: a row's own place, because the cell reads before it writes.
   bool in_place() const { return op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1); }
   int64_t steps_per_chunk(int64_t gx_size) const {
@@ -103,7 +90,7 @@ class Forward {
   }
 
   // Steps [s0, s1).
-  void steps(const Plan& plan, int64_t s0, int64_t s1, const S* bias, void* scratch) {
+  void steps(const Plan& plan, int64_t s0, int64_t s1, void* scratch) {
     const int64_t G = gates_of(op_.mode), t0 = std::min(tokens_.time(s0), tokens_.time(s1 - 1)), all = op_.batch_first;
     const int64_t first = all ? 0 : tokens_.first(t0), last = all ? tokens_.total() : end_of(t0 + s1 - s0);
     gx_ = !in_place() ? scratch : gates_ ? gates_ : y_;
@@ -111,7 +98,7 @@ class Forward {
     gx_first_ = in_place() ? 0 : first;
     gemm(last - first, G * op_.H, op_.I, {at(op_.x, first * op_.I, op_.dtype), op_.dtype, op_.I, false},
          {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
-         bias_ ? bias : nullptr);
+         bias_);
     share_out(plan, tokens_, weights_.count(), projection_.count(),
               [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
                 loop(s0, s1, sequences, panels, projected, barrier);

@@ -62,14 +62,9 @@ class Backward {
   }
 
  private:
-  static int64_t even(int64_t n) { return n + n % 2; }
   const char* dgates_at(int64_t column) const { return at(static_cast<const void*>(args_.dgates), column, operand_); }
-  void load(int64_t n, const void* from, S* to) const {
-    kernels_.rnn.copy(1, n, from, op_.state_dtype, 0, to, wide_, 0, false);
-  }
-  void store(int64_t n, const S* from, void* to) const {
-    kernels_.rnn.copy(1, n, from, wide_, 0, to, op_.state_dtype, 0, false);
-  }
+  void load(int64_t n, const void* from, S* to) const { kernels_.copy(n, from, op_.state_dtype, to, wide_); }
+  void store(int64_t n, const S* from, void* to) const { kernels_.copy(n, from, wide_, to, op_.state_dtype); }
 
   // The columns that make rows of pairs even; they meet zeros, which must not be NaN's.
   void clear_padding() const {
@@ -77,7 +72,7 @@ class Backward {
       for (int64_t i = 0; rows && used < width && i < tokens_.total(); ++i)
         std::fill_n(at(rows, i * width + used, operand_), (width - used) * size_of(operand_), 0);
     };
-    clear(args_.dgates, dgates_of(op_), (op_.mode == RnnMode::gru ? 4 : gates_of(op_.mode)) * op_.H);
+    clear(args_.dgates, dgates_of(op_), input_.column + input_.count);
     if (op_.weight_hr) clear(dprojected_, even(op_.P), op_.P);
   }
 
@@ -120,9 +115,7 @@ class Backward {
   }
 
   void time() {
-    const Plan plan(op_,
-                    op_.B * (gates_of(op_.mode) * op_.H * op_.P / op_.heads + (op_.weight_hr ? op_.H * op_.P : 0)));
-    share_out(plan, tokens_, weights_.count(), projection_.count(),
+    share_out(Plan(op_), tokens_, weights_.count(), projection_.count(),
               [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
                 loop(sequences, panels, projected, barrier);
               });

@@ -15,9 +15,9 @@
 
 namespace llmkern::cpu::rnn {
 
-inline DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 inline int64_t size_of(DType dtype) { return static_cast<int64_t>(itemsize(dtype)); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t even(int64_t n) { return n + n % 2; }  // rows of pairs are of even length
 
 inline const char* at(const void* p, int64_t elements, DType dtype) {
   return p ? static_cast<const char*>(p) + elements * size_of(dtype) : nullptr;
@@ -93,8 +93,9 @@ struct Plan {
   int threads;
   bool by_units;
 
-  // `macs`: multiply-adds of a step of all sequences.
-  Plan(const Rnn& op, int64_t macs) {
+  explicit Plan(const Rnn& op) {
+    // Multiply-adds of a step of all sequences.
+    const int64_t macs = op.B * (gates_of(op.mode) * op.H * op.P / op.heads + (op.weight_hr ? op.H * op.P : 0));
     const int64_t most = omp_in_parallel() ? 1 : omp_get_max_threads(), total = macs * op.T;
     threads = static_cast<int>(std::clamp<int64_t>(total / kMacsPerThread, 1, most));
     // Few sequences do not share what a panel's load costs. Where all panels fit a thread's own cache, it costs little.
@@ -158,12 +159,26 @@ struct Kernels {
     else
       return gemm.f64;
   }
+  void copy(int64_t n, const void* from, DType from_dtype, void* to, DType to_dtype, bool accumulate = false) const {
+    rnn.copy(1, n, from, from_dtype, 0, to, to_dtype, 0, accumulate);
+  }
   void product(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
                bool accumulate, S* to) const {
     (std::is_same_v<S, float> ? rnn.product_f32 : rnn.product_f64)(rows, vectors, K, a, lda, panel, pairs, accumulate,
                                                                    to);
   }
 };
+
+// What x W_ih^T starts from (G H), then gru's bias of h (H); zeros where there is none.
+template <class S>
+void merge_biases(const Rnn& op, const Kernels<S>& kernels, S* bias) {
+  const DType wide = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const int64_t H = op.H, rows = gates_of(op.mode) * H, merged = op.mode == RnnMode::gru ? 2 * H : rows;
+  std::fill_n(bias, rows + H, S{0});
+  if (op.bias_ih) kernels.copy(rows, op.bias_ih, op.dtype, bias, wide, true);
+  if (op.bias_hh) kernels.copy(merged, op.bias_hh, op.dtype, bias, wide, true);
+  if (op.bias_hh && merged < rows) kernels.copy(H, at(op.bias_hh, merged, op.dtype), op.dtype, bias + rows, wide);
+}
 
 // Whether the products of the loop are taken from pairs of bf16: a pair may not lie across two heads.
 inline bool in_pairs(const Rnn& op) {

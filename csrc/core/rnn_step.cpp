@@ -26,30 +26,17 @@ class Steps {
     h_ = h.get(), c_ = c.get(), gx_ = gx.get(), bias_ = bias.get();
     operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * H, operand_);
     x_ = widens ? x.get() : op_.x;
-    if (widens) copy(n * op_.I, op_.x, op_.dtype, x.get(), operand_);
-    copy(B * H, op_.hx, op_.state_dtype, h_, wide_);
-    if (op_.cx) copy(B * C, op_.cx, op_.state_dtype, c_, wide_);
-    for (void* operand : operands_) copy(B * H, h_, wide_, operand, operand_);
-    biases();
+    if (widens) kernels_.copy(n * op_.I, op_.x, op_.dtype, x.get(), operand_);
+    kernels_.copy(B * H, op_.hx, op_.state_dtype, h_, wide_);
+    if (op_.cx) kernels_.copy(B * C, op_.cx, op_.state_dtype, c_, wide_);
+    for (void* operand : operands_) kernels_.copy(B * H, h_, wide_, operand, operand_);
+    merge_biases(op_, kernels_, bias_);
     for (int64_t s = 0; s < op_.T; ++s) step(s);
-    copy(B * H, h_, wide_, hy, op_.state_dtype);
-    if (op_.cx) copy(B * C, c_, wide_, cy, op_.state_dtype);
+    kernels_.copy(B * H, h_, wide_, hy, op_.state_dtype);
+    if (op_.cx) kernels_.copy(B * C, c_, wide_, cy, op_.state_dtype);
   }
 
  private:
-  void copy(int64_t n, const void* from, DType from_dtype, void* to, DType to_dtype, bool accumulate = false) const {
-    kernels_.rnn.copy(1, n, from, from_dtype, 0, to, to_dtype, 0, accumulate);
-  }
-
-  // What the input's sums start from (zeros, too), and gru's bias of h.
-  void biases() {
-    const int64_t H = op_.H, rows = gates_of(op_.mode) * H, merged = op_.mode == RnnMode::gru ? 2 * H : rows;
-    std::fill_n(bias_, rows + H, S{0});
-    if (op_.bias_ih) copy(rows, op_.bias_ih, op_.dtype, bias_, wide_, true);
-    if (op_.bias_hh) copy(merged, op_.bias_hh, op_.dtype, bias_, wide_, true);
-    if (op_.bias_hh && merged < rows) copy(H, at(op_.bias_hh, merged, op_.dtype), op_.dtype, bias_ + rows, wide_);
-  }
-
   void step(int64_t s) {
     const int64_t t = tokens_.time(s), n = tokens_.rows(t), L = kernels_.lanes(), G = gates_of(op_.mode);
     const int64_t width = G > 1 ? L : 4 * L, count = ceil_div(op_.H, width);

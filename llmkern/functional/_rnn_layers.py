@@ -97,11 +97,10 @@ class Call:
         outer, out = (self.num_layers * self.directions, B), self.states[0].shape[2]
         if not H or any(h.shape[:2] != outer for h in self.states) or (out != H and not self.projected):
             return False
-        rows = GATES[self.mode] * H
+        rows, columns = GATES[self.mode] * H, out // self.heads
         for index in range(outer[0]):
             weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = self.layer(index)
             width = x.shape[-1] if index < self.directions else out * self.directions
-            columns = out // self.heads
             if weight_ih.shape != (rows, width) or weight_hh.shape != (rows, columns):
                 return False
             if any(b is not None and b.shape != (rows,) for b in (bias_ih, bias_hh)):
@@ -143,15 +142,16 @@ class Call:
         return narrow and all(state.dtype == torch.float32 for state in self.states)
 
     def options(self) -> list[str]:
+        extras = self.extras.used()
         used = {
             "mode": self.mode == "slstm",
             "batch_sizes": self.batch_sizes is not None,
             "proj_size": self.projected,
             "num_heads": self.heads > 1,
             "state_dtype": self.wide_states,
-            "clipped_projection": self.projected and bool({"clip", "zoneout"} & set(self.extras.used())),
+            "clipped_projection": self.projected and bool({"clip", "zoneout"} & set(extras)),
         }
-        return [name for name, on in used.items() if on] + self.extras.used()
+        return [name for name, on in used.items() if on] + extras
 
     def run(self, backend: str) -> tuple[Tensor, ...]:
         """(output, h_n), for lstm (output, h_n, c_n); with ``return_cell_states`` the last layer's c of every step

@@ -5,8 +5,8 @@
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
-// The polynomial part of exp: e^r for |r| <= ln2/2, r = x - n ln2.
-static inline vf32 exp_reduced(vf32 x, vf32 n) {
+// The polynomial part of exp: e^r - 1 for |r| <= ln2/2, r = x - n ln2.
+static inline vf32 expm1_reduced(vf32 x, vf32 n) {
   vf32 r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf32 p = splat(1.9875691500e-4f);
@@ -15,7 +15,7 @@ static inline vf32 exp_reduced(vf32 x, vf32 n) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return p * r * r + r + 1.0f;
+  return p * r * r + r;
 }
 
 // exp by Cody-Waite reduction and a degree-6 polynomial, times 2^n; results down to the smallest denormal and up to
@@ -25,11 +25,11 @@ static inline vf32 exp(vf32 x) {
 #if defined(__AVX512F__)
   const vf32 n = reinterpret_cast<vf32>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504088896341f), 8));
   return reinterpret_cast<vf32>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(exp_reduced(x, n)), reinterpret_cast<__m512>(n)));
+      _mm512_scalef_ps(reinterpret_cast<__m512>(expm1_reduced(x, n) + 1.0f), reinterpret_cast<__m512>(n)));
 #else
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const vf32 shifted = x * 1.44269504088896341f + magic;
-  const vf32 p = exp_reduced(x, shifted - magic);
+  const vf32 p = expm1_reduced(x, shifted - magic) + 1.0f;
   // In two factors: 2^n alone may be no normal number.
   const vi32 k = bits_as<vi32>(shifted) - 0x4b400000;
   const vi32 half = k >> 1;
@@ -112,15 +112,7 @@ static inline vf32 expm1_negative(vf32 x) {
   const vf32 shifted = x * 1.44269504f + magic, n = shifted - magic;
   const vf32 scale = bits_as<vf32>((bits_as<vu32>(shifted) << 23) + 0x3f800000u);
 #endif
-  vf32 r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vf32 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return scale * (p * r * r + r) + (scale - 1);
+  return scale * expm1_reduced(x, n) + (scale - 1);
 }
 
 // -u / (2 + u), u = e^(-2|x|) - 1, with the sign of x, that of -0 too. Rounded as a division would be: near 1 gradients
