@@ -1,4 +1,4 @@
-// Optimizer steps over many tensors at once. See optim.cpp for the traffic.
+// Optimizer steps over many tensors at once. See optim.cpp for the traffic, isa/optim_rules.h for the arithmetic.
 #pragma once
 #include <vector>
 
@@ -7,27 +7,52 @@
 
 namespace llmkern::cpu {
 
+// Gradients are multiplied by `grad_scale` as they are read: what unscales or clips them costs no pass of its own.
+
 // Adam (Kingma and Ba, arXiv 1412.6980) in torch's order of operations; decoupled weight decay makes it AdamW.
 struct Adam {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
+  double grad_scale = 1;
 };
 
-// One parameter, its gradient and its state: n contiguous elements of one dtype each. `step` counts from 1.
-struct AdamTensor {
+struct Sgd {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  double grad_scale = 1;
+};
+
+struct Adagrad {
+  double lr, lr_decay, weight_decay, eps;
+  bool maximize;
+  double grad_scale = 1;
+};
+
+// One parameter, its gradient and its states: n contiguous elements each. The gradient has the parameter's dtype; the
+// states have that too, or the one that arithmetic is done in. `step` counts from 1.
+struct OptimTensor {
   void* param;
   const void* grad;
-  void *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last null without amsgrad
+  // Adam: exp_avg, exp_avg_sq, max_exp_avg_sq (null: no amsgrad). Sgd: momentum buffer (written by step 1, null: no
+  // momentum). Adagrad: sum.
+  void* states[3];
   int64_t n;
-  DType dtype;
+  DType dtype, state_dtype;
   double step;
 };
 
-void adam_step(const Adam& op, const std::vector<AdamTensor>& tensors);
+void adam_step(const Adam& op, const std::vector<OptimTensor>& tensors);
+void sgd_step(const Sgd& op, const std::vector<OptimTensor>& tensors);
+void adagrad_step(const Adagrad& op, const std::vector<OptimTensor>& tensors);
+
+// Elements [begin, end) of one tensor.
+template <class Op>
+using OptimKernel = void (*)(const Op& op, const OptimTensor& tensor, int64_t begin, int64_t end);
 
 struct OptimKernels {
-  // Elements [begin, end) of one tensor.
-  void (*adam)(const Adam& op, const AdamTensor& tensor, int64_t begin, int64_t end);
+  OptimKernel<Adam> adam;
+  OptimKernel<Sgd> sgd;
+  OptimKernel<Adagrad> adagrad;
 };
 
 }  // namespace llmkern::cpu

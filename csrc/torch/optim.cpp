@@ -22,12 +22,16 @@ void adam_step(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
   require(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
               (!amsgrad || max_exp_avg_sqs.size() == n),
           "adam_step: expected as many gradients, states and steps as parameters");
-  std::vector<cpu::AdamTensor> tensors;
+  std::vector<cpu::OptimTensor> tensors;
   for (size_t i = 0; i < n; ++i) {
     const Tensor& p = params[i];
-    tensors.push_back({matching(p, p, "param"), matching(grads[i], p, "grad"), matching(exp_avgs[i], p, "exp_avg"),
-                       matching(exp_avg_sqs[i], p, "exp_avg_sq"),
-                       amsgrad ? matching(max_exp_avg_sqs[i], p, "max_exp_avg_sq") : nullptr, p.numel(), dtype_of(p),
+    tensors.push_back({matching(p, p, "param"),
+                       matching(grads[i], p, "grad"),
+                       {matching(exp_avgs[i], p, "exp_avg"), matching(exp_avg_sqs[i], p, "exp_avg_sq"),
+                        amsgrad ? matching(max_exp_avg_sqs[i], p, "max_exp_avg_sq") : nullptr},
+                       p.numel(),
+                       dtype_of(p),
+                       dtype_of(p),
                        steps[i]});
   }
   cpu::adam_step({lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, tensors);

@@ -59,11 +59,16 @@ void check_optim() {
       for (DType t : kDTypes)
         for (int64_t n : {0, 1, 7, 33, 32 * 1024 + 5}) states.emplace_back(t, n, amsgrad, 1 + n % 3);
       std::vector<Expected> expected;
-      std::vector<cpu::AdamTensor> tensors;
+      std::vector<cpu::OptimTensor> tensors;
       for (const State& s : states) {
         expected.push_back(adam(op, s));
-        tensors.push_back({s.param.data(), s.grad.data(), s.avg.data(), s.avg_sq.data(),
-                           amsgrad ? s.max_sq.data() : nullptr, s.param.n, s.param.dtype, s.step});
+        tensors.push_back({s.param.data(),
+                           s.grad.data(),
+                           {s.avg.data(), s.avg_sq.data(), amsgrad ? s.max_sq.data() : nullptr},
+                           s.param.n,
+                           s.param.dtype,
+                           s.param.dtype,
+                           s.step});
       }
       cpu::adam_step(op, tensors);
       for (size_t i = 0; i < states.size(); ++i) {

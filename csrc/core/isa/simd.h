@@ -223,6 +223,30 @@ static inline vf32 max(vf32 a, vf32 b) {
 }
 static inline vf64 max(vf64 a, vf64 b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the instruction set can.
+static inline vf32 fma(vf32 a, vf32 b, vf32 c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf32>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<vf32>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+static inline vf64 fma(vf64 a, vf64 b, vf64 c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf64>(
+      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<vf64>(
+      _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
 static inline vf32 sqrt(vf32 x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vf32>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
