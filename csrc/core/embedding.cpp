@@ -11,9 +11,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <stdexcept>
 
-#include "core/memory.h"
+#include "core/row_order.h"
 #include "core/threads.h"
 
 namespace llmkern::cpu {
@@ -22,34 +21,6 @@ namespace {
 constexpr int64_t kGrainBytes = 32 * 1024;
 
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
-
-void check(Indices indices, int64_t N, int64_t V) {
-  for (int64_t i = 0; i < N; ++i)
-    if (static_cast<uint64_t>(indices[i]) >= static_cast<uint64_t>(V))
-      throw std::out_of_range("index out of range in self");
-}
-
-// Positions 0..N-1 ordered by (row, position), and their rows in that order.
-struct Sorted {
-  Buffer<uint32_t> order, rows;
-  Sorted(Indices indices, int64_t N, int64_t V) : order(N), rows(N) {
-    constexpr int kBits = 11, kBuckets = 1 << kBits;
-    Buffer<uint32_t> order2(N), rows2(N);
-    uint32_t *o = order.get(), *r = rows.get(), *o2 = order2.get(), *r2 = rows2.get();
-    for (int64_t i = 0; i < N; ++i) o[i] = static_cast<uint32_t>(i), r[i] = static_cast<uint32_t>(indices[i]);
-    for (int shift = 0; shift < 32 && (static_cast<uint64_t>(V - 1) >> shift) != 0; shift += kBits) {
-      uint32_t start[kBuckets + 1] = {};
-      for (int64_t i = 0; i < N; ++i) ++start[((r[i] >> shift) & (kBuckets - 1)) + 1];
-      for (int b = 0; b < kBuckets; ++b) start[b + 1] += start[b];
-      for (int64_t i = 0; i < N; ++i) {
-        const uint32_t to = start[(r[i] >> shift) & (kBuckets - 1)]++;
-        o2[to] = o[i], r2[to] = r[i];
-      }
-      std::swap(o, o2), std::swap(r, r2);
-    }
-    if (o != order.get()) std::swap(order, order2), std::swap(rows, rows2);
-  }
-};
 
 }  // namespace
 
@@ -68,34 +39,29 @@ void embedding_forward(const void* weight, DType dtype, int64_t V, int64_t D, In
       std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
     }
   });
-  if (bad) throw std::out_of_range("index out of range in self");
+  if (bad) throw_index_error();
 }
 
 void embedding_backward(const void* dout, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N,
                         int64_t padding_idx, bool scale_grad_by_freq, void* dweight) {
-  if (V > INT32_MAX || N > INT32_MAX)
-    throw std::invalid_argument("embedding_backward: at most 2^31 - 1 rows and indices are supported");
-  check(indices, N, V);
   const int64_t row_bytes = D * static_cast<int64_t>(itemsize(dtype));
   char* to = static_cast<char*>(dweight);
-  const Sorted sorted(indices, N, V);
-  const uint32_t* rows = sorted.rows.get();
+  const RowOrder sorted(indices, N, V);
+  const uint32_t *rows = sorted.rows(), *starts = sorted.starts();
   const auto& kernels = LLMKERN_SELECT(embedding);
   // Each thread owns a range of the table: it zeroes the rows between runs and sums the runs.
   parallel_for(V, grain_rows(row_bytes), [&](int64_t begin, int64_t end) {
-    int64_t j = std::lower_bound(rows, rows + N, static_cast<uint32_t>(begin)) - rows;
+    int64_t r = std::lower_bound(rows, rows + sorted.runs(), static_cast<uint32_t>(begin)) - rows;
     int64_t next = begin;
-    while (j < N && rows[j] < end) {
-      const int64_t row = rows[j];
-      int64_t count = 1;
-      while (j + count < N && rows[j + count] == row) ++count;
+    for (; r < sorted.runs() && rows[r] < end; ++r) {
+      const int64_t row = rows[r], count = starts[r + 1] - starts[r];
       std::memset(to + next * row_bytes, 0, (row - next) * row_bytes);
       if (row == padding_idx)
         std::memset(to + row * row_bytes, 0, row_bytes);
       else
-        kernels.sum_rows(dout, dtype, D, sorted.order.get() + j, count, scale_grad_by_freq ? 1.0 / count : 1.0,
+        kernels.sum_rows(dout, dtype, D, sorted.order() + starts[r], count, scale_grad_by_freq ? 1.0 / count : 1.0,
                          to + row * row_bytes);
-      j += count, next = row + 1;
+      next = row + 1;
     }
     std::memset(to + next * row_bytes, 0, (end - next) * row_bytes);
   });

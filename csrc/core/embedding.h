@@ -1,17 +1,10 @@
 // Embedding lookup. See embedding.cpp for the idea and the traffic.
 #pragma once
 #include "core/dtype.h"
+#include "core/indices.h"
 #include "core/isa.h"
 
 namespace llmkern::cpu {
-
-struct Indices {
-  const void* data;
-  bool is_int64;  // else int32
-  int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 // out[i] = weight[indices[i]].  weight (V, D), indices (N), out (N, D).
 // Throws std::out_of_range, with torch's text, if an index is outside [0, V); nothing outside memory is read.

@@ -4,6 +4,7 @@
 #include "core/elementwise.h"
 #include "core/memory.h"
 #include "core/probe.h"
+#include "core/row_order.h"
 #include "core/threads.h"
 #include "sanitize.h"
 
@@ -36,6 +37,27 @@ void check_threads() {
   }
   throws<std::out_of_range>("parallel_for",
                             [] { cpu::parallel_for(99, 1, [](int64_t, int64_t) { throw std::out_of_range(""); }); });
+}
+
+void check_row_order() {
+  // V: no digit, one, two, three; N: none, one share, several.
+  for (int64_t V : {int64_t{1}, int64_t{5}, int64_t{3000}, int64_t{40'000'000}})
+    for (int64_t N : {int64_t{0}, int64_t{1}, int64_t{1001}, int64_t{30'000}}) {
+      where = "row_order " + std::to_string(V) + " " + std::to_string(N);
+      std::vector<int32_t> rows(N);
+      for (int64_t i = 0; i < N; ++i) rows[i] = static_cast<int32_t>(i * i * 977 % V);
+      const cpu::RowOrder sorted({rows.data(), false}, N, V);
+      int64_t i = 0;
+      for (int64_t r = 0; r < sorted.runs(); ++r) {
+        if (r > 0 && sorted.rows()[r] <= sorted.rows()[r - 1]) fail("rows do not ascend");
+        if (sorted.starts()[r] != i || sorted.starts()[r + 1] <= i) fail("runs do not follow each other");
+        for (; i < sorted.starts()[r + 1]; ++i) {
+          if (rows[sorted.order()[i]] != static_cast<int32_t>(sorted.rows()[r])) fail("a position of another row");
+          if (i > sorted.starts()[r] && sorted.order()[i] <= sorted.order()[i - 1]) fail("not in order of positions");
+        }
+      }
+      if (i != N) fail("positions are missing");
+    }
 }
 
 void check_elementwise() {
