@@ -100,6 +100,9 @@ _RNN_OPTIONS = (
     "checkpoint_chunks",
 )
 
+# What only torch's optimizers do.
+_TORCHS_STEPS = ("sparse gradients", "capturable", "differentiable", "a tensor as a number")
+
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
 # TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
@@ -125,20 +128,23 @@ TABLE: dict[str, dict[str, Support]] = {
     "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS)},
     "lstm_cell": {"native": _cpu(unless=_cell_is_faster_in_torch)},
     **{f"{mode}_cell": {"native": _cpu()} for mode in ("gru", "rnn_tanh", "rnn_relu")},
-    "adam": {"native": _cpu("weight_decay", "amsgrad", "maximize")},
-    "sgd": {},
-    "adagrad": {},
+    "grad_norm": {"native": _cpu()},
+    "adam": {"native": _cpu("state_dtype")},
+    "sgd": {"native": _cpu("state_dtype")},
+    "adagrad": {"native": _cpu("state_dtype")},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
     "lstm": frozenset({*_RNN_OPTIONS, "norms", "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
     **{mode: frozenset({*_RNN_OPTIONS, "norms"}) for mode in ("gru", "rnn_tanh", "rnn_relu")},
     "slstm": frozenset({"mode", "norms", *_RNN_OPTIONS}),
+    **{name: frozenset({"state_dtype"}) for name in ("adam", "sgd", "adagrad")},
 }
 REFERENCE_LACKS: dict[str, frozenset[str]] = {
     "embedding": frozenset({"sparse"}),
     "embedding_bag": frozenset({"sparse"}),
-    "adam": frozenset({"sparse gradients", "complex tensors", "capturable", "differentiable"}),
+    "grad_norm": frozenset({"norm_type"}),
+    **{name: frozenset({"complex tensors", *_TORCHS_STEPS}) for name in ("adam", "sgd", "adagrad")},
 }
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "llmkern"
 MAY_IMPORT = {
     "nn": {"functional", "dispatch", "reference"},
     "functional": {"ops", "dispatch", "reference"},
-    "optim": {"ops", "dispatch", "reference"},
+    "optim": {"functional", "ops", "dispatch", "reference"},
     "ops": {"dispatch", "reference"},
     "dispatch": set(),
     "native": set(),

@@ -7,32 +7,37 @@
 
 namespace llmkern::cpu {
 
-// Gradients are multiplied by `grad_scale` as they are read: what unscales or clips them costs no pass of its own.
+// Gradients are multiplied by `grad_scale` as they are read, so that unscaling and clipping cost no pass of their own.
+// What becomes of the gradients themselves: nothing, zeros, or what was stepped by (but for the sign of `maximize`).
+enum class After { keep, zero, scale };
 
 // Adam (Kingma and Ba, arXiv 1412.6980) in torch's order of operations; decoupled weight decay makes it AdamW.
 struct Adam {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
   double grad_scale = 1;
+  After after = After::keep;
 };
 
 struct Sgd {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
   double grad_scale = 1;
+  After after = After::keep;
 };
 
 struct Adagrad {
   double lr, lr_decay, weight_decay, eps;
   bool maximize;
   double grad_scale = 1;
+  After after = After::keep;
 };
 
 // One parameter, its gradient and its states: n contiguous elements each. The gradient has the parameter's dtype; the
 // states have that too, or the one that arithmetic is done in. `step` counts from 1.
 struct OptimTensor {
   void* param;
-  const void* grad;
+  void* grad;
   // Adam: exp_avg, exp_avg_sq, max_exp_avg_sq (null: no amsgrad). Sgd: momentum buffer (written by step 1, null: no
   // momentum). Adagrad: sum.
   void* states[3];

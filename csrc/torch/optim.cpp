@@ -7,45 +7,97 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-void* matching(const Tensor& t, const Tensor& param, const char* name) {
+void* matching(const Tensor& t, const Tensor& param, ScalarType dtype, const char* name) {
   require_contiguous(t, name);
-  require(t.numel() == param.numel() && t.scalar_type() == param.scalar_type(),
-          std::string(name) + ": expected the parameter's number of elements and dtype");
+  require(t.numel() == param.numel() && t.scalar_type() == dtype,
+          std::string(name) + ": expected the parameter's number of elements, and its dtype or the states'");
   return t.mutable_data_ptr();
+}
+
+// `states`: up to three lists, each empty or as long as `params`. States are of one dtype: the parameter's, or the one
+// that arithmetic on it is done in.
+std::vector<cpu::OptimTensor> gather(const Tensors& params, const Tensors& grads,
+                                     std::initializer_list<const Tensors*> states, const std::vector<double>& steps) {
+  const size_t n = params.size();
+  bool complete = grads.size() == n && steps.size() == n;
+  for (const Tensors* state : states) complete = complete && (state->empty() || state->size() == n);
+  require(complete, "optimizer step: expected as many gradients, states and steps as parameters");
+  std::vector<cpu::OptimTensor> tensors;
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor& p = params[i];
+    const DType dtype = dtype_of(p);
+    cpu::OptimTensor tensor{matching(p, p, p.scalar_type(), "param"),
+                            matching(grads[i], p, p.scalar_type(), "grad"),
+                            {},
+                            p.numel(),
+                            dtype,
+                            dtype,
+                            steps[i]};
+    int k = 0;
+    for (const Tensors* state : states) {
+      if (!state->empty()) {
+        const ScalarType state_type = (*states.begin())->at(i).scalar_type();
+        const ScalarType wide = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+        require(state_type == p.scalar_type() || state_type == wide,
+                "state: expected the parameter's dtype, or float32 (float64 for float64)");
+        tensor.states[k] = matching((*state)[i], p, state_type, "state");
+        tensor.state_dtype = dtype_of(state_type);
+      }
+      ++k;
+    }
+    tensors.push_back(tensor);
+  }
+  return tensors;
+}
+
+cpu::After after_of(const std::string& after) {
+  require(after == "keep" || after == "zero" || after == "scale", "after: expected keep, zero or scale");
+  return after == "keep" ? cpu::After::keep : after == "zero" ? cpu::After::zero : cpu::After::scale;
 }
 
 void adam_step(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
                std::vector<double> steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-               bool decoupled, bool maximize) {
-  const size_t n = params.size();
-  const bool amsgrad = !max_exp_avg_sqs.empty();
-  require(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
-              (!amsgrad || max_exp_avg_sqs.size() == n),
-          "adam_step: expected as many gradients, states and steps as parameters");
-  std::vector<cpu::OptimTensor> tensors;
-  for (size_t i = 0; i < n; ++i) {
-    const Tensor& p = params[i];
-    tensors.push_back({matching(p, p, "param"),
-                       matching(grads[i], p, "grad"),
-                       {matching(exp_avgs[i], p, "exp_avg"), matching(exp_avg_sqs[i], p, "exp_avg_sq"),
-                        amsgrad ? matching(max_exp_avg_sqs[i], p, "max_exp_avg_sq") : nullptr},
-                       p.numel(),
-                       dtype_of(p),
-                       dtype_of(p),
-                       steps[i]});
-  }
-  cpu::adam_step({lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, tensors);
+               bool decoupled, bool maximize, double grad_scale, std::string after) {
+  require(exp_avgs.size() == params.size() && exp_avg_sqs.size() == params.size(),
+          "adam_step: expected as many exp_avgs and exp_avg_sqs as parameters");
+  const auto tensors = gather(params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps);
+  cpu::adam_step({lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, after_of(after)}, tensors);
+}
+
+void sgd_step(Tensors params, Tensors grads, Tensors momentum_buffers, std::vector<double> steps, double lr,
+              double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double grad_scale,
+              std::string after) {
+  const auto tensors = gather(params, grads, {&momentum_buffers}, steps);
+  cpu::sgd_step({lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, after_of(after)}, tensors);
+}
+
+void adagrad_step(Tensors params, Tensors grads, Tensors sums, std::vector<double> steps, double lr, double lr_decay,
+                  double weight_decay, double eps, bool maximize, double grad_scale, std::string after) {
+  require(sums.size() == params.size(), "adagrad_step: expected as many sums as parameters");
+  const auto tensors = gather(params, grads, {&sums}, steps);
+  cpu::adagrad_step({lr, lr_decay, weight_decay, eps, maximize, grad_scale, after_of(after)}, tensors);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
   m.def(
-      "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-      " Tensor(d!)[] max_exp_avg_sqs, float[] steps, float lr, float beta1, float beta2, float eps,"
-      " float weight_decay, bool decoupled, bool maximize) -> ()");
+      "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+      " Tensor(e!)[] max_exp_avg_sqs, float[] steps, float lr, float beta1, float beta2, float eps,"
+      " float weight_decay, bool decoupled, bool maximize, float grad_scale, str after) -> ()");
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, float[] steps, float lr,"
+      " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, float grad_scale, str after)"
+      " -> ()");
+  m.def(
+      "adagrad_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] sums, float[] steps, float lr,"
+      " float lr_decay, float weight_decay, float eps, bool maximize, float grad_scale, str after) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) { m.impl("adam_step", TORCH_BOX(&adam_step)); }
+STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
+  m.impl("adam_step", TORCH_BOX(&adam_step));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step));
+  m.impl("adagrad_step", TORCH_BOX(&adagrad_step));
+}
 
 }  // namespace llmkern

@@ -13,6 +13,7 @@ from .cross_entropy import cross_entropy, nll_loss
 from .dropout import dropout
 from .embedding import embedding
 from .embedding_bag import embedding_bag
+from .grad_norm import clip_grad_norm_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
@@ -20,6 +21,7 @@ from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_ta
 
 __all__ = [
     "CrossEntropyOutput",
+    "clip_grad_norm_",
     "cross_entropy",
     "dropout",
     "embedding",

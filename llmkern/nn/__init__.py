@@ -1,7 +1,7 @@
 """``torch.nn`` with kernels: ``import llmkern.nn as nn`` is the only change a model needs.
 
 The classes below are torch's, constructor for constructor, and keep its ``state_dict``; every other name, and every
-submodule (``nn.functional`` apart, which is ``llmkern.functional``), is torch's own.
+submodule (``nn.functional`` and ``nn.utils`` apart), is torch's own.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn
 
 from .. import functional
+from . import utils
 from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .dropout import Dropout
 from .embedding import Embedding, EmbeddingBag
@@ -36,11 +37,12 @@ __all__ = [
     "RNNCell",
     "functional",
     "sLSTM",
+    "utils",
 ]
 
 # So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
 sys.modules[f"{__name__}.functional"] = functional
-for _name in ("init", "parameter", "utils", "utils.rnn", "utils.parametrizations", "modules", "parallel"):
+for _name in ("init", "parameter", "utils.rnn", "utils.parametrizations", "modules", "parallel"):
     __import__(f"torch.nn.{_name}")
     sys.modules[f"{__name__}.{_name}"] = sys.modules[f"torch.nn.{_name}"]
 del _name

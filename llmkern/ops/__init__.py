@@ -11,16 +11,18 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding
 from .embedding_bag import embedding_bag, stands_in_for_torch
+from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
-from .optim import adam_step
+from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import Options as RNNOptions
 from .rnn import rnn
 
 __all__ = [
     "RNNOptions",
     "Rows",
+    "adagrad_step",
     "adam_step",
     "cross_entropy",
     "differentiating",
@@ -28,9 +30,12 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_bag",
+    "grad_norm",
     "linear",
     "linear_cross_entropy",
     "mse_loss",
     "rnn",
+    "scale_",
+    "sgd_step",
     "stands_in_for_torch",
 ]

@@ -1,4 +1,7 @@
-"""``torch.optim`` with kernels: the same classes, arguments and ``state_dict``; other names are torch's own."""
+"""``torch.optim`` with kernels: the same classes, arguments and ``state_dict``; other names are torch's own.
+
+``clip_grad_norm_`` is that of ``torch.nn.utils``.
+"""
 
 import importlib
 import sys
@@ -6,10 +9,12 @@ from typing import Any
 
 import torch.optim
 
+from ..functional import clip_grad_norm_
+from .adagrad import Adagrad
 from .adam import Adam, AdamW
-from .sgd import SGD, Adagrad
+from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "clip_grad_norm_"]
 
 for _name in ("lr_scheduler", "swa_utils"):
     sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"torch.optim.{_name}")

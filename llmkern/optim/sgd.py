@@ -1,33 +1,42 @@
-"""``SGD`` and ``Adagrad``: torch's own steps, until a kernel serves them; :func:`llmkern.explain` says so."""
+"""``SGD``: torch's optimizer with one kernel call a parameter group."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.optim
+from torch import Tensor
+from torch.optim.sgd import sgd
 
-from .. import dispatch
-
-
-class _Picked(torch.optim.Optimizer):
-    """Asks dispatch for ``_op`` once a group, where torch's step collects the group's tensors."""
-
-    _op: str
-
-    def _init_group(self, group: Any, params: Any, *lists: Any) -> Any:
-        result = super()._init_group(group, params, *lists)  # type: ignore[misc]
-        if params:
-            dispatch.pick(self._op, params[0])
-        return result
+from .. import ops
+from ._step import Folded, Step
 
 
-class SGD(_Picked, torch.optim.SGD):
-    """Stochastic gradient descent; see :class:`torch.optim.SGD`."""
+class SGD(Step, torch.optim.SGD):
+    """Stochastic gradient descent, with momentum if asked; see :class:`torch.optim.SGD`. Same arguments and
+    ``state_dict``."""
 
     _op = "sgd"
+    _lists = 3
+    _torch = sgd, ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
 
+    def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
+        params, grads, buffers = lists
+        # The first step only writes to the buffer.
+        steps = [1.0 if buffer is None else 2.0 for buffer in buffers] or [1.0] * len(params)
+        for i, (p, buffer) in enumerate(zip(params, buffers, strict=False)):
+            if buffer is None:
+                buffers[i] = self.state[p]["momentum_buffer"] = torch.empty_like(p, dtype=self._state_dtype_of(p))
+        numbers = (float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay"))
+        flags = (group["nesterov"], group["maximize"])
+        ops.sgd_step(params, grads, buffers, steps, *numbers, *flags, folded.factor, folded.after, backend)
 
-class Adagrad(_Picked, torch.optim.Adagrad):
-    """Adagrad; see :class:`torch.optim.Adagrad`."""
+    def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
+        super()._torch_step(group, lists, folded)
+        params, _, buffers = lists
+        for p, buffer in zip(params, buffers, strict=False):
+            self.state[p]["momentum_buffer"] = buffer
 
-    _op = "adagrad"
+    def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
+        return {"has_sparse_grad": grad.is_sparse}

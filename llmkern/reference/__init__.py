@@ -8,22 +8,27 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding, embedding_row_scale
 from .embedding_bag import embedding_bag
+from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
-from .optim import adam_step
+from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import rnn, rnn_step
 
 __all__ = [
+    "adagrad_step",
     "adam_step",
     "cross_entropy",
     "dropout",
     "embedding",
     "embedding_bag",
     "embedding_row_scale",
+    "grad_norm",
     "linear",
     "linear_cross_entropy",
     "mse_loss",
     "rnn",
     "rnn_step",
+    "scale_",
+    "sgd_step",
 ]

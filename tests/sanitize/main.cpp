@@ -16,6 +16,7 @@ void check_cross_entropy();
 void check_dropout();
 void check_embedding();
 void check_gemm();
+void check_grad_norm();
 void check_linear();
 void check_linear_cross_entropy();
 void check_mse_loss();
@@ -33,6 +34,7 @@ constexpr struct {
     {"dropout", &check_dropout},
     {"embedding", &check_embedding},
     {"gemm", &check_gemm},
+    {"grad_norm", &check_grad_norm},
     {"linear", &check_linear},
     {"linear_cross_entropy", &check_linear_cross_entropy},
     {"mse_loss", &check_mse_loss},

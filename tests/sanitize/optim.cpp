@@ -47,6 +47,47 @@ Expected adam(const cpu::Adam& op, const State& s) {
   return e;
 }
 
+// One step from given states; `state` receives what the state becomes, and gives what it was.
+double sgd(const cpu::Sgd& op, double p, double g, double step, double& state) {
+  g = (op.maximize ? -op.grad_scale : op.grad_scale) * g + op.weight_decay * p;
+  if (op.momentum != 0) {
+    state = step == 1 ? g : op.momentum * state + (1 - op.dampening) * g;
+    g = op.nesterov ? g + op.momentum * state : state;
+  }
+  return p - op.lr * g;
+}
+
+double adagrad(const cpu::Adagrad& op, double p, double g, double step, double& state) {
+  g = (op.maximize ? -op.grad_scale : op.grad_scale) * g + op.weight_decay * p;
+  state += g * g;
+  return p - op.lr / (1 + (step - 1) * op.lr_decay) * g / (std::sqrt(state) + op.eps);
+}
+
+// Of one state or none, in the dtype of the parameter and in that of arithmetic.
+template <class Op, class F>
+void check_step(const Op& op, bool has_state, void (*run)(const Op&, const std::vector<cpu::OptimTensor>&), F right) {
+  std::vector<Array> params, grads, states;
+  std::vector<Doubles> expected, expected_states;
+  std::vector<cpu::OptimTensor> tensors;
+  for (DType t : kDTypes)
+    for (DType q : {t, accum_of(t)})
+      for (int64_t n : {0, 1, 7, 33, 32 * 1024 + 5}) {
+        params.push_back(random(t, n)), grads.push_back(random(t, n)), states.push_back(positive(q, n));
+        const double step = 1 + n % 3;
+        expected.push_back(params.back().doubles()), expected_states.push_back(states.back().doubles());
+        for (int64_t i = 0; i < n; ++i)
+          expected.back()[i] = right(op, params.back()[i], grads.back()[i], step, expected_states.back()[i]);
+        tensors.push_back({params.back().data(), grads.back().data(), {}, n, t, q, step});
+        tensors.back().states[0] = has_state ? states.back().data() : nullptr;
+      }
+  run(op, tensors);
+  for (size_t i = 0; i < params.size(); ++i) {
+    near("param", params[i], expected[i], 16), near("state", states[i], expected_states[i], 4);
+    if (op.after == cpu::After::zero) near("grad", grads[i], Doubles(grads[i].n, 0.0));
+  }
+  run(op, {});
+}
+
 }  // namespace
 
 void check_optim() {
@@ -78,6 +119,16 @@ void check_optim() {
       }
     }
   cpu::adam_step({}, {});
+  for (double momentum : {0.0, 0.9})
+    for (bool flag : {false, true}) {
+      where = momentum > 0 ? "sgd with momentum" : "sgd";
+      const cpu::Sgd op{0.1, momentum, flag ? 0 : 0.3, 0.1, flag && momentum > 0, flag, 0.5, cpu::After::zero};
+      check_step(op, momentum > 0, &cpu::sgd_step, &sgd);
+    }
+  where = "adagrad";
+  for (bool flag : {false, true})
+    check_step(cpu::Adagrad{0.1, 0.2, 0.1, 1e-3, flag, 2.0, flag ? cpu::After::zero : cpu::After::scale}, true,
+               &cpu::adagrad_step, &adagrad);
 }
 
 }  // namespace llmkern::sanitize

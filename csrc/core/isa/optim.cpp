@@ -6,19 +6,22 @@ namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
 // T: parameter and gradient; Q: states.
-template <class T, class Q, class Rule>
-void sweep(const Rule& rule, const OptimTensor& tensor, int64_t begin, int64_t end) {
+template <class T, class Q, class Rule, class Op>
+void sweep(const Op& op, const OptimTensor& tensor, int64_t begin, int64_t end) {
   using S = Accum<T>;
   using V = Vec<S>;
   constexpr int L = kLanes<S>, n_states = Rule::kStates;
-  T* const param = static_cast<T*>(tensor.param);
-  const T* const grad = static_cast<const T*>(tensor.grad);
+  const Rule rule(op, tensor.step);
+  T *const param = static_cast<T*>(tensor.param), *const grad = static_cast<T*>(tensor.grad);
+  const S scale = static_cast<S>(op.grad_scale);
   const auto update = [&](int64_t i, auto get, auto put) {
     V p = get(param + i), states[n_states + 1];
+    const V g = get(grad + i);
     for (int k = 0; k < n_states; ++k) states[k] = get(static_cast<const Q*>(tensor.states[k]) + i);
-    rule.update(p, get(grad + i), states);
+    rule.update(p, g, states);
     for (int k = 0; k < n_states; ++k) put(static_cast<Q*>(tensor.states[k]) + i, states[k]);
     put(param + i, p);
+    if (op.after != After::keep) put(grad + i, op.after == After::zero ? V{} : scale * g);
   };
   int64_t i = begin;
   for (; i + L <= end; i += L) update(i, [](const auto* p) { return load<S>(p); }, [](auto* p, V v) { store(p, v); });
@@ -31,11 +34,11 @@ template <template <class, bool> class Rule, bool extra, class Op>
 void dispatch(const Op& op, const OptimTensor& tensor, int64_t begin, int64_t end) {
   visit(tensor.dtype, [&](auto t) {
     using T = decltype(t);
-    const Rule<Accum<T>, extra> rule(op, tensor.step);
+    using R = Rule<Accum<T>, extra>;
     if (tensor.state_dtype == tensor.dtype)
-      sweep<T, T>(rule, tensor, begin, end);
+      sweep<T, T, R>(op, tensor, begin, end);
     else
-      sweep<T, Accum<T>>(rule, tensor, begin, end);
+      sweep<T, Accum<T>, R>(op, tensor, begin, end);
   });
 }
 

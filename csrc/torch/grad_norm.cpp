@@ -1,0 +1,40 @@
+#include "core/grad_norm.h"
+
+#include <cmath>
+
+#include "torch/tensor.h"
+
+namespace llmkern {
+namespace {
+
+std::vector<cpu::Span> spans(const std::vector<Tensor>& tensors) {
+  std::vector<cpu::Span> result;
+  for (const Tensor& t : tensors) {
+    require_contiguous(t, "tensors");
+    result.push_back({t.mutable_data_ptr(), t.numel(), dtype_of(t)});
+  }
+  return result;
+}
+
+Tensor grad_norm(std::vector<Tensor> tensors) {
+  require(!tensors.empty(), "grad_norm: expected at least one tensor");
+  Tensor norm = empty(tensors[0], {}, ScalarType::Double);
+  *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(cpu::sum_of_squares(spans(tensors)));
+  return norm;
+}
+
+void scale_(std::vector<Tensor> tensors, double factor) { cpu::scale(spans(tensors), factor); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
+  m.def("grad_norm(Tensor[] tensors) -> Tensor");
+  m.def("scale_(Tensor(a!)[] tensors, float factor) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(&grad_norm));
+  m.impl("scale_", TORCH_BOX(&scale_));
+}
+
+}  // namespace llmkern

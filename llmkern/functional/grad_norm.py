@@ -1,0 +1,110 @@
+"""Gradient clipping, as ``torch.nn.utils`` has it, for dense and for sparse gradients."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.utils
+from torch import Tensor
+
+from .. import dispatch, ops
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scales all gradients by ``min(1, max_norm / (norm + 1e-6))``, in place, where ``norm`` is their length as one
+    vector; see :func:`torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        parameters: a tensor or an iterable of tensors; those without ``grad`` are passed over. Gradients may be sparse
+            COO tensors: entries of one index count as their sum, which is what the gradient is there.
+        max_norm: what the norm may be at most.
+        norm_type: of the p-norm; ``inf`` is the largest absolute value. Default: 2.
+        error_if_nonfinite: raise, and change nothing, if the norm is infinite or NaN. Default: ``False``: gradients
+            are then scaled by 0 or NaN.
+        foreach: names one of torch's implementations, and changes nothing here. Default: ``None``.
+
+    Returns:
+        The norm before clipping, a scalar of the gradients' dtype.
+
+    Raises:
+        RuntimeError: for a norm that is not finite, if ``error_if_nonfinite``.
+
+    The norm is summed in fp64 and meets the gradients unrounded: in low precision they are clipped to ``max_norm``, not
+    to a neighbour of it. Gradients that are short enough are not written.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    elif not isinstance(parameters, types.GeneratorType):
+        parameters = list(parameters)
+    else:
+        # torch warns of an empty generator.
+        parameters = list(parameters) or parameters
+    grads = [] if isinstance(parameters, types.GeneratorType) else [p.grad for p in parameters if p.grad is not None]
+    kinds = by_backend(grads, norm_type)
+    if all(backend == "torch" and not any(grad.is_sparse for grad in members) for backend, members in kinds):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+    norm = total_norm(kinds, norm_type)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"The total norm of order {float(norm_type)} for gradients from `parameters` is non-finite, so it cannot "
+            "be clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    factor = clip_factor(norm, max_norm)
+    if factor != 1:
+        for backend, members in kinds:
+            values = [grad._values() if grad.is_sparse else grad for grad in members]
+            if backend == "torch":
+                torch._foreach_mul_(values, factor)
+            else:
+                ops.scale_(values, factor, backend)
+    return norm.to(reduce(torch.promote_types, (grad.dtype for grad in grads)))
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by; NaN for NaN, as in torch."""
+    factor = float(max_norm) / (norm.item() + 1e-6)
+    return min(factor, 1.0) if factor == factor else factor
+
+
+def by_backend(grads: list[Tensor], norm_type: float = 2.0) -> list[tuple[str, list[Tensor]]]:
+    """The gradients, with the backend that serves their norm: one entry per device, dtype and kind of layout."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        dense = grad._values() if grad.is_sparse else grad
+        kinds.setdefault((grad.device, grad.dtype, dense.is_contiguous()), []).append(grad)
+    result = []
+    for (_, _, contiguous), members in kinds.items():
+        options = ["norm_type"] * (float(norm_type) != 2) + ["non-contiguous tensors"] * (not contiguous)
+        first = members[0]
+        backend = dispatch.pick("grad_norm", first._values() if first.is_sparse else first, options=options)
+        result.append((backend, members))
+    return result
+
+
+def total_norm(kinds: list[tuple[str, list[Tensor]]], norm_type: float = 2.0) -> Tensor:
+    """The norm of gradients that :func:`by_backend` sorted, as a float64 scalar on the first one's device."""
+    if norm_type <= 0 and any(grad.is_sparse for _, members in kinds for grad in members):
+        raise ValueError(f"norm_type: got {norm_type}; sparse gradients, which are zero elsewhere, need a positive one")
+    norms = []
+    for backend, members in kinds:
+        # Entries of one index are parts of one sum.
+        values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in members]
+        if backend == "torch":
+            norms.append(torch.nn.utils.get_total_norm(values, norm_type).double())
+        else:
+            norms.append(ops.grad_norm(values, backend))
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)

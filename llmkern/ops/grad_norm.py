@@ -1,0 +1,22 @@
+"""``llmkern::grad_norm`` and ``llmkern::scale_``: what gradient clipping reads and writes. They have no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import define
+
+grad_norm = define(
+    "grad_norm(Tensor[] tensors, str backend) -> Tensor",
+    lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
+)
+
+_scale = define("scale_(Tensor(a!)[] tensors, float factor, str backend) -> ()", lambda *args: None)
+
+
+def scale_(tensors: list[Tensor], factor: float, backend: str) -> None:
+    """Each tensor times ``factor``, in place. Call it without grad."""
+    _scale(tensors, factor, backend)
+    # A kernel writes behind autograd's back: a graph that still needs the old values must notice.
+    torch.autograd.graph.increment_version(tensors)

@@ -1,0 +1,215 @@
+"""What all optimizers here have in common: one kernel call a group, and what is folded into it.
+
+States, groups, checks and ``state_dict`` are torch's, and so is the step of what no kernel serves: sparse, complex or
+non-contiguous tensors, ``capturable``, ``differentiable``. ``foreach`` and ``fused`` name implementations of torch's; a
+kernel stands in for both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.optim
+from torch import Tensor
+
+from .. import dispatch
+from ..functional.grad_norm import by_backend, clip_factor, total_norm
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a step does besides: ``clip`` is a factor for the gradients; the tensors are GradScaler's."""
+
+    clip: float = 1.0
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    zero_grad: bool = False
+
+    @property
+    def factor(self) -> float:
+        return self.clip if self.grad_scale is None else self.clip / self.grad_scale.item()
+
+    @property
+    def after(self) -> str:
+        """What becomes of the gradients. torch's fused steps leave them unscaled, too."""
+        return "zero" if self.zero_grad else "keep" if self.grad_scale is None else "scale"
+
+    @property
+    def skipped(self) -> bool:
+        return self.found_inf is not None and bool(self.found_inf)
+
+    def clipped(self, grads: list[Tensor]) -> list[Tensor]:
+        """For a step that cannot fold: the gradients themselves stay as they are."""
+        return grads if self.clip == 1 else [grad * self.clip for grad in grads]
+
+
+class Step(torch.optim.Optimizer):
+    """Beside torch's arguments, all optimizers here take:
+
+    Args:
+        max_grad_norm: clips the gradients, all groups' as one vector, to this norm inside the step: as
+            :func:`llmkern.optim.clip_grad_norm_` before it, but without writing to them. The norm is in ``grad_norm``
+            afterwards. Default: ``None``, no clipping.
+        state_dtype: ``torch.float32`` keeps the states of narrower parameters in float32. torch's optimizers load them,
+            and round them. Default: ``None``: each parameter's own dtype, as in torch.
+
+    Both belong to the optimizer, not to a group, and do not appear in ``state_dict``.
+    """
+
+    _op: str
+    # How many lists torch's `_init_group` fills.
+    _lists: int
+    # torch's function, and the entries of a group that are its arguments.
+    _torch: tuple[Callable[..., None], tuple[str, ...]]
+    max_grad_norm: float | None = None
+    state_dtype: torch.dtype | None = None
+    # Of the last step that clipped.
+    grad_norm: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        *arguments: Any,
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; expected a number above 0, or None")
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"Invalid state_dtype: {state_dtype}; expected torch.float32 or None")
+        self.max_grad_norm, self.state_dtype = max_grad_norm, state_dtype
+        super().__init__(params, *arguments, **options)
+
+    def __init_subclass__(cls) -> None:
+        """Shows torch's arguments and ours in one signature."""
+        if "__init__" not in vars(cls):
+            theirs = inspect.signature(cls.__mro__[cls.__mro__.index(Step) + 1].__init__)  # type: ignore[misc]
+            ours = inspect.signature(Step.__init__).parameters
+            added = [ours[name] for name in ("max_grad_norm", "state_dtype")]
+            cls.__signature__ = theirs.replace(  # type: ignore[attr-defined]
+                parameters=[*list(theirs.parameters.values())[1:], *added]
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "state_dtype": self.state_dtype}
+
+    def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
+        """Updates the parameters once.
+
+        Args:
+            closure: recomputes and returns the loss, as in torch.
+            zero_grad: fills the gradients with zeros in the same pass: ``zero_grad(set_to_none=False)``, but cheaper.
+
+        After ``GradScaler`` found an infinity, parameters, states and step counts stay as they are.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        folded = Folded(self._clip(scale), scale, found_inf, zero_grad)
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            parts = [(group, lists) for group in self.param_groups for lists in _by_kind(self._collect(group))]
+            zeroed = [self._serve(group, lists, folded) for group, lists in parts]
+        if zero_grad and not all(zeroed):
+            self.zero_grad(set_to_none=False)
+        return loss
+
+    @torch.no_grad()
+    def _clip(self, scale: Tensor | None) -> float:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.max_grad_norm is None or not grads:
+            return 1.0
+        norm = total_norm(by_backend(grads))
+        self.grad_norm = norm if scale is None else norm / scale.to(norm)
+        return clip_factor(self.grad_norm, self.max_grad_norm)
+
+    def _collect(self, group: dict[str, Any]) -> list[list[Any]]:
+        """Parameters with a gradient, their gradients, states and, where there are, step counts: torch's lists."""
+        lists: list[list[Any]] = [[] for _ in range(self._lists)]
+        self._init_group(group, *lists)  # type: ignore[attr-defined]
+        if self.state_dtype is not None and self._widen(group):
+            return self._collect(group)
+        return lists
+
+    def _widen(self, group: dict[str, Any]) -> bool:
+        """Brings states that torch made or loaded into ``state_dtype``; says whether there were any."""
+        changed = False
+        for p in group["params"]:
+            for key, value in self.state.get(p, {}).items():
+                wide = self._state_dtype_of(p)
+                if key != "step" and isinstance(value, Tensor) and value.dtype != wide:
+                    self.state[p][key] = value.to(wide)
+                    changed = True
+        return changed
+
+    def _state_dtype_of(self, p: Tensor) -> torch.dtype:
+        return p.dtype if self.state_dtype is None else torch.promote_types(p.dtype, self.state_dtype)
+
+    def _serve(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> bool:
+        """Steps one kind of tensors; says whether it has zeroed the gradients as well."""
+        params, grads, *states = lists
+        tensors = [*params, *grads, *(t for state in states for t in state if isinstance(t, Tensor) and t.dim() > 0)]
+        dense = [t for t in tensors if t.layout == torch.strided]
+        options = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
+        options["state_dtype"] = any(t.dtype != params[0].dtype for t in dense)
+        options["sparse gradients"] = len(dense) < len(tensors)
+        options["complex tensors"] = params[0].is_complex()
+        options["non-contiguous tensors"] = not all(t.is_contiguous() for t in dense)
+        backend = dispatch.pick(self._op, *params, *grads, options=[name for name, on in options.items() if on])
+        if backend == "torch":
+            self._torch_step(group, lists, folded)
+        elif not folded.skipped:
+            self._kernel_step(group, lists, folded, backend)
+        return backend != "torch" and folded.after == "zero" and not folded.skipped
+
+    def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
+        raise NotImplementedError
+
+    def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
+        params, grads, *rest = lists
+        function, keys = self._torch
+        options = {key: group[key] for key in keys} | self._torch_options(group, params[0], grads[0])
+        scaler = {"grad_scale": folded.grad_scale, "found_inf": folded.found_inf}
+        function(params, folded.clipped(grads), *rest, **options, **scaler)
+
+    def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
+        """Arguments of torch's function that are not entries of the group."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`torch.optim.Optimizer.load_state_dict`; ``state_dtype`` spares states torch's rounding."""
+        loaded: dict[str, Any] = {}
+        # The last to see what other hooks made of it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        if self.state_dtype is None:
+            return
+        keys = [key for group in loaded["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params, strict=True):
+            for name, value in loaded["state"].get(key, {}).items():
+                if name != "step" and isinstance(value, Tensor):
+                    self.state[p][name] = value.to(device=p.device, dtype=self._state_dtype_of(p))
+
+
+def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:
+    """The lists cut by device and dtype of the parameter and layout of the gradient; a list may be empty."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
+        kinds.setdefault((p.device, p.dtype, grad.layout), []).append(i)
+    return [[[each[i] for i in members] if each else [] for each in lists] for members in kinds.values()]
+
+
+def advance(steps: list[Tensor]) -> list[float]:
+    """Counts one step more in each, and says which it is."""
+    torch._foreach_add_(steps, 1)
+    return [float(step) for step in steps]

@@ -1,0 +1,36 @@
+"""``Adagrad``: torch's optimizer with one kernel call a parameter group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.optim
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+
+from .. import ops
+from ._step import Folded, Step, advance
+
+
+class Adagrad(Step, torch.optim.Adagrad):
+    """Adagrad; see :class:`torch.optim.Adagrad`. Same arguments and ``state_dict``."""
+
+    _op = "adagrad"
+    _lists = 4
+    _torch = adagrad, ("lr", "weight_decay", "lr_decay", "eps", "foreach", "maximize", "differentiable", "fused")
+
+    def _widen(self, group: dict[str, Any]) -> bool:
+        changed = super()._widen(group)
+        for state in (self.state[p] for p in group["params"] if changed and p in self.state):
+            if state["step"] == 0:
+                # Not the initial value that the parameter's dtype has rounded.
+                state["sum"].fill_(self.defaults["initial_accumulator_value"])
+        return changed
+
+    def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
+        *tensors, steps = lists
+        numbers = (float(group[key]) for key in ("lr", "lr_decay", "weight_decay", "eps"))
+        ops.adagrad_step(*tensors, advance(steps), *numbers, group["maximize"], folded.factor, folded.after, backend)
+
+    def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
+        return {"has_sparse_grad": grad.is_sparse, "has_complex": p.is_complex()}
