@@ -132,11 +132,13 @@ TABLE: dict[str, dict[str, Support]] = {
     "adam": {"native": _cpu("state_dtype")},
     "sgd": {"native": _cpu("state_dtype")},
     "adagrad": {"native": _cpu("state_dtype")},
+    "row_optim": {"native": _cpu("row_grad")},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
     "lstm": frozenset({*_RNN_OPTIONS, "norms", "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
     **{mode: frozenset({*_RNN_OPTIONS, "norms"}) for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    "row_optim": frozenset({"row_grad"}),
     "slstm": frozenset({"mode", "norms", *_RNN_OPTIONS}),
     **{name: frozenset({"state_dtype"}) for name in ("adam", "sgd", "adagrad")},
 }

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch.nn
 from torch import Tensor
 
 from .. import functional as F
+from ..functional.embedding import RowParameter
 
 
 class Embedding(torch.nn.Embedding):
-    """A lookup table; see :class:`torch.nn.Embedding`. Same arguments, parameters and ``from_pretrained``."""
+    """A lookup table; see :class:`torch.nn.Embedding`. Same arguments, parameters and ``from_pretrained``.
+
+    ``row_grad=True`` (default: ``False``) gives ``weight`` a gradient of the rows that a batch looked up, as a sparse
+    tensor, and lets the optimizers of ``llmkern.optim`` leave the others alone until they are next looked up or read:
+    a step costs what the batch costs, whatever the size of the table. The results are those of the dense optimizer,
+    to the rounding of fp32 (for fp32 with SGD, Adam without L2 penalty, AdamW) or to the last bit;
+    ``row_grad="replay"`` asks for the bits always. Not with ``max_norm`` or ``scale_grad_by_freq``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        row_grad: bool | Literal["replay"] = False,
+    ) -> None:
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, _freeze, device, dtype)
+        super().__init__(num_embeddings, embedding_dim, *options)
+        if row_grad not in (False, True, "replay"):
+            raise ValueError(f"row_grad: got {row_grad!r}, expected False, True or 'replay'")
+        if row_grad and (max_norm is not None or scale_grad_by_freq):
+            raise ValueError(
+                "row_grad: got max_norm or scale_grad_by_freq, whose gradients or writes are not of rows alone"
+            )
+        if row_grad:
+            RowParameter.adopt(self.weight, replay=row_grad == "replay")
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(
@@ -21,6 +58,9 @@ class Embedding(torch.nn.Embedding):
             self.scale_grad_by_freq,
             self.sparse,
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", row_grad=True" if isinstance(self.weight, RowParameter) else "")
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):

@@ -18,9 +18,14 @@ from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import Options as RNNOptions
 from .rnn import rnn
+from .row_optim import RowParameter, RowRule, RowStep, RowTable, row_embedding
 
 __all__ = [
     "RNNOptions",
+    "RowParameter",
+    "RowRule",
+    "RowStep",
+    "RowTable",
     "Rows",
     "adagrad_step",
     "adam_step",
@@ -35,6 +40,7 @@ __all__ = [
     "linear_cross_entropy",
     "mse_loss",
     "rnn",
+    "row_embedding",
     "scale_",
     "sgd_step",
     "stands_in_for_torch",

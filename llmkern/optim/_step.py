@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..functional.grad_norm import by_backend, clip_factor, total_norm
+from . import _rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,19 @@ class Step(torch.optim.Optimizer):
                 parameters=[*list(theirs.parameters.values())[1:], *added]
             )
 
+    def catch_up(self) -> None:
+        """Makes the steps that wait for rows to be looked up (``llmkern.nn.Embedding(row_grad=True)``), on parameters
+        and
+        states. ``state_dict``, copies and readers of parameters do it by themselves; for readers of ``state``."""
+        _rows.catch_up(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`torch.optim.Optimizer.state_dict`."""
+        self.catch_up()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        self.catch_up()
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "state_dtype": self.state_dtype}
 
     def step(self, closure: Callable[[], Any] | None = None, *, zero_grad: bool = False) -> Any:
@@ -114,6 +127,9 @@ class Step(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         folded = Folded(self._clip(scale), scale, found_inf, zero_grad)
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            if not folded.skipped:
+                for group in self.param_groups:
+                    _rows.step(self, group, folded.factor, folded.after == "scale")
             parts = [(group, lists) for group in self.param_groups for lists in _by_kind(self._collect(group))]
             zeroed = [self._serve(group, lists, folded) for group, lists in parts]
         if zero_grad and not all(zeroed):
@@ -132,7 +148,7 @@ class Step(torch.optim.Optimizer):
     def _collect(self, group: dict[str, Any]) -> list[list[Any]]:
         """Parameters with a gradient, their gradients, states and, where there are, step counts: torch's lists."""
         lists: list[list[Any]] = [[] for _ in range(self._lists)]
-        self._init_group(group, *lists)  # type: ignore[attr-defined]
+        self._init_group(_rows.without(group), *lists)  # type: ignore[attr-defined]
         if self.state_dtype is not None and self._widen(group):
             return self._collect(group)
         return lists
@@ -184,6 +200,7 @@ class Step(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See :meth:`torch.optim.Optimizer.load_state_dict`; ``state_dtype`` spares states torch's rounding."""
+        self.catch_up()
         loaded: dict[str, Any] = {}
         # The last to see what other hooks made of it.
         handle = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))

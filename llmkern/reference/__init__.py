@@ -14,6 +14,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import rnn, rnn_step
+from .row_optim import row_catch_up, row_lookup, row_step
 
 __all__ = [
     "adagrad_step",
@@ -29,6 +30,9 @@ __all__ = [
     "mse_loss",
     "rnn",
     "rnn_step",
+    "row_catch_up",
+    "row_lookup",
+    "row_step",
     "scale_",
     "sgd_step",
 ]

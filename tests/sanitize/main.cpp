@@ -22,6 +22,7 @@ void check_linear_cross_entropy();
 void check_mse_loss();
 void check_optim();
 void check_rnn();
+void check_row_optim();
 void check_runtime();
 
 namespace {
@@ -40,6 +41,7 @@ constexpr struct {
     {"mse_loss", &check_mse_loss},
     {"optim", &check_optim},
     {"rnn", &check_rnn},
+    {"row_optim", &check_row_optim},
     {"runtime", &check_runtime},
 };
 
