@@ -10,12 +10,13 @@ from typing import Any
 import torch.optim
 
 from ..functional import clip_grad_norm_
+from ._in_backward import InBackward, in_backward
 from ._rows import prepare
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "clip_grad_norm_", "prepare"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "InBackward", "clip_grad_norm_", "in_backward", "prepare"]
 
 for _name in ("lr_scheduler", "swa_utils"):
     sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"torch.optim.{_name}")
