@@ -100,8 +100,15 @@ _RNN_OPTIONS = (
     "checkpoint_chunks",
 )
 
-# What only torch's optimizers do.
-_TORCHS_STEPS = ("sparse gradients", "capturable", "differentiable", "a tensor as a number")
+# What only torch's optimizers do. The last three with sparse gradients only.
+_TORCHS_STEPS = (
+    "complex tensors",
+    "capturable",
+    "differentiable",
+    "several sparse dimensions",
+    "momentum",
+    "weight_decay",
+)
 
 # An op's kernels by backend. `torch` and `reference` need no entry: they serve every option but those listed in
 # TORCH_LACKS and REFERENCE_LACKS.
@@ -133,6 +140,8 @@ TABLE: dict[str, dict[str, Support]] = {
     "sgd": {"native": _cpu("state_dtype")},
     "adagrad": {"native": _cpu("state_dtype")},
     "row_optim": {"native": _cpu("row_grad")},
+    **{f"sparse_{name}": {"native": _cpu("state_dtype")} for name in ("sgd", "adagrad", "adam", "grad_norm")},
+    "rowwise_adagrad": {"native": _cpu("rowwise")},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
@@ -141,12 +150,16 @@ TORCH_LACKS: dict[str, frozenset[str]] = {
     "row_optim": frozenset({"row_grad"}),
     "slstm": frozenset({"mode", "norms", *_RNN_OPTIONS}),
     **{name: frozenset({"state_dtype"}) for name in ("adam", "sgd", "adagrad")},
+    **{f"sparse_{name}": frozenset({"state_dtype"}) for name in ("sgd", "adagrad", "adam")},
+    "rowwise_adagrad": frozenset({"rowwise"}),
 }
 REFERENCE_LACKS: dict[str, frozenset[str]] = {
     "embedding": frozenset({"sparse"}),
     "embedding_bag": frozenset({"sparse"}),
     "grad_norm": frozenset({"norm_type"}),
-    **{name: frozenset({"complex tensors", *_TORCHS_STEPS}) for name in ("adam", "sgd", "adagrad")},
+    "sparse_grad_norm": frozenset({"norm_type", "several sparse dimensions"}),
+    **{name: frozenset(_TORCHS_STEPS) for name in ("adam", "sgd", "adagrad")},
+    **{f"sparse_{name}": frozenset(_TORCHS_STEPS) for name in ("sgd", "adagrad", "adam")},
 }
 
 

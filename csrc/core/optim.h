@@ -33,6 +33,14 @@ struct Adagrad {
   After after = After::keep;
 };
 
+// torch's SparseAdam: Adam on the rows that have a gradient, with eps added before the bias is corrected.
+struct SparseAdam {
+  double step_size;  // lr sqrt(1 - beta2^t) / (1 - beta1^t)
+  double beta1, beta2, eps;
+  bool maximize;
+  double grad_scale = 1;
+};
+
 // One parameter, its gradient and its states: n contiguous elements each. The gradient has the parameter's dtype; the
 // states have that too, or the one that arithmetic is done in. `step` counts from 1.
 struct OptimTensor {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable
 from functools import reduce
@@ -83,28 +84,34 @@ def by_backend(grads: list[Tensor], norm_type: float = 2.0) -> list[tuple[str, l
     kinds: dict[Any, list[Tensor]] = {}
     for grad in grads:
         dense = grad._values() if grad.is_sparse else grad
-        kinds.setdefault((grad.device, grad.dtype, dense.is_contiguous()), []).append(grad)
+        several = grad.is_sparse and grad.sparse_dim() != 1
+        kinds.setdefault((grad.is_sparse, several, dense.is_contiguous(), grad.device, grad.dtype), []).append(grad)
     result = []
-    for (_, _, contiguous), members in kinds.items():
-        options = ["norm_type"] * (float(norm_type) != 2) + ["non-contiguous tensors"] * (not contiguous)
-        first = members[0]
-        backend = dispatch.pick("grad_norm", first._values() if first.is_sparse else first, options=options)
+    for (sparse, several, contiguous, *_), members in kinds.items():
+        used = {"norm_type": float(norm_type) != 2, "several sparse dimensions": several}
+        used["non-contiguous tensors"] = not contiguous
+        first = members[0]._values() if sparse else members[0]
+        op = "sparse_grad_norm" if sparse else "grad_norm"
+        backend = dispatch.pick(op, first, options=[name for name, on in used.items() if on])
         result.append((backend, members))
     return result
 
 
 def total_norm(kinds: list[tuple[str, list[Tensor]]], norm_type: float = 2.0) -> Tensor:
     """The norm of gradients that :func:`by_backend` sorted, as a float64 scalar on the first one's device."""
-    if norm_type <= 0 and any(grad.is_sparse for _, members in kinds for grad in members):
+    if float(norm_type) <= 0 and any(grad.is_sparse for _, members in kinds for grad in members):
         raise ValueError(f"norm_type: got {norm_type}; sparse gradients, which are zero elsewhere, need a positive one")
-    norms = []
-    for backend, members in kinds:
-        # Entries of one index are parts of one sum.
-        values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in members]
-        if backend == "torch":
-            norms.append(torch.nn.utils.get_total_norm(values, norm_type).double())
-        else:
-            norms.append(ops.grad_norm(values, backend))
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
+    norms = [norm.to(kinds[0][1][0].device) for kind in kinds for norm in _norms(*kind, norm_type)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), float(norm_type))
+
+
+def _norms(backend: str, grads: list[Tensor], norm_type: float) -> list[Tensor]:
+    if backend != "torch" and grads[0].is_sparse:
+        flat = (grad._values().view(grad._nnz(), math.prod(grad.shape[1:])) for grad in grads)
+        rows = zip((grad._indices()[0] for grad in grads), flat, (len(grad) for grad in grads), strict=True)
+        return [ops.sparse_grad_norm(*row, backend) for row in rows]
+    if backend != "torch":
+        return [ops.grad_norm(grads, backend)]
+    # Entries of one index are parts of one sum.
+    values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in grads]
+    return [torch.nn.utils.get_total_norm(values, norm_type).double()]

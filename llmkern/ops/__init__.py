@@ -19,6 +19,13 @@ from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import Options as RNNOptions
 from .rnn import rnn
 from .row_optim import RowParameter, RowRule, RowStep, RowTable, row_embedding
+from .sparse_optim import (
+    rowwise_adagrad_step,
+    sparse_adagrad_step,
+    sparse_adam_step,
+    sparse_grad_norm,
+    sparse_sgd_step,
+)
 
 __all__ = [
     "RNNOptions",
@@ -41,7 +48,12 @@ __all__ = [
     "mse_loss",
     "rnn",
     "row_embedding",
+    "rowwise_adagrad_step",
     "scale_",
     "sgd_step",
+    "sparse_adagrad_step",
+    "sparse_adam_step",
+    "sparse_grad_norm",
+    "sparse_sgd_step",
     "stands_in_for_torch",
 ]

@@ -15,8 +15,21 @@ from ._rows import prepare
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .sgd import SGD
+from .sparse import LazyAdam, RowWiseAdagrad, SparseAdam
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "InBackward", "clip_grad_norm_", "in_backward", "prepare"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "InBackward",
+    "LazyAdam",
+    "RowWiseAdagrad",
+    "SparseAdam",
+    "clip_grad_norm_",
+    "in_backward",
+    "prepare",
+]
 
 for _name in ("lr_scheduler", "swa_utils"):
     sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"torch.optim.{_name}")

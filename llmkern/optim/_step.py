@@ -8,6 +8,7 @@ kernel stands in for both.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,9 @@ class Step(torch.optim.Optimizer):
     """
 
     _op: str
+    _rows_op: str
+    # Options of a step on rows that torch has not.
+    _rows_options: tuple[str, ...] = ()
     # How many lists torch's `_init_group` fills.
     _lists: int
     # torch's function, and the entries of a group that are its arguments.
@@ -169,22 +173,48 @@ class Step(torch.optim.Optimizer):
 
     def _serve(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> bool:
         """Steps one kind of tensors; says whether it has zeroed the gradients as well."""
+        if lists[1][0].is_sparse:
+            for i in range(len(lists[0])):
+                self._serve_rows(group, [part[i : i + 1] for part in lists], folded)
+            return False
         params, grads, *states = lists
         tensors = [*params, *grads, *(t for state in states for t in state if isinstance(t, Tensor) and t.dim() > 0)]
-        dense = [t for t in tensors if t.layout == torch.strided]
-        options = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
-        options["state_dtype"] = any(t.dtype != params[0].dtype for t in dense)
-        options["sparse gradients"] = len(dense) < len(tensors)
-        options["complex tensors"] = params[0].is_complex()
-        options["non-contiguous tensors"] = not all(t.is_contiguous() for t in dense)
-        backend = dispatch.pick(self._op, *params, *grads, options=[name for name, on in options.items() if on])
+        backend = dispatch.pick(self._op, *params, *grads, options=_options(group, tensors))
         if backend == "torch":
             self._torch_step(group, lists, folded)
         elif not folded.skipped:
             self._kernel_step(group, lists, folded, backend)
         return backend != "torch" and folded.after == "zero" and not folded.skipped
 
+    def _serve_rows(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
+        """Steps the rows of one table that a sparse gradient names."""
+        (p,), (grad,), *states = lists
+        values = grad._values()
+        tensors = [p, values, *(t for state in states for t in state if isinstance(t, Tensor) and t.dim() > 0)]
+        options = [*_options(group, tensors), *(key for key in ("momentum", "weight_decay") if group.get(key))]
+        options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
+        backend = dispatch.pick(self._rows_op, p, values, options=options)
+        if backend == "torch":
+            self._torch_step(group, lists, folded)
+        elif not folded.skipped:
+            width = math.prod(p.shape[1:])
+            rows = (p.view(len(p), width), grad._indices()[0], values.view(len(values), width))
+            self._rows_step(group, rows, lists, folded.factor, backend)
+            if folded.after == "scale":
+                values.mul_(folded.factor)
+
     def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
+        raise NotImplementedError
+
+    def _rows_step(
+        self,
+        group: dict[str, Any],
+        rows: tuple[Tensor, Tensor, Tensor],
+        lists: list[list[Any]],
+        factor: float,
+        backend: str,
+    ) -> None:
+        """``rows``: parameter (V, D), indices (N) and values (N, D)."""
         raise NotImplementedError
 
     def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
@@ -216,6 +246,15 @@ class Step(torch.optim.Optimizer):
             for name, value in loaded["state"].get(key, {}).items():
                 if name != "step" and isinstance(value, Tensor):
                     self.state[p][name] = value.to(device=p.device, dtype=self._state_dtype_of(p))
+
+
+def _options(group: dict[str, Any], tensors: list[Tensor]) -> list[str]:
+    """What a kernel may not serve; the parameter comes first."""
+    used = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
+    used["state_dtype"] = any(t.dtype != tensors[0].dtype for t in tensors)
+    used["complex tensors"] = tensors[0].is_complex()
+    used["non-contiguous tensors"] = not all(t.is_contiguous() for t in tensors)
+    return [name for name, on in used.items() if on]
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:

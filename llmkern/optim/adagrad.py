@@ -16,6 +16,7 @@ class Adagrad(Step, torch.optim.Adagrad):
     """Adagrad; see :class:`torch.optim.Adagrad`. Same arguments and ``state_dict``."""
 
     _op = "adagrad"
+    _rows_op = "sparse_adagrad"
     _lists = 4
     _torch = adagrad, ("lr", "weight_decay", "lr_decay", "eps", "foreach", "maximize", "differentiable", "fused")
 
@@ -31,6 +32,12 @@ class Adagrad(Step, torch.optim.Adagrad):
         *tensors, steps = lists
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "weight_decay", "eps"))
         ops.adagrad_step(*tensors, advance(steps), *numbers, group["maximize"], folded.factor, folded.after, backend)
+
+    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+        (state_sum,), steps = lists[2:]
+        numbers = (float(group[key]) for key in ("lr", "lr_decay", "eps"))
+        state_sum = state_sum.view(rows[0].shape)
+        ops.sparse_adagrad_step(*rows, state_sum, *advance(steps), *numbers, group["maximize"], factor, backend)
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         return {"has_sparse_grad": grad.is_sparse, "has_complex": p.is_complex()}

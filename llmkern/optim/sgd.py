@@ -18,6 +18,7 @@ class SGD(Step, torch.optim.SGD):
     ``state_dict``."""
 
     _op = "sgd"
+    _rows_op = "sparse_sgd"
     _lists = 3
     _torch = sgd, ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
 
@@ -31,6 +32,9 @@ class SGD(Step, torch.optim.SGD):
         numbers = (float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay"))
         flags = (group["nesterov"], group["maximize"])
         ops.sgd_step(params, grads, buffers, steps, *numbers, *flags, folded.factor, folded.after, backend)
+
+    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+        ops.sparse_sgd_step(*rows, float(group["lr"]), group["maximize"], factor, backend)
 
     def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         super()._torch_step(group, lists, folded)

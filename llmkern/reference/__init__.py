@@ -15,6 +15,13 @@ from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, sgd_step
 from .rnn import rnn, rnn_step
 from .row_optim import row_catch_up, row_lookup, row_step
+from .sparse_optim import (
+    rowwise_adagrad_step,
+    sparse_adagrad_step,
+    sparse_adam_step,
+    sparse_grad_norm,
+    sparse_sgd_step,
+)
 
 __all__ = [
     "adagrad_step",
@@ -33,6 +40,11 @@ __all__ = [
     "row_catch_up",
     "row_lookup",
     "row_step",
+    "rowwise_adagrad_step",
     "scale_",
     "sgd_step",
+    "sparse_adagrad_step",
+    "sparse_adam_step",
+    "sparse_grad_norm",
+    "sparse_sgd_step",
 ]

@@ -24,6 +24,7 @@ void check_optim();
 void check_rnn();
 void check_row_optim();
 void check_runtime();
+void check_sparse_optim();
 
 namespace {
 
@@ -43,6 +44,7 @@ constexpr struct {
     {"rnn", &check_rnn},
     {"row_optim", &check_row_optim},
     {"runtime", &check_runtime},
+    {"sparse_optim", &check_sparse_optim},
 };
 
 int run(const char* wanted) {

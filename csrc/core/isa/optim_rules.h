@@ -95,4 +95,28 @@ struct AdagradRule {
   S factor, l2, eps, step_size;
 };
 
+// States: exp_avg, exp_avg_sq.
+template <class S, bool = false>
+struct SparseAdamRule {
+  using V = Vec<S>;
+  static constexpr int kStates = 2;
+
+  SparseAdamRule(const SparseAdam& op, double)
+      : factor(static_cast<S>(op.maximize ? -op.grad_scale : op.grad_scale)),
+        weight1(static_cast<S>(1 - op.beta1)),
+        weight2(static_cast<S>(1 - op.beta2)),
+        eps(static_cast<S>(op.eps)),
+        step_size(static_cast<S>(op.step_size)) {}
+
+  [[gnu::always_inline]] void update(V& p, V g, V* states) const {
+    V &m = states[0], &v = states[1];
+    g = factor * g;
+    m = m + weight1 * (g - m);
+    v = v + weight2 * (g * g - v);
+    p = p - step_size * (m / (sqrt(v) + eps));
+  }
+
+  S factor, weight1, weight2, eps, step_size;
+};
+
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -1,0 +1,98 @@
+#include "core/sparse_optim.h"
+
+#include "core/isa/optim_rules.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+namespace {
+
+// f(i, n) for all vectors of D elements: n < kLanes for the last.
+template <class S, class F>
+void each_vector(int64_t D, const F& f) {
+  constexpr int L = kLanes<S>;
+  int64_t i = 0;
+  for (; i + L <= D; i += L) f(i, L);
+  if (i < D) f(i, static_cast<int>(D - i));
+}
+
+template <class S, class T>
+Vec<S> get(const T* p, int n) {
+  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
+}
+
+template <class T>
+void put(T* p, Vec<Accum<T>> v, int n) {
+  if (n == kLanes<Accum<T>>)
+    store(p, v);
+  else
+    store(p, v, n);
+}
+
+void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, void* sum) {
+  visit(grad.dtype, [&](auto t) {
+    using T = decltype(t);
+    using S = Accum<T>;
+    const T* const values = static_cast<const T*>(grad.values);
+    S* const out = static_cast<S*>(sum);
+    const auto row = [&](int64_t j) { return values + positions[j] * grad.D; };
+    each_vector<S>(grad.D, [&](int64_t i, int n) { put(out + i, get<S>(row(0) + i, n), n); });
+    for (int64_t j = 1; j < count; ++j)
+      each_vector<S>(grad.D, [&](int64_t i, int n) { put(out + i, get<S>(out + i, n) + get<S>(row(j) + i, n), n); });
+  });
+}
+
+// T: parameter; Q: states.
+template <class T, class Q, class Rule, class Op>
+void sweep(const Op& op, const Table& table, int64_t row, const Accum<T>* grad, int64_t D) {
+  using S = Accum<T>;
+  constexpr int n_states = Rule::kStates;
+  const Rule rule(op, table.step);
+  T* const param = static_cast<T*>(table.param) + row * D;
+  each_vector<S>(D, [&](int64_t i, int n) {
+    Vec<S> p = get<S>(param + i, n), states[n_states + 1];
+    for (int k = 0; k < n_states; ++k) states[k] = get<S>(static_cast<const Q*>(table.states[k]) + row * D + i, n);
+    rule.update(p, get<S>(grad + i, n), states);
+    for (int k = 0; k < n_states; ++k) put(static_cast<Q*>(table.states[k]) + row * D + i, states[k], n);
+    put(param + i, p, n);
+  });
+}
+
+template <template <class, bool> class Rule, class Op>
+void step(const Op& op, const RowGradient& grad, const Table& table, int64_t row, const void* sum) {
+  visit(grad.dtype, [&](auto t) {
+    using T = decltype(t);
+    using S = Accum<T>;
+    if (table.state_dtype == grad.dtype)
+      sweep<T, T, Rule<S, false>>(op, table, row, static_cast<const S*>(sum), grad.D);
+    else
+      sweep<T, S, Rule<S, false>>(op, table, row, static_cast<const S*>(sum), grad.D);
+  });
+}
+
+void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table, int64_t row,
+                     const void* sum) {
+  visit(grad.dtype, [&](auto t) {
+    using T = decltype(t);
+    using S = Accum<T>;
+    const S* const g = static_cast<const S*>(sum);
+    T* const param = static_cast<T*>(table.param) + row * grad.D;
+    const S scale = static_cast<S>(op.grad_scale);
+    Vec<S> squares{};
+    each_vector<S>(grad.D, [&](int64_t i, int n) {
+      const Vec<S> x = scale * get<S>(g + i, n);
+      squares = fma(x, x, squares);
+    });
+    S& total = static_cast<S*>(table.states[0])[row];
+    total += reduce_add<S>(squares) / static_cast<S>(grad.D);
+    const double factor = op.lr / (::sqrt(static_cast<double>(total)) + op.eps) * op.grad_scale;
+    const S by = static_cast<S>(op.maximize ? factor : -factor);
+    each_vector<S>(
+        grad.D, [&](int64_t i, int n) { put(param + i, fma(splat(by), get<S>(g + i, n), get<S>(param + i, n)), n); });
+  });
+}
+
+}  // namespace
+
+extern const SparseOptimKernels sparse_optim{&sum, &step<SgdRule, Sgd>, &step<AdagradRule, Adagrad>,
+                                             &step<SparseAdamRule, SparseAdam>, &rowwise_adagrad};
+
+}  // namespace llmkern::cpu::LLMKERN_ISA
