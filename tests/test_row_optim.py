@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
-import math
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,18 +12,15 @@ import torch
 from checks import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_tables import D, V, batches, embedding, results, train
 from torch import Tensor
 
 import llmkern
 from llmkern import dispatch, optim
 from llmkern.nn import Embedding
-from llmkern.ops import RowParameter
 from llmkern.ops import row_optim as ops_row_optim
 
 NATIVE = dispatch.unavailable("native") is None
-# An odd number of columns has a tail in every vector length; 130 passes the four vectors that are summed together.
-V, D, N = 40, 131, 9
-
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 1e-2}),
     "adam-betas": ("Adam", {"lr": 1e-2, "betas": (0.6, 0.95), "eps": 1e-4}),
@@ -50,47 +44,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with llmkern.backend(request.param):
         yield request.param
-
-
-def embedding(dtype: torch.dtype = torch.float32, rows: Any = False, **options: Any) -> torch.nn.Embedding:
-    """The same table in every dtype, of torch or with row gradients."""
-    table = torch.randn(V, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    if rows:
-        return Embedding(V, D, _weight=table, row_grad=rows, **options)
-    return torch.nn.Embedding(V, D, _weight=table, **options)
-
-
-def batches(steps: int, seed: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Indices (N), some rows much more often than others and the last two never; their gradients (N, D) in fp64."""
-    g = torch.Generator().manual_seed(seed)
-    return [
-        (
-            (torch.rand(N, generator=g) ** 3 * (V - 2)).long(),
-            torch.randn(N, D, generator=g, dtype=torch.float64).float().double(),
-        )
-        for _ in range(steps)
-    ]
-
-
-def cosine(step: int, warmup: int, total: int) -> float:
-    return min(1.0, (step + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / total))
-
-
-def train(
-    module: torch.nn.Embedding, optimizer: torch.optim.Optimizer, steps: list[tuple[Tensor, Tensor]], first: int = 0
-) -> None:
-    lr = optimizer.defaults["lr"]
-    for i, (indices, dout) in enumerate(steps, first):
-        optimizer.param_groups[0]["lr"] = lr * cosine(i, 20, 400)
-        optimizer.zero_grad()
-        module(indices).backward(dout.to(module.weight.dtype))
-        optimizer.step()
-
-
-def results(module: torch.nn.Embedding, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The table and its states as others read them."""
-    states = optimizer.state_dict()["state"].get(0, {})
-    return [module.state_dict()["weight"].clone(), *(states[key] for key in sorted(states) if states[key] is not None)]
 
 
 def run(name: str, library: Any, dtype: torch.dtype, rows: Any = False, steps: int = 60) -> list[Tensor]:
@@ -207,65 +160,6 @@ def test_any_gap_and_any_size_of_gradients(
             assert_accurate(got, want.double(), theirs)
 
 
-READS: dict[str, Callable[[Any, Any], Any]] = {
-    "weight": lambda module, _: module.weight + 0,
-    "data": lambda module, _: module.weight.data,
-    "state_dict": lambda module, _: module.state_dict()["weight"],
-    "parameters": lambda module, _: torch.nn.utils.parameters_to_vector(module.parameters()).view(V, D),
-    "deepcopy": lambda module, _: copy.deepcopy(module).weight,
-    "pickle": lambda module, _: pickle.loads(pickle.dumps(module)).weight,
-    "lookup": lambda module, _: module(torch.arange(V)),
-    "lookup without grad": lambda module, _: torch.no_grad()(module)(torch.arange(V, dtype=torch.int32)),
-    "torch's lookup": lambda module, _: torch.nn.functional.embedding(torch.arange(V), module.weight),
-    "tied layer": lambda module, _: llmkern.nn.functional.linear(torch.eye(D), module.weight).T,
-    "item": lambda module, _: torch.tensor([[x.item() for x in row] for row in module.weight]),
-    "numpy": lambda module, _: torch.from_numpy(module.weight.detach().numpy()),
-    "foreach": lambda module, _: torch._foreach_add([module.weight], 0.0)[0],
-    "optimizer": lambda module, optimizer: (optimizer.state_dict(), module.weight.table.param)[1],
-    "pickled optimizer": lambda module, optimizer: (pickle.dumps(optimizer), module.weight.table.param)[1],
-    "optimizer's catch_up": lambda module, optimizer: (optimizer.catch_up(), module.weight.table.param)[1],
-}
-
-
-@pytest.mark.parametrize("rows", [True, "replay"])
-@pytest.mark.parametrize("read", READS)
-def test_every_read_finds_the_dense_values(read: str, rows: Any) -> None:
-    module, dense = embedding(rows=rows), embedding()
-    optimizers = optim.AdamW(module.parameters(), lr=0.1), torch.optim.AdamW(dense.parameters(), lr=0.1)
-    train(module, optimizers[0], batches(12))
-    train(dense, optimizers[1], batches(12))
-    assert module.weight.table.count == 12, "nothing was pending"
-    got = READS[read](module, optimizers[0])
-    torch.testing.assert_close(got.detach().view(V, D), dense.weight.detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_not_a_read_of_elements_leaves_steps_pending() -> None:
-    module = embedding(rows=True)
-    optimizer = optim.Adam(module.parameters())
-    train(module, optimizer, batches(3))
-    assert module.weight.shape == (V, D)
-    assert module.weight.dtype == torch.float32
-    assert module.weight.requires_grad
-    assert module.weight.grad.is_sparse
-    assert list(module.eval().named_parameters())
-    assert "row_grad=True" in repr(module)
-    optimizer.zero_grad()
-    assert module.weight.table.count == 3
-
-
-def test_a_write_comes_after_the_pending_steps() -> None:
-    module, dense = embedding(rows=True), embedding()
-    optimizers = optim.Adam(module.parameters(), lr=0.1), torch.optim.Adam(dense.parameters(), lr=0.1)
-    for i in range(3):
-        for m, optimizer in zip((module, dense), optimizers, strict=True):
-            train(m, optimizer, batches(5, seed=i))
-            with torch.no_grad():
-                m.weight.mul_(0.5)
-            m.weight.data = m.weight.data.clone()
-            m.weight.data[3] = 1.0
-    torch.testing.assert_close(module.weight.detach(), dense.weight.detach(), rtol=1e-5, atol=1e-6)
-
-
 def step_pairs(module: Any, dense: Any, make: Callable[[Any, Any], Any], loss: Callable[..., Tensor], n: int) -> None:
     """The same training of both: `loss(module, i)`; their tables must agree."""
     optimizers = make(optim, module.parameters()), make(torch.optim, dense.parameters())
@@ -377,18 +271,6 @@ def test_two_optimizers_of_one_table_take_turns() -> None:
     )
 
 
-@pytest.mark.parametrize("index", [V, -1, 2**31])
-def test_a_bad_index_is_torchs_error_and_changes_nothing(backend: str, index: int) -> None:
-    module = embedding(rows=True)
-    optimizer = optim.Adam(module.parameters(), lr=0.1)
-    train(module, optimizer, batches(3))
-    before = module.weight.detach().clone()
-    train(module, optimizer, [])
-    with pytest.raises(IndexError, match=r"^index out of range in self$"):
-        module(torch.tensor([1, index]))
-    assert torch.equal(module.weight.detach(), before)
-
-
 def test_nan_stays_in_its_row() -> None:
     module = embedding(rows=True)
     optimizer = optim.Adam(module.parameters(), lr=0.1)
@@ -425,63 +307,3 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
     for one, many in zip(training(1), training(3), strict=True):
         assert torch.equal(one, many)
-
-
-def test_a_compiled_model_sees_what_is_pending() -> None:
-    module, dense = embedding(rows=True), embedding()
-    compiled = torch.compile(module, backend="eager")
-    optimizers = optim.Adam(module.parameters(), lr=0.1), torch.optim.Adam(dense.parameters(), lr=0.1)
-    for indices, dout in batches(6):
-        for forward, optimizer in ((compiled, optimizers[0]), (dense, optimizers[1])):
-            optimizer.zero_grad()
-            forward(indices).backward(dout.float())
-            optimizer.step()
-    torch.testing.assert_close(module.weight.detach(), dense.weight.detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_prepare_takes_the_embeddings_that_can() -> None:
-    model = torch.nn.ModuleDict(
-        {
-            "plain": torch.nn.Embedding(V, D),
-            "ours": Embedding(V, D),
-            "tied": torch.nn.Embedding(V, D),
-            "head": torch.nn.Linear(D, V, bias=False),
-            "renormalised": torch.nn.Embedding(V, D, max_norm=1.0),
-            "counted": torch.nn.Embedding(V, D, scale_grad_by_freq=True),
-            "sparse": torch.nn.Embedding(V, D, sparse=True),
-        }
-    )
-    model["head"].weight = model["tied"].weight
-    before = dict(model.named_parameters())
-    assert optim.prepare(model) == ["plain", "ours"]
-    assert all(p is before[name] for name, p in model.named_parameters())
-    assert isinstance(model["plain"].weight, RowParameter)
-    dense = copy.deepcopy(model["plain"].weight).data.clone()
-    optimizer = optim.SGD(model["plain"].parameters(), lr=1.0)
-    model["plain"](torch.tensor([[1, 1], [2, 3]])).sum().backward()
-    assert model["plain"].weight.grad.is_sparse
-    optimizer.step()
-    dense[1] -= 2
-    dense[2:4] -= 1
-    torch.testing.assert_close(model["plain"].weight.data, dense)
-
-
-def test_wrong_arguments_are_told() -> None:
-    with pytest.raises(ValueError, match="row_grad: got 'rows', expected"):
-        Embedding(V, D, row_grad="rows")  # type: ignore[arg-type]
-    for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
-        with pytest.raises(ValueError, match="row_grad: got max_norm or scale_grad_by_freq"):
-            Embedding(V, D, row_grad=True, **option)  # type: ignore[arg-type]
-    module = embedding(rows=True)
-    module(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        torch.optim.Adam(module.parameters()).step()
-
-
-def test_explain_tells_who_steps() -> None:
-    module = embedding(rows=True)
-    optimizer = optim.Adam(module.parameters())
-    module(torch.tensor([1])).sum().backward()
-    assert llmkern.explain(optimizer.step).choices[0].op == "row_optim"
-    with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="row_grad"):
-        optimizer.step()
