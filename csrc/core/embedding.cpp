@@ -1,24 +1,22 @@
 // Embedding lookup: forward copies rows, backward adds them up.
 //
-// Traffic. Forward: read and write N*D elements once. Backward: read N*D, write V*D once. No arithmetic to speak of, so
-// both run at memory speed; the work is to touch each byte once and to be right about duplicates.
-//
-// Backward sorts the positions by row (stable radix sort of N 32-bit keys) and gives each run of equal rows to one
-// thread, which adds it up in registers, in fp32, in the order of the batch: no atomics, the same bits for any number
-// of threads. Rows without a gradient are zeroed on the way, so the output needs no memset before.
+// Traffic. Forward: each row that occurs is read, N*D elements are written; the indices are checked on the way. The
+// caches keep what they can of an output, since the next layer reads it; one far larger is written past them.
+// Backward: see table_gradient.cpp.
 #include "core/embedding.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "core/row_order.h"
+#include "core/table_gradient.h"
 #include "core/threads.h"
 
 namespace llmkern::cpu {
 namespace {
 
 constexpr int64_t kGrainBytes = 32 * 1024;
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
@@ -26,44 +24,33 @@ int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes 
 
 void embedding_forward(const void* weight, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N, void* out) {
   const int64_t row_bytes = D * static_cast<int64_t>(itemsize(dtype));
-  const char* from = static_cast<const char*>(weight);
-  char* to = static_cast<char*>(out);
-  std::atomic<bool> bad{false};
+  const bool stream = N * row_bytes >= kStreamBytes;
+  const auto& kernels = LLMKERN_SELECT(embedding);
+  std::atomic<bool> good{true};
   parallel_for(N, grain_rows(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = indices[i];
-      if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(V)) {
-        bad.store(true, std::memory_order_relaxed);
-        return;
-      }
-      std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
-    }
+    if (!kernels.copy_rows(weight, V, row_bytes, indices, begin, end, N, stream, out))
+      good.store(false, std::memory_order_relaxed);
   });
-  if (bad) throw_index_error();
+  if (!good) throw_index_error();
 }
 
 void embedding_backward(const void* dout, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N,
                         int64_t padding_idx, bool scale_grad_by_freq, void* dweight) {
+  const RowOrder order(indices, N, V);
+  table_gradient({dout, dtype, D, N, order.order()}, order, V, padding_idx, scale_grad_by_freq, dweight);
+}
+
+void embedding_renorm(void* weight, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N, double max_norm,
+                      double norm_type) {
+  const RowOrder order(indices, N, V);
   const int64_t row_bytes = D * static_cast<int64_t>(itemsize(dtype));
-  char* to = static_cast<char*>(dweight);
-  const RowOrder sorted(indices, N, V);
-  const uint32_t *rows = sorted.rows(), *starts = sorted.starts();
   const auto& kernels = LLMKERN_SELECT(embedding);
-  // Each thread owns a range of the table: it zeroes the rows between runs and sums the runs.
-  parallel_for(V, grain_rows(row_bytes), [&](int64_t begin, int64_t end) {
-    int64_t r = std::lower_bound(rows, rows + sorted.runs(), static_cast<uint32_t>(begin)) - rows;
-    int64_t next = begin;
-    for (; r < sorted.runs() && rows[r] < end; ++r) {
-      const int64_t row = rows[r], count = starts[r + 1] - starts[r];
-      std::memset(to + next * row_bytes, 0, (row - next) * row_bytes);
-      if (row == padding_idx)
-        std::memset(to + row * row_bytes, 0, row_bytes);
-      else
-        kernels.sum_rows(dout, dtype, D, sorted.order() + starts[r], count, scale_grad_by_freq ? 1.0 / count : 1.0,
-                         to + row * row_bytes);
-      next = row + 1;
+  parallel_for(order.runs(), grain_rows(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      char* const row = static_cast<char*>(weight) + order.rows()[r] * row_bytes;
+      const double norm = kernels.norm(row, dtype, D, norm_type);
+      if (norm > max_norm) kernels.scale(row, dtype, D, max_norm / (norm + 1e-7));
     }
-    std::memset(to + next * row_bytes, 0, (end - next) * row_bytes);
   });
 }
 

@@ -1,4 +1,4 @@
-// Embedding lookup. See embedding.cpp for the idea and the traffic.
+// Embedding lookup. See embedding.cpp for the idea and the traffic; the gradient is in table_gradient.h.
 #pragma once
 #include "core/dtype.h"
 #include "core/indices.h"
@@ -16,10 +16,17 @@ void embedding_forward(const void* weight, DType dtype, int64_t V, int64_t D, In
 void embedding_backward(const void* dout, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N,
                         int64_t padding_idx, bool scale_grad_by_freq, void* dweight);
 
+// Scales rows of weight (V, D) that are looked up and whose norm_type-norm exceeds max_norm down to it, as torch does:
+// by max_norm / (norm + 1e-7). All indices are checked before anything is written.
+void embedding_renorm(void* weight, DType dtype, int64_t V, int64_t D, Indices indices, int64_t N, double max_norm,
+                      double norm_type);
+
 struct EmbeddingKernels {
-  // out[d] = scale * sum_j rows[order[j] * D + d], j < count, added in order.
-  void (*sum_rows)(const void* rows, DType dtype, int64_t D, const uint32_t* order, int64_t count, double scale,
-                   void* out);
+  // out[i] = weight[indices[i]] for i in [begin, end), row_bytes each; false if an index is outside [0, V).
+  bool (*copy_rows)(const void* weight, int64_t V, int64_t row_bytes, Indices indices, int64_t begin, int64_t end,
+                    int64_t N, bool stream, void* out);
+  double (*norm)(const void* x, DType dtype, int64_t D, double norm_type);
+  void (*scale)(void* x, DType dtype, int64_t D, double factor);
 };
 
 }  // namespace llmkern::cpu

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -33,6 +34,17 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
     }
   }
   if (error) std::rethrow_exception(error);
+}
+
+// Calls f(begin, end) on blocks of `block` items that cover [0, n). Threads take them as they come: for work of which
+// some items cost far more than others.
+template <class F>
+void parallel_blocks(int64_t n, int64_t block, const F& f) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min<int64_t>(omp_get_max_threads(), (n + block - 1) / block), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(block, std::memory_order_relaxed)) < n;)
+      f(begin, std::min(begin + block, n));
+  });
 }
 
 }  // namespace llmkern::cpu

@@ -5,39 +5,98 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Four vectors of columns stay in registers while the run's rows pass by: one store per element, however long the run.
-template <class T>
-void sum_rows(const T* rows, int64_t D, const uint32_t* order, int64_t count, Accum<T> scale, T* out) {
-  using A = Accum<T>;
-  constexpr int L = kLanes<A>;
-  int64_t d = 0;
-  for (; d + 4 * L <= D; d += 4 * L) {
-    Vec<A> s0{}, s1{}, s2{}, s3{};
-    for (int64_t j = 0; j < count; ++j) {
-      const T* row = rows + order[j] * D + d;
-      s0 += load<A>(row), s1 += load<A>(row + L), s2 += load<A>(row + 2 * L), s3 += load<A>(row + 3 * L);
-    }
-    store(out + d, s0 * scale), store(out + d + L, s1 * scale);
-    store(out + d + 2 * L, s2 * scale), store(out + d + 3 * L, s3 * scale);
+constexpr int64_t kAheadBytes = 16 * 1024;
+constexpr int kLine = 64;
+
+// Copies a row, and fetches the same bytes of a later one.
+template <bool Stream>
+void copy_row(const char* from, const char* ahead, int64_t bytes, char* to) {
+  constexpr int B = kVectorBytes, kStep = kLine < B ? B : kLine;
+  const auto move = [&](int64_t i) {
+    const vf32 v = load<float>(reinterpret_cast<const float*>(from + i));
+    Stream ? store_streaming(reinterpret_cast<float*>(to + i), v) : store(reinterpret_cast<float*>(to + i), v);
+  };
+  int64_t i = 0;
+  for (; i + kStep <= bytes; i += kStep) {
+    __builtin_prefetch(ahead + i);
+    for (int k = 0; k < kStep; k += B) move(i + k);
   }
-  for (; d < D; d += L) {
-    const int n = D - d < L ? static_cast<int>(D - d) : L;
-    Vec<A> s{};
-    for (int64_t j = 0; j < count; ++j) s += load<A>(rows + order[j] * D + d, n, A{});
-    store(out + d, s * scale, n);
-  }
+  memcpy(to + i, from + i, bytes - i);
 }
 
-void sum_rows_any(const void* rows, DType dtype, int64_t D, const uint32_t* order, int64_t count, double scale,
-                  void* out) {
+template <class I>
+bool copy_rows(const char* weight, int64_t V, int64_t row_bytes, const I* indices, int64_t begin, int64_t end,
+               int64_t N, bool stream, char* out) {
+  const int64_t step = 1 + kAheadBytes / (row_bytes + 1);
+  const auto number = [&](int64_t i) { return static_cast<uint64_t>(static_cast<int64_t>(indices[i])); };
+  for (int64_t i = begin; i < end; ++i) {
+    const uint64_t row = number(i), next = number(i + step < N ? i + step : N - 1);
+    if (row >= static_cast<uint64_t>(V)) return false;
+    const char* const from = weight + row * row_bytes;
+    const char* const ahead = next < static_cast<uint64_t>(V) ? weight + next * row_bytes : from;
+    char* const to = out + i * row_bytes;
+    stream&& reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0 ? copy_row<true>(from, ahead, row_bytes, to)
+                                                                 : copy_row<false>(from, ahead, row_bytes, to);
+  }
+  return true;
+}
+
+bool copy_rows_any(const void* weight, int64_t V, int64_t row_bytes, Indices indices, int64_t begin, int64_t end,
+                   int64_t N, bool stream, void* out) {
+  const auto copy = [&](auto* at) {
+    return copy_rows(static_cast<const char*>(weight), V, row_bytes, at, begin, end, N, stream,
+                     static_cast<char*>(out));
+  };
+  return indices.is_int64 ? copy(static_cast<const int64_t*>(indices.data))
+                          : copy(static_cast<const int32_t*>(indices.data));
+}
+
+double norm(const void* x, DType dtype, int64_t D, double p) {
+  return visit(dtype, [&](auto t) -> double {
+    using T = decltype(t);
+    using A = Accum<T>;
+    constexpr int L = kLanes<A>;
+    const T* const row = static_cast<const T*>(x);
+    // The usual norms in vectors; max and min let NaN through, as torch's do.
+    if (p == 2 || p == 1) {
+      Vec<A> s[4]{};
+      const auto add = [&](Vec<A>& sum, Vec<A> v) { sum += p == 2 ? v * v : (v < 0 ? -v : v); };
+      int64_t d = 0;
+      for (; d + 4 * L <= D; d += 4 * L)
+        for (int k = 0; k < 4; ++k) add(s[k], load<A>(row + d + k * L));
+      for (; d < D; d += L) add(s[0], load<A>(row + d, D - d < L ? static_cast<int>(D - d) : L, A{}));
+      const A sum = reduce_add<A>((s[0] + s[1]) + (s[2] + s[3]));
+      return p == 2 ? ::sqrt(static_cast<double>(sum)) : static_cast<double>(sum);
+    }
+    double sum = p == -HUGE_VAL ? HUGE_VAL : 0;
+    for (int64_t d = 0; d < D; ++d) {
+      const double v = ::fabs(static_cast<double>(load_one(row + d)));
+      if (p == HUGE_VAL)
+        sum = v > sum || v != v ? v : sum;
+      else if (p == -HUGE_VAL)
+        sum = v < sum || v != v ? v : sum;
+      else
+        sum += p == 0 ? (v != 0) : ::pow(v, p);
+    }
+    return p == 0 || ::isinf(p) ? sum : ::pow(sum, 1 / p);
+  });
+}
+
+void scale(void* x, DType dtype, int64_t D, double factor) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
-    sum_rows(static_cast<const T*>(rows), D, order, count, static_cast<Accum<T>>(scale), static_cast<T*>(out));
+    using A = Accum<T>;
+    constexpr int L = kLanes<A>;
+    T* const row = static_cast<T*>(x);
+    const A a = static_cast<A>(factor);
+    int64_t d = 0;
+    for (; d + L <= D; d += L) store(row + d, load<A>(row + d) * a);
+    if (const int n = static_cast<int>(D - d); n > 0) store(row + d, load<A>(row + d, n, A{}) * a, n);
   });
 }
 
 }  // namespace
 
-extern const EmbeddingKernels embedding{&sum_rows_any};
+extern const EmbeddingKernels embedding{&copy_rows_any, &norm, &scale};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -1,0 +1,65 @@
+// Sums of scattered rows: what lookups in bags and the gradients of tables have in common.
+//
+// A block of columns stays in registers while the rows pass by: one store per element, however many rows. Rows lie
+// anywhere in memory, so each is fetched some rows before it is added; how many depends on their length.
+#pragma once
+#include "core/isa/simd.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+
+inline constexpr int64_t kAheadBytes = 8 * 1024;
+
+// `Rows` says which: row(j), negative for none; scale(j); ahead(j), a row to fetch that may be one of a later sum.
+// out (D) = scale * sum of scale(j) * table[row(j)] over j in [begin, end).
+template <class T, class U, class Rows>
+struct RowSum {
+  using A = Accum<T>;
+  static constexpr int L = kLanes<A>;
+  const T* table;
+  int64_t D;
+  const Rows& rows;
+  int64_t begin, end;
+  A scale;
+  bool stream;
+  U* out;
+
+  template <int K>
+  void columns(int64_t d) const {
+    const int64_t step = 1 + kAheadBytes / (D * static_cast<int64_t>(sizeof(T)));
+    Vec<A> s[K]{};
+    for (int64_t j = begin; j < end; ++j) {
+      const T* const next = table + rows.ahead(j + step) * D + d;
+      for (int k = 0; k < K; ++k) __builtin_prefetch(next + k * L);
+      const int64_t row = rows.row(j);
+      if (row < 0) continue;
+      const T* const x = table + row * D + d;
+      const A factor = rows.scale(j);
+      for (int k = 0; k < K; ++k) s[k] += load<A>(x + k * L) * factor;
+    }
+    for (int k = 0; k < K; ++k)
+      if (stream)
+        store_streaming(out + d + k * L, s[k] * scale);
+      else
+        store(out + d + k * L, s[k] * scale);
+  }
+
+  void tail(int64_t d) const {
+    const int n = static_cast<int>(D - d);
+    Vec<A> s{};
+    for (int64_t j = begin; j < end; ++j) {
+      const A factor = rows.scale(j);
+      if (const int64_t row = rows.row(j); row >= 0) s += load<A>(table + row * D + d, n, A{}) * factor;
+    }
+    store(out + d, s * scale, n);
+  }
+
+  void run() const {
+    int64_t d = 0;
+    for (; d + 8 * L <= D; d += 8 * L) columns<8>(d);
+    for (; d + 2 * L <= D; d += 2 * L) columns<2>(d);
+    for (; d + L <= D; d += L) columns<1>(d);
+    if (d < D) tail(d);
+  }
+};
+
+}  // namespace llmkern::cpu::LLMKERN_ISA
