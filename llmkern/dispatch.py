@@ -118,8 +118,12 @@ TABLE: dict[str, dict[str, Support]] = {
     },
     "nll_loss": {},
     "dropout": {"native": _cpu()},
-    "embedding": {"native": _cpu("padding_idx", "scale_grad_by_freq")},
-    "embedding_bag": {},
+    "embedding": {"native": _cpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")},
+    "embedding_bag": {
+        "native": _cpu(
+            *("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean")
+        ),
+    },
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
@@ -145,6 +149,7 @@ TABLE: dict[str, dict[str, Support]] = {
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
+    "embedding_bag": frozenset({"weighted_mean"}),
     "lstm": frozenset({*_RNN_OPTIONS, "norms", "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
     **{mode: frozenset({*_RNN_OPTIONS, "norms"}) for mode in ("gru", "rnn_tanh", "rnn_relu")},
     "row_optim": frozenset({"row_grad"}),

@@ -58,7 +58,7 @@ def test_pick_takes_the_first_that_serves() -> None:
     weight = torch.randn(3, 2)
     names = [n for n in ("native",) if dispatch.unavailable(n) is None]
     assert dispatch.pick("embedding", weight) == (names or ["torch"])[0]
-    assert dispatch.pick("embedding", weight, options=["sparse"]) == "torch"
+    assert dispatch.pick("embedding", weight, options=["rotation"]) == "torch"
     assert dispatch.pick("embedding", weight.to(torch.complex64)) == "torch"
     assert dispatch.pick("mse_loss", weight, weight.double()) == "torch"
     assert dispatch.pick("embedding", weight.to_sparse()) == "torch"
@@ -68,8 +68,8 @@ def test_pick_takes_the_first_that_serves() -> None:
 @pytest.mark.parametrize(
     ("tensors", "options", "reason"),
     [
-        ([torch.randn(3)], ["sparse"], "does not serve sparse"),
-        ([torch.randn(3)], ["sparse", "max_norm"], "does not serve sparse, max_norm"),
+        ([torch.randn(3)], ["rotation"], "does not serve rotation"),
+        ([torch.randn(3)], ["rotation", "rhyme"], "does not serve rotation, rhyme"),
         ([torch.randn(3, dtype=torch.complex64)], [], "does not serve torch.complex64"),
         ([torch.randn(3, device="meta")], [], "serves cpu, not meta"),
         (
@@ -207,10 +207,10 @@ def test_explain_nested_modules() -> None:
 
 def test_explain_says_why_not() -> None:
     weight = torch.randn(5, 3)
-    text = str(llmkern.explain(LF.embedding, torch.tensor([1]), weight, max_norm=1.0))
+    text = str(llmkern.explain(LF.embedding, torch.tensor([1]), weight.to(torch.complex64)))
     assert text.startswith("embedding: torch (first backend that serves this call)\n")
     if dispatch.unavailable("native") is None:
-        assert "\n    not native: does not serve max_norm" in text
+        assert "\n    not native: does not serve torch.complex64" in text
 
 
 def test_explain_inside_explain_and_after_an_error() -> None:

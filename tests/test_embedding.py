@@ -97,35 +97,6 @@ def test_a_hot_row_does_not_saturate(dtype: torch.dtype) -> None:
         assert torch.equal(dweight, torch.tensor([0, count, 0], dtype=dtype)[:, None].expand(3, 5))
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-def test_max_norm_renormalises_in_place(norm_type: float) -> None:
-    indices, dout = torch.tensor([[4, 1, 1], [0, 4, 2]]), torch.randn(2, 3, 5)
-    table = torch.randn(6, 5)
-    ours, theirs = table.clone().requires_grad_(), table.clone().requires_grad_()
-    F.embedding(indices, theirs, max_norm=1.0, norm_type=norm_type, padding_idx=0).backward(dout)
-    for name in ("auto", "reference"):
-        ours = table.clone().requires_grad_()
-        with llmkern.backend(name):
-            LF.embedding(indices, ours, max_norm=1.0, norm_type=norm_type, padding_idx=0).backward(dout)
-        assert torch.equal(ours, theirs)
-        torch.testing.assert_close(ours.grad, theirs.grad)
-        assert not torch.equal(ours, table)
-
-
-def test_sparse_gradients_are_torchs() -> None:
-    weight, indices = torch.randn(6, 3, requires_grad=True), torch.tensor([1, 4, 4, 2])
-    explanation = llmkern.explain(LF.embedding, indices, weight, sparse=True)
-    assert explanation.backends == ("torch",)
-    dout = torch.randn(4, 3)
-    ours, theirs = (run(f, indices, weight, dout, sparse=True, padding_idx=2)[1] for f in (LF.embedding, F.embedding))
-    assert ours.is_sparse
-    assert torch.equal(ours._indices(), theirs._indices())
-    assert torch.equal(ours._values(), theirs._values())
-    for name in (*KERNELS, "reference"):
-        with llmkern.backend(name), pytest.raises(dispatch.BackendError, match="sparse"):
-            LF.embedding(indices, weight, sparse=True)
-
-
 def test_views_and_expanded_tensors(backend: str, device: torch.device) -> None:
     base, indices = torch.randn(12, 14, device=device), torch.randint(6, (5, 8), device=device)
     for weight in (base.t(), base[::2, 1:9:3], base[:1].expand(7, 14)):
@@ -158,24 +129,6 @@ def test_any_shape(V: int, D: int, shape: list[int], padding: int | None, by_fre
         with llmkern.backend(name):
             for a, b in zip(run(LF.embedding, indices, weight, dout, **keywords), expected, strict=True):
                 torch.testing.assert_close(a, b)
-
-
-@pytest.mark.skipif("native" not in KERNELS, reason="needs the native library")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_thread_count(dtype: torch.dtype) -> None:
-    threads = torch.get_num_threads()
-    weight, dout = torch.randn(3000, 33).to(dtype), torch.randn(20_000, 33).to(dtype)
-    indices = (torch.rand(20_000).pow(4) * 3000).long()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with llmkern.backend("native"):
-                results.append(run(LF.embedding, indices, weight, dout))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("index_dtype", INDICES, ids=str)
@@ -213,15 +166,17 @@ def test_backward_kernel_checks_indices_before_it_writes() -> None:
         {"padding_idx": 6},
         {"padding_idx": -7},
         {"input": torch.tensor([0, 6])},
+        {"sparse": True, "scale_grad_by_freq": True},
     ],
     ids=repr,
 )
 def test_errors_are_torchs(change: dict[str, Any]) -> None:
-    call = {"input": torch.zeros(3, dtype=torch.int64), "weight": torch.randn(6, 2), **change}
+    weight = torch.randn(6, 2, requires_grad=True)
+    call = {"input": torch.zeros(3, dtype=torch.int64), "weight": weight, **change}
     with pytest.raises(Exception) as theirs:  # noqa: PT011
-        F.embedding(**call)
+        F.embedding(**call).sum().backward()
     with pytest.raises(theirs.type) as ours:
-        LF.embedding(**call)
+        LF.embedding(**call).sum().backward()
     assert str(ours.value) == str(theirs.value)
 
 
@@ -309,7 +264,7 @@ def test_module_is_torchs(keywords: dict[str, Any]) -> None:
     expected = theirs(indices)
     for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(module) is lnn.Embedding
-        assert torch.equal(module(indices), expected)
+        torch.testing.assert_close(module(indices), expected)
     keywords = {k: v for k, v in keywords.items() if k != "dtype"}
     for freeze in (True, False):
         a, b = (
@@ -319,7 +274,7 @@ def test_module_is_torchs(keywords: dict[str, Any]) -> None:
         assert type(a) is lnn.Embedding
         assert repr(a) == repr(b)
         assert a.weight.requires_grad == b.weight.requires_grad == (not freeze)
-        assert torch.equal(a(indices), b(indices))
+        torch.testing.assert_close(a(indices), b(indices))
 
 
 def test_torchs_own_samples() -> None:

@@ -30,13 +30,13 @@ def embedding(
         max_norm: looked-up rows of a larger norm are scaled down to it, in place. Default: off.
         norm_type: the p of that norm. Default: 2.
         scale_grad_by_freq: divides a row's gradient by its count in the batch. Default: ``False``.
-        sparse: the gradient of ``weight`` is a sparse tensor. Default: ``False``.
+        sparse: the gradient of ``weight`` is a sparse tensor, coalesced, without padding. Default: ``False``.
 
     Returns:
         ``(*, D)``, of ``weight``'s dtype.
 
     Raises:
-        IndexError: if an index is outside ``[0, V)``: "index out of range in self".
+        IndexError: if an index is outside ``[0, V)``: "index out of range in self". ``weight`` is as it was.
 
     The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
     saturate, as torch's do.
@@ -55,20 +55,18 @@ def embedding(
     served = weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
     if padding_idx is not None:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
+    if max_norm is not None or sparse:
+        # torch's gradient says that it has no sparse one by frequency.
+        served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
     backend = "torch" if not served else dispatch.pick("embedding", weight, options=options)
     if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     indices = input.reshape(-1).contiguous()
     if max_norm is not None:
-        renormalise(weight, indices, max_norm, norm_type)
+        ops.renormalise(weight, indices, max_norm, norm_type, backend)
     padding_idx = row_number(padding_idx, weight)
-    out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, backend)
+    out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, sparse, backend)
     return out.view(*input.shape, weight.shape[1])
-
-
-def renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
-    with torch.no_grad():
-        torch.embedding_renorm_(weight, indices, max_norm, norm_type)
 
 
 def row_number(padding_idx: int | None, weight: Tensor) -> int:

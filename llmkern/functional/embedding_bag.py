@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, ops
-from .embedding import INDEX_DTYPES, renormalise, row_number
+from .embedding import INDEX_DTYPES, row_number
 
 
 def embedding_bag(
@@ -34,7 +33,8 @@ def embedding_bag(
         scale_grad_by_freq: divides a row's gradient by its count in the batch; not for max. Default: off.
         mode: ``"sum"``, ``"mean"`` or ``"max"``. Default: ``"mean"``.
         sparse: the gradient of ``weight`` is a sparse tensor; not for max. Default: off.
-        per_sample_weights: a factor for each index, of ``weight``'s dtype; for sum only.
+        per_sample_weights: a factor for each index, of ``weight``'s dtype, for sum, and, which torch lacks, for mean:
+            the sum of the weighted rows, divided by their number.
         include_last_offset: ``offsets`` is ``(B + 1)`` and ends with ``N``. Default: off.
         padding_idx: a row that counts as absent; negative counts from the end. Default: none.
 
@@ -42,57 +42,64 @@ def embedding_bag(
         ``(B, D)``, of ``weight``'s dtype. An empty bag gives zeros; a max goes to the first of equal rows.
 
     Raises:
-        ValueError: if ``offsets`` decreases (on the CPU, outside compiled and transformed functions).
-        RuntimeError: if ``offsets`` does not begin with 0 or ends past ``N``, or an index is outside.
+        IndexError: if an index is outside ``[0, V)``; it is a RuntimeError too, as torch's is. ``weight`` is as it was.
+        RuntimeError: if ``offsets`` does not begin with 0 or ends past ``N``.
+        ValueError: if ``offsets`` decreases.
 
-    Unlike torch's, the gradient can be differentiated again (not with ``sparse`` or ``max_norm``, nor
-    compiled), and on the CPU ``scale_grad_by_freq`` divides by the right counts.
+    On the CPU, unlike torch's, the gradient can be differentiated again, and ``scale_grad_by_freq`` divides by the
+    right counts. A sparse gradient is coalesced.
     """
+    as_written = (
+        *(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse),
+        *(per_sample_weights, include_last_offset, padding_idx),
+    )
     values = {
         "max_norm": max_norm,
         "scale_grad_by_freq": scale_grad_by_freq,
         "sparse": sparse,
         "per_sample_weights": per_sample_weights,
         "padding_idx": padding_idx,
+        "weighted_mean": mode == "mean" and per_sample_weights is not None,
     }
     options = [name for name, value in values.items() if value is not None and value is not False]
     served = _is_bag_call(input, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
     served = served and not (mode == "max" and (scale_grad_by_freq or sparse))
+    if max_norm is not None or sparse:
+        # torch's gradient says that it has no sparse one by frequency.
+        served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
     floats = [weight] if per_sample_weights is None else [weight, per_sample_weights]
     backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=options)
-    ours = served and (backend != "torch" or ops.stands_in_for_torch(weight, per_sample_weights, sparse, max_norm))
-    if not ours:
-        return F.embedding_bag(
-            input,
-            weight,
+    if backend == "torch":
+        return F.embedding_bag(*as_written)
+    indices, num_bags = input.reshape(-1).contiguous(), input.shape[0]
+    if offsets is not None:
+        offsets, num_bags = offsets.contiguous(), offsets.shape[0] - include_last_offset
+        if scale_grad_by_freq and include_last_offset:
+            # What lies behind the last bag does not count.
+            indices = indices[: int(offsets[-1])]
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights[: len(indices)]
+    try:
+        if max_norm is not None:
+            ops.renormalise(weight, indices, max_norm, norm_type, backend)
+        return ops.embedding_bag(
+            weight.contiguous(),
+            None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous(),
+            indices,
             offsets,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
+            num_bags,
             mode,
-            sparse,
-            per_sample_weights,
             include_last_offset,
-            padding_idx,
+            row_number(padding_idx, weight),
+            scale_grad_by_freq,
+            sparse,
+            backend,
         )
-    if offsets is None:
-        B, L = input.shape
-        offsets, include_last_offset = torch.arange(B, dtype=input.dtype, device=input.device) * L, False
-    indices = input.reshape(-1).contiguous()
-    if max_norm is not None:
-        renormalise(weight, indices, max_norm, norm_type)
-    return ops.embedding_bag(
-        weight,
-        None if per_sample_weights is None else per_sample_weights.reshape(-1),
-        indices,
-        offsets,
-        mode,
-        include_last_offset,
-        row_number(padding_idx, weight),
-        scale_grad_by_freq,
-        sparse,
-        backend,
-    )
+    except IndexError as error:
+        raise ops.BagIndexError(str(error)) from None
+    except RuntimeError:
+        # Offsets that are out of bounds: torch says so in its own words.
+        F.embedding_bag(*as_written)
+        raise
 
 
 def _is_bag_call(
@@ -104,7 +111,7 @@ def _is_bag_call(
     include_last_offset: bool,
     padding_idx: int | None,
 ) -> bool:
-    """Whether torch would accept the call; raises the one error that torch does not have."""
+    """Whether the call is well-formed, but for the values of indices and offsets."""
     if weight.dim() != 2 or not weight.is_floating_point() or mode not in ("sum", "mean", "max"):
         return False
     if input.dtype not in INDEX_DTYPES or input.device != weight.device or input.is_nested:
@@ -114,19 +121,11 @@ def _is_bag_call(
     if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
         return False
     if per_sample_weights is not None and (
-        mode != "sum" or per_sample_weights.shape != input.shape or per_sample_weights.dtype != weight.dtype
+        mode == "max" or per_sample_weights.shape != input.shape or per_sample_weights.dtype != weight.dtype
     ):
         return False
     if offsets is None:
         return True
     if offsets.dim() != 1 or offsets.dtype not in INDEX_DTYPES or offsets.device != input.device:
         return False
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if offsets.numel() == 0:
-        return not include_last_offset
-    if not (offsets[1:] >= offsets[:-1]).all():
-        raise ValueError(f"embedding_bag: offsets must not decrease, but got {offsets}; each says where a bag begins")
-    return offsets[0].item() == 0 and offsets[-1].item() <= input.shape[0]
+    return not (include_last_offset and offsets.shape[0] == 0)

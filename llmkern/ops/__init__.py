@@ -5,12 +5,12 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from ..reference._random import draw_seed
-from ._autograd import differentiating
+from ._autograd import differentiating, traced
 from ._losses import Rows
 from .cross_entropy import cross_entropy
 from .dropout import dropout
-from .embedding import embedding
-from .embedding_bag import embedding_bag, stands_in_for_torch
+from .embedding import embedding, renormalise
+from .embedding_bag import BagIndexError, embedding_bag
 from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -28,6 +28,7 @@ from .sparse_optim import (
 )
 
 __all__ = [
+    "BagIndexError",
     "RNNOptions",
     "RowParameter",
     "RowRule",
@@ -46,6 +47,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mse_loss",
+    "renormalise",
     "rnn",
     "row_embedding",
     "rowwise_adagrad_step",
@@ -55,5 +57,5 @@ __all__ = [
     "sparse_adam_step",
     "sparse_grad_norm",
     "sparse_sgd_step",
-    "stands_in_for_torch",
+    "traced",
 ]

@@ -26,6 +26,13 @@ def differentiating(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def traced(tensor: Tensor) -> bool:
+    """Whether a call on this tensor is more than plain eager autograd: compiled, transformed, or in forward mode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def won(cotangent: Tensor, expected: Tensor) -> bool:
     """Whether a bet on the gradient that a backward would get was right, and what was computed for it may be handed
     out: the gradient is the expected one, and the backward a plain one (no graph of it, no transform)."""

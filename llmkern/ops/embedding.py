@@ -1,14 +1,20 @@
-"""``llmkern::embedding_forward`` and ``_backward``. Linear in both directions, so each is the other's derivative."""
+"""``llmkern::embedding_forward``, ``_backward`` and ``_sparse_backward``, and the renormalisation of a table.
+
+Forward and backward are linear, so each is the other's derivative.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from .. import reference
+from .. import dispatch, reference
 from ._autograd import KernelFunction, differentiating
 from ._library import define
+from ._sparse import differentiable_sparse_gradient, sparse_gradient
 
 embedding_forward = define(
     "embedding_forward(Tensor weight, Tensor indices, str backend) -> Tensor",
@@ -82,10 +88,50 @@ class EmbeddingBackwardFunction(KernelFunction):
         return EmbeddingBackwardFunction.run(ddout.contiguous(), indices, *ctx.options)
 
 
-def embedding(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, backend: str) -> Tensor:
+class EmbeddingSparseFunction(Function):
+    """The same with a sparse gradient; plain eager autograd only."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, padding_idx: int, backend: str) -> Tensor:
+        ctx.num_weights, ctx.padding_idx, ctx.backend = weight.shape[0], padding_idx, backend
+        ctx.save_for_backward(indices)
+        return embedding_forward(weight, indices, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        options = ctx.num_weights, ctx.padding_idx
+        if torch.is_grad_enabled():
+            return differentiable_sparse_gradient(indices, dout, *options), None, None, None
+        rows, values = dispatch.load(ctx.backend).embedding_sparse_backward(dout.contiguous(), indices, *options)
+        return sparse_gradient(rows, values, ctx.num_weights), None, None, None
+
+
+def embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool, backend: str
+) -> Tensor:
     """Rows of ``weight`` (V, D), contiguous, at ``indices`` (N), contiguous: (N, D). ``padding_idx`` < 0: none."""
     if backend == "reference":
         return reference.embedding(weight, indices, padding_idx, scale_grad_by_freq)
     if not differentiating(weight):
         return embedding_forward(weight, indices, backend)
+    if sparse:
+        return EmbeddingSparseFunction.apply(weight, indices, padding_idx, backend)
     return EmbeddingFunction.run(weight, indices, padding_idx, scale_grad_by_freq, backend)
+
+
+def renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float, backend: str) -> None:
+    """Scales rows of ``weight`` at ``indices`` (N), contiguous, down to a norm of ``max_norm``, in place.
+
+    Raises:
+        IndexError: if an index is outside [0, V); ``weight`` is as it was.
+    """
+    with torch.no_grad():
+        if backend == "native" and weight.is_contiguous():
+            dispatch.load(backend).embedding_renorm_(weight, indices, max_norm, norm_type)
+            if not weight.is_inference():
+                torch.autograd.graph.increment_version(weight)
+            return
+        if indices.numel() and (indices.min() < 0 or indices.max() >= weight.shape[0]):
+            raise IndexError("index out of range in self")
+        torch.embedding_renorm_(weight, indices, max_norm, norm_type)

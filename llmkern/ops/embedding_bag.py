@@ -1,109 +1,306 @@
-"""Embedding bags: torch's kernels, with the derivatives that torch lacks from the reference.
+"""Embedding bags: sums and means, and maxes.
 
-torch has no second derivative of a bag, and its CPU gradient with ``scale_grad_by_freq`` divides by the count
-of another row. Both come from differentiating the reference.
+A sum of bags is linear in the table and in the weights of the samples, and what a bag's gradient is paired with makes a
+form of three arguments: ``sum_i samples[i] * <dout[bag of i], weight[indices[i]]>``. Its three partial derivatives are
+the forward, the table's gradient and the samples' gradient, and each has the other two for its own derivatives, to any
+order. A max chooses elements; its derivatives gather and scatter by the choice.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import reference
-from ._autograd import reference_vjp
+from .. import dispatch, reference
+from ._autograd import KernelFunction, differentiating
+from ._library import define
+from ._sparse import differentiable_sparse_gradient, sparse_gradient
 
-_MODES = {"sum": 0, "mean": 1, "max": 2}
+embedding_bag_forward = define(
+    "embedding_bag_forward(Tensor weight, Tensor? samples, Tensor indices, Tensor? offsets, SymInt num_bags, bool mean,"
+    " bool include_last_offset, int padding_idx, str backend) -> Tensor",
+    lambda weight, samples, indices, offsets, num_bags, *_: weight.new_empty((num_bags, weight.shape[1])),
+)
+# largest (B, D): the position in `indices` of each chosen element, -1 for none.
+embedding_bag_max_forward = define(
+    "embedding_bag_max_forward(Tensor weight, Tensor indices, Tensor? offsets, SymInt num_bags,"
+    " bool include_last_offset, int padding_idx, str backend) -> (Tensor out, Tensor largest)",
+    lambda weight, indices, offsets, num_bags, *_: (
+        weight.new_empty((num_bags, weight.shape[1])),
+        weight.new_empty((num_bags, weight.shape[1]), dtype=torch.int32),
+    ),
+)
+embedding_bag_backward = define(
+    "embedding_bag_backward(Tensor dout, Tensor? samples, Tensor indices, Tensor? offsets, Tensor? largest,"
+    " SymInt num_weights, bool mean, bool include_last_offset, int padding_idx, bool scale_grad_by_freq, str backend)"
+    " -> Tensor",
+    lambda dout, samples, indices, offsets, largest, num_weights, *_: dout.new_empty((num_weights, dout.shape[1])),
+)
+embedding_bag_samples_backward = define(
+    "embedding_bag_samples_backward(Tensor dout, Tensor weight, Tensor indices, Tensor? offsets, bool mean,"
+    " bool include_last_offset, int padding_idx, str backend) -> Tensor",
+    lambda dout, weight, indices, *_: dout.new_empty(indices.shape),
+)
 
 
-class EmbeddingBagFunction(Function):
-    """out[b] = sum, mean or max of weight[indices[offsets[b] : offsets[b + 1]]]."""
+class Options(NamedTuple):
+    """What a call of bags is, beside its tensors."""
+
+    num_bags: int
+    num_weights: int
+    mean: bool
+    include_last_offset: bool
+    padding_idx: int
+    scale_grad_by_freq: bool
+    backend: str
+
+    @property
+    def bags(self) -> tuple[bool, int]:
+        return self.include_last_offset, self.padding_idx
+
+
+def _call(ctx: Any) -> tuple[Any, ...]:
+    """What a function was called with."""
+    return (*ctx.saved_tensors, ctx.options)
+
+
+class _BilinearFunction(KernelFunction):
+    """A function of two tensors, linear in each, for one call's (indices, offsets, options).
+
+    A subclass gives ``forward(first, second, *call)`` and, of a cotangent dy, ``of_first(dy, second, *call)`` and
+    ``of_second(dy, first, *call)``. ``second`` may be None, for ones. The first is then not kept: as in torch, a table
+    may be changed before the backward.
+    """
+
+    of_first: Callable[..., Tensor]
+    of_second: Callable[..., Tensor]
+
+    def __init_subclass__(cls) -> None:
+        # autograd's methods are static: each class needs its own.
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            first, second, *call = _call(ctx)
+            dy = dy.contiguous()
+            dfirst = cls.of_first(dy, second, *call) if ctx.needs_input_grad[0] else None
+            dsecond = cls.of_second(dy, first, *call) if ctx.needs_input_grad[1] else None
+            return dfirst, dsecond, None, None, None
+
+        def tangent(ctx: Any, dfirst: Tensor | None, dsecond: Tensor | None, *_: None) -> Tensor:
+            first, second, *call = _call(ctx)
+            along_first = None if dfirst is None else cls.run(dfirst.contiguous(), second, *call)
+            if dsecond is None:
+                assert along_first is not None
+                return along_first
+            along_second = cls.run(first, dsecond.contiguous(), *call)
+            return along_second if along_first is None else along_first + along_second
+
+        cls.backward = staticmethod(backward)  # type: ignore[method-assign]
+        cls.tangent = staticmethod(tangent)  # type: ignore[method-assign]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        first, second, indices, offsets, ctx.options = inputs
+        saved = None if second is None else first, second, indices, offsets
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+
+class EmbeddingBagFunction(_BilinearFunction):
+    """out[b] = sum, or mean, of samples[i] * weight[indices[i]] over i in bag b."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        weight: Tensor,
-        per_sample_weights: Tensor | None,
-        indices: Tensor,
-        offsets: Tensor,
-        mode: str,
-        include_last_offset: bool,
-        padding_idx: int,
-        scale_grad_by_freq: bool,
-        sparse: bool,
+        weight: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
     ) -> Tensor:
-        ctx.options = mode, include_last_offset, padding_idx, scale_grad_by_freq, sparse
-        out, *tables = torch._embedding_bag(
-            weight,
+        return embedding_bag_forward(
+            weight, samples, indices, offsets, options.num_bags, options.mean, *options.bags, options.backend
+        )
+
+    @staticmethod
+    def of_first(dout: Tensor, samples: Tensor | None, *call: Any) -> Tensor:
+        return TableGradientFunction.run(dout, samples, *call)
+
+    @staticmethod
+    def of_second(dout: Tensor, weight: Tensor, *call: Any) -> Tensor:
+        return SamplesGradientFunction.run(dout, weight, *call)
+
+
+class TableGradientFunction(_BilinearFunction):
+    """dweight[r] = sum of samples[i] * dout[bag of i] over indices[i] == r, divided by their number if by frequency."""
+
+    @staticmethod
+    def forward(
+        dout: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
+    ) -> Tensor:
+        return embedding_bag_backward(
+            dout,
+            samples,
             indices,
             offsets,
-            scale_grad_by_freq,
-            _MODES[mode],
-            sparse,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
+            None,
+            options.num_weights,
+            options.mean,
+            *options.bags,
+            options.scale_grad_by_freq,
+            options.backend,
         )
-        ctx.save_for_backward(weight, per_sample_weights, indices, offsets, *tables)
-        return out
+
+    @staticmethod
+    def of_first(ddweight: Tensor, samples: Tensor | None, *call: Any) -> Tensor:
+        scale, plain = _frequency(ddweight, *call)
+        if scale is not None:
+            samples = scale if samples is None else samples * scale
+        return EmbeddingBagFunction.run(ddweight, samples, *plain)
+
+    @staticmethod
+    def of_second(ddweight: Tensor, dout: Tensor, *call: Any) -> Tensor:
+        scale, plain = _frequency(ddweight, *call)
+        dsamples = SamplesGradientFunction.run(dout, ddweight, *plain)
+        return dsamples if scale is None else dsamples * scale
+
+
+class SamplesGradientFunction(_BilinearFunction):
+    """dsamples[i] = <dout[bag of i], weight[indices[i]]>; 0 at padding."""
+
+    @staticmethod
+    def forward(dout: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor | None, options: Options) -> Tensor:
+        return embedding_bag_samples_backward(
+            dout, weight, indices, offsets, options.mean, *options.bags, options.backend
+        )
+
+    @staticmethod
+    def of_first(ddsamples: Tensor, weight: Tensor, *call: Any) -> Tensor:
+        return EmbeddingBagFunction.run(weight, ddsamples, *call)
+
+    @staticmethod
+    def of_second(ddsamples: Tensor, dout: Tensor, *call: Any) -> Tensor:
+        return TableGradientFunction.run(dout, ddsamples, *call)
+
+
+def _frequency(
+    like: Tensor, indices: Tensor, offsets: Tensor | None, options: Options
+) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """What a row's gradient is multiplied by (N), if by frequency, and a call whose derivatives do not do it again."""
+    if not options.scale_grad_by_freq:
+        return None, (indices, offsets, options)
+    scale = reference.embedding_row_scale(indices, options.num_weights, -1, True, like).squeeze(-1)
+    return scale, (indices, offsets, options._replace(scale_grad_by_freq=False))
+
+
+def _chosen(weight: Tensor, indices: Tensor, largest: Tensor) -> Tensor:
+    """The elements of ``weight`` (V, D) that a max has chosen: (B, D), 0 where there were none."""
+    if indices.shape[0] == 0:
+        return weight.new_zeros(largest.shape) + 0 * weight.sum()
+    rows = indices.long()[largest.clamp(min=0).long()]
+    return weight.gather(0, rows).masked_fill(largest < 0, 0)
+
+
+class EmbeddingBagMaxFunction(KernelFunction):
+    """(out, largest): the first of the largest elements of each bag and column, and where it stood."""
+
+    @staticmethod
+    def forward(weight: Tensor, indices: Tensor, offsets: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+        return embedding_bag_max_forward(weight, indices, offsets, options.num_bags, *options.bags, options.backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, indices, offsets, ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(indices, offsets, output[1])
+        ctx.save_for_forward(indices, offsets, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        dweight = None
+        if dout is not None:
+            dweight = MaxGradientFunction.run(dout.contiguous(), *ctx.saved_tensors, ctx.options)
+        return dweight, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, dweight: Tensor, *_: None) -> tuple[Tensor, None]:
+        indices, _, largest = ctx.saved_tensors
+        return _chosen(dweight, indices, largest), None
+
+
+class MaxGradientFunction(KernelFunction):
+    """dweight[r, d] = sum of dout[b, d] over the bags that chose it."""
+
+    @staticmethod
+    def forward(dout: Tensor, indices: Tensor, offsets: Tensor | None, largest: Tensor, options: Options) -> Tensor:
+        return embedding_bag_backward(
+            dout, None, indices, offsets, largest, options.num_weights, False, *options.bags, False, options.backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *saved, ctx.options = inputs
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, ddweight: Tensor) -> tuple[Tensor | None, ...]:
+        indices, _, largest = ctx.saved_tensors
+        return _chosen(ddweight, indices, largest), None, None, None, None
+
+    @staticmethod
+    def tangent(ctx: Any, ddout: Tensor, *_: None) -> Tensor:
+        return MaxGradientFunction.run(ddout.contiguous(), *ctx.saved_tensors, ctx.options)
+
+
+class EmbeddingBagSparseFunction(Function):
+    """The same sum with a sparse gradient of the table; plain eager autograd only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
+    ) -> Tensor:
+        _BilinearFunction.setup_context(ctx, (weight, samples, indices, offsets, options), weight)
+        return EmbeddingBagFunction.forward(weight, samples, indices, offsets, options)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        need_weight, need_samples = ctx.needs_input_grad[:2]
-        weight, samples, indices, offsets, bag, size, largest = ctx.saved_tensors
-        mode, _, padding_idx, scale_grad_by_freq, sparse = ctx.options
-        if torch.is_grad_enabled() or scale_grad_by_freq:
-            return *_reference_gradients(dout, weight, samples, indices, offsets, ctx.options), *[None] * 7
-        dweight = dsamples = None
-        if need_weight:
-            dweight = torch.ops.aten._embedding_bag_backward.default(
-                dout,
-                indices,
-                offsets,
-                bag,
-                size,
-                largest,
-                weight.shape[0],
-                scale_grad_by_freq,
-                _MODES[mode],
-                sparse,
-                samples,
-                padding_idx,
-            )
-        if need_samples:
-            dsamples = torch.ops.aten._embedding_bag_per_sample_weights_backward.default(
-                dout, weight, indices, offsets, bag, _MODES[mode], padding_idx
-            )
-        return dweight, dsamples, *[None] * 7
+        weight, samples, *call = _call(ctx)
+        dout, dweight, dsamples = dout.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            gradient = _differentiable_sparse if torch.is_grad_enabled() else _sparse
+            dweight = gradient(dout, samples, *call)
+        if ctx.needs_input_grad[1]:
+            dsamples = SamplesGradientFunction.run(dout, weight, *call)
+        return dweight, dsamples, None, None, None
 
 
-def _reference_gradients(
-    dout: Tensor,
-    weight: Tensor,
-    samples: Tensor | None,
-    indices: Tensor,
-    offsets: Tensor,
-    options: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None]:
-    mode, include_last_offset, padding_idx, scale_grad_by_freq, _ = options
+def _sparse(dout: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options) -> Tensor:
+    rows, values = dispatch.load(options.backend).embedding_bag_sparse_backward(
+        dout, samples, indices, offsets, options.num_weights, options.mean, *options.bags
+    )
+    return sparse_gradient(rows, values, options.num_weights)
 
-    def bag(weight: Tensor, samples: Tensor | None = None) -> Tensor:
-        return reference.embedding_bag(
-            weight, indices, offsets, mode, samples, include_last_offset, padding_idx, scale_grad_by_freq
-        )
 
-    gradients = reference_vjp(bag, (weight,) if samples is None else (weight, samples), dout)
-    return gradients[0], None if samples is None else gradients[1]
+def _differentiable_sparse(
+    dout: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
+) -> Tensor:
+    """Each position is made a row of its own: their gradients are the values."""
+    N = indices.shape[0]
+    own = torch.where(indices == options.padding_idx, N, torch.arange(N))
+    alone = options._replace(num_weights=N + 1, padding_idx=N)
+    values = TableGradientFunction.run(dout, samples, own, offsets, alone)[:N]
+    return differentiable_sparse_gradient(indices, values, options.num_weights, options.padding_idx)
+
+
+class BagIndexError(IndexError, RuntimeError):
+    """An index that is no row: an IndexError, as for a lookup, and the RuntimeError that torch raises for bags."""
 
 
 def embedding_bag(
     weight: Tensor,
-    per_sample_weights: Tensor | None,
+    samples: Tensor | None,
     indices: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
+    num_bags: int,
     mode: str,
     include_last_offset: bool,
     padding_idx: int,
@@ -111,44 +308,27 @@ def embedding_bag(
     sparse: bool,
     backend: str,
 ) -> Tensor:
-    """Bags of rows of ``weight`` (V, D): ``indices`` (N), ``offsets`` (B) or (B + 1).
+    """Bags of rows of ``weight`` (V, D): ``indices`` (N), ``samples`` (N) or None, all contiguous.
 
-    ``padding_idx`` < 0: none.
+    ``offsets`` (B), or (B + 1) with ``include_last_offset``, or None for bags of equal length. ``padding_idx`` < 0:
+    none.
     """
     if backend == "reference":
+        if offsets is None:
+            length = indices.shape[0] // max(num_bags, 1)
+            offsets = torch.arange(num_bags, device=indices.device) * length
         return reference.embedding_bag(
-            weight,
-            indices,
-            offsets,
-            mode,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-            scale_grad_by_freq,
+            weight, indices, offsets, mode, samples, include_last_offset, padding_idx, scale_grad_by_freq
         )
-    return EmbeddingBagFunction.apply(
-        weight,
-        per_sample_weights,
-        indices,
-        offsets,
-        mode,
-        include_last_offset,
-        padding_idx,
-        scale_grad_by_freq,
-        sparse,
+    include_last_offset = include_last_offset and offsets is not None
+    options = Options(
+        num_bags, weight.shape[0], mode == "mean", include_last_offset, padding_idx, scale_grad_by_freq, backend
     )
-
-
-def stands_in_for_torch(
-    weight: Tensor, per_sample_weights: Tensor | None, sparse: bool, max_norm: float | None
-) -> bool:
-    """Whether :func:`embedding_bag` is to take the place of torch's function: in plain eager autograd.
-
-    Compiled and transformed calls, sparse gradients, and tables that are renormalised, perhaps again before
-    this call's backward, take torch's own way.
-    """
-    if sparse or max_norm is not None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    if not weight.requires_grad and (per_sample_weights is None or not per_sample_weights.requires_grad):
-        return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    derivatives = differentiating(weight, samples)
+    if mode == "max":
+        function = EmbeddingBagMaxFunction.run if derivatives else EmbeddingBagMaxFunction.forward
+        return function(weight, indices, offsets, options)[0]
+    function = EmbeddingBagFunction.run if derivatives else EmbeddingBagFunction.forward
+    if sparse and derivatives:
+        function = EmbeddingBagSparseFunction.apply
+    return function(weight, samples, indices, offsets, options)

@@ -22,8 +22,8 @@ def embedding_bag(
 
     Bag b holds ``indices[offsets[b] : offsets[b + 1]]``. ``weight`` (V, D), ``indices`` (N), ``offsets``
     non-decreasing from 0: (B), the last bag ending with ``indices``, or with ``include_last_offset`` (B + 1).
-    ``per_sample_weights`` (N) scales rows. Padding counts as absent; a bag without rows gives zeros. A max
-    goes, with its gradient, to the first of equal rows.
+    ``per_sample_weights`` (N) scales rows; a mean divides by their number. Padding counts as absent; a bag without
+    rows gives zeros. A max goes, with its gradient, to the first of equal rows; a NaN wins only as a bag's first row.
 
     Raises:
         IndexError: if an index is outside [0, V).
@@ -53,10 +53,16 @@ def embedding_bag(
 def _bag_max(rows: Tensor, bag: Tensor, B: int) -> Tensor:
     N, D = rows.shape
     to = bag.unsqueeze(-1).expand(N, D)
-    largest = rows.detach().new_full((B + 1, D), float("-inf"))
-    largest = largest.scatter_reduce(0, to, rows.detach(), "amax").gather(0, to)
-    is_largest = (rows == largest) | (rows.isnan() & largest.isnan())
-    position = torch.arange(N, device=rows.device).unsqueeze(-1)
-    first = position.new_full((B + 1, D), N)
-    first = first.scatter_reduce(0, to, torch.where(is_largest, position, N), "amin")
+    position = torch.arange(N, device=rows.device).unsqueeze(-1).expand(N, D)
+
+    def first_in_bag(of: Tensor) -> Tensor:
+        """The first position in each bag where ``of`` (N, D) holds, or N: (B + 1, D)."""
+        none = position.new_full((B + 1, D), N)
+        return none.scatter_reduce(0, to, torch.where(of, position, N), "amin")
+
+    # As in torch, no element is larger than a NaN that came first, and a later NaN is larger than none.
+    leads = position == first_in_bag(position >= 0).gather(0, to)
+    values = rows.detach().masked_fill(rows.isnan() & ~leads, float("-inf"))
+    largest = values.new_full((B + 1, D), float("-inf")).scatter_reduce(0, to, values, "amax").gather(0, to)
+    first = first_in_bag((values == largest) | (values.isnan() & largest.isnan()))
     return torch.cat([rows, rows.new_zeros(1, D)]).gather(0, first[:B])

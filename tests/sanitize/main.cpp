@@ -15,6 +15,7 @@ namespace llmkern::sanitize {
 void check_cross_entropy();
 void check_dropout();
 void check_embedding();
+void check_embedding_bag();
 void check_gemm();
 void check_grad_norm();
 void check_linear();
@@ -35,6 +36,7 @@ constexpr struct {
     {"cross_entropy", &check_cross_entropy},
     {"dropout", &check_dropout},
     {"embedding", &check_embedding},
+    {"embedding_bag", &check_embedding_bag},
     {"gemm", &check_gemm},
     {"grad_norm", &check_grad_norm},
     {"linear", &check_linear},

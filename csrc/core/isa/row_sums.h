@@ -7,7 +7,12 @@
 
 namespace llmkern::cpu::LLMKERN_ISA {
 
-inline constexpr int64_t kAheadBytes = 8 * 1024;
+// How many rows ahead of its turn a row is fetched.
+template <class T>
+static inline int64_t rows_ahead(int64_t D) {
+  constexpr int64_t kBytes = 8 * 1024;
+  return 1 + kBytes / (1 + D * static_cast<int64_t>(sizeof(T)));
+}
 
 // `Rows` says which: row(j), negative for none; scale(j); ahead(j), a row to fetch that may be one of a later sum.
 // out (D) = scale * sum of scale(j) * table[row(j)] over j in [begin, end).
@@ -25,7 +30,7 @@ struct RowSum {
 
   template <int K>
   void columns(int64_t d) const {
-    const int64_t step = 1 + kAheadBytes / (D * static_cast<int64_t>(sizeof(T)));
+    const int64_t step = rows_ahead<T>(D);
     Vec<A> s[K]{};
     for (int64_t j = begin; j < end; ++j) {
       const T* const next = table + rows.ahead(j + step) * D + d;
