@@ -66,7 +66,8 @@ class Embedding(torch.nn.Embedding):
 class EmbeddingBag(torch.nn.EmbeddingBag):
     """Sums, means or maxes of bags; see :class:`torch.nn.EmbeddingBag`.
 
-    Same arguments, parameters and ``from_pretrained``.
+    Same arguments, parameters and ``from_pretrained``. ``per_sample_weights`` may also go with a mean: the sum of the
+    weighted rows, divided by their number.
     """
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:

@@ -11,13 +11,10 @@ namespace {
 template <class I>
 struct Looked {
   const I* indices;
-  int64_t V, last, padding_idx;
-  int64_t row(int64_t j) const { return indices[j] == padding_idx ? -1 : indices[j]; }
-  // Not checked yet: what is no row is not fetched.
-  int64_t ahead(int64_t j) const {
-    const int64_t row = indices[j < last ? j : last];
-    return static_cast<uint64_t>(row) < static_cast<uint64_t>(V) ? row : 0;
-  }
+  int64_t last, padding_idx;
+  bool has(int64_t j) const { return indices[j] != padding_idx; }
+  int64_t row(int64_t j) const { return indices[j]; }
+  int64_t ahead(int64_t j) const { return indices[j < last ? j : last]; }
   static constexpr float scale(int64_t) { return 1; }
 };
 
@@ -27,21 +24,26 @@ struct Weighted : Looked<I> {
   Accum<T> scale(int64_t j) const { return load_one(samples + j); }
 };
 
-struct Checked {
-  int64_t bad, count;  // -1 or the position of a bad index; rows that are present
-};
-
+// -1, or the first position whose index is outside [0, V).
 template <class I>
-static inline Checked check(const I* indices, int64_t begin, int64_t end, int64_t V, int64_t padding_idx) {
+int64_t find_bad(const I* indices, int64_t begin, int64_t end, int64_t V) {
+  const auto is_row = [&](int64_t j) {
+    return static_cast<uint64_t>(static_cast<int64_t>(indices[j])) < static_cast<uint64_t>(V);
+  };
   bool good = true;
-  int64_t count = 0;
-  for (int64_t j = begin; j < end; ++j) {
-    good &= static_cast<uint64_t>(static_cast<int64_t>(indices[j])) < static_cast<uint64_t>(V);
-    count += indices[j] != padding_idx;
-  }
-  if (good) return {-1, count};
-  while (static_cast<uint64_t>(static_cast<int64_t>(indices[begin])) < static_cast<uint64_t>(V)) ++begin;
-  return {begin, 0};
+  for (int64_t j = begin; j < end; ++j) good &= is_row(j);
+  if (good) return -1;
+  while (is_row(begin)) ++begin;
+  return begin;
+}
+
+// What a bag's sum is multiplied by.
+template <class A, class I>
+static inline A share(const Bags& bags, const I* indices, bool mean, int64_t begin, int64_t end) {
+  int64_t count = end - begin;
+  if (!mean) return 1;
+  for (int64_t j = begin; j < end && bags.padding_idx >= 0; ++j) count -= indices[j] == bags.padding_idx;
+  return count > 0 ? A{1} / static_cast<A>(count) : A{1};
 }
 
 template <class F>
@@ -49,30 +51,15 @@ auto visit_indices(Indices indices, F f) {
   return indices.is_int64 ? f(static_cast<const int64_t*>(indices.data)) : f(static_cast<const int32_t*>(indices.data));
 }
 
-template <class A>
-static inline A share(bool mean, int64_t count) {
-  return mean && count > 0 ? A{1} / static_cast<A>(count) : A{1};
-}
-
 template <class T, class I, class Rows>
-int64_t sum_bags(const Table& table, const Bags& bags, const I* indices, const Rows& rows, bool mean, int64_t begin,
-                 int64_t end, T* out) {
-  using A = Accum<T>;
+void sum_bags(const Table& table, const Bags& bags, const I* indices, const Rows& rows, bool mean, int64_t begin,
+              int64_t end, T* out) {
+  const T* const weight = static_cast<const T*>(table.weight);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t from = bags.starts[b], to = bags.starts[b + 1];
-    const Checked checked = check(indices, from, to, table.V, bags.padding_idx);
-    if (checked.bad >= 0) return checked.bad;
-    RowSum<T, T, Rows>{static_cast<const T*>(table.weight),
-                       table.D,
-                       rows,
-                       from,
-                       to,
-                       share<A>(mean, checked.count),
-                       false,
-                       out + b * table.D}
-        .run();
+    const auto scale = share<Accum<T>>(bags, indices, mean, from, to);
+    RowSum<T, T, Rows>{weight, table.D, rows, from, to, scale, false, out + b * table.D}.run();
   }
-  return -1;
 }
 
 int64_t sum(const Table& table, const Bags& bags, bool mean, int64_t begin, int64_t end, void* out) {
@@ -80,11 +67,14 @@ int64_t sum(const Table& table, const Bags& bags, bool mean, int64_t begin, int6
     using T = decltype(t);
     return visit_indices(bags.indices, [&](auto* indices) {
       using I = std::remove_cvref_t<decltype(*indices)>;
-      const Looked<I> looked{indices, table.V, bags.N - 1, bags.padding_idx};
+      const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
+      if (bad >= 0) return bad;
+      const Looked<I> looked{indices, bags.N - 1, bags.padding_idx};
       const auto run = [&](const auto& rows) {
-        return sum_bags(table, bags, indices, rows, mean, begin, end, static_cast<T*>(out));
+        sum_bags(table, bags, indices, rows, mean, begin, end, static_cast<T*>(out));
       };
-      return table.samples ? run(Weighted<T, I>{looked, static_cast<const T*>(table.samples)}) : run(looked);
+      table.samples ? run(Weighted<T, I>{looked, static_cast<const T*>(table.samples)}) : run(looked);
+      return bad;
     });
   });
 }
@@ -99,17 +89,16 @@ void max_columns(const Table& table, const Rows& rows, int64_t begin, int64_t en
   using Lane = std::remove_cvref_t<decltype(Positions{}[0])>;
   const T* const columns = static_cast<const T*>(table.weight) + d;
   const int64_t step = rows_ahead<T>(table.D);
-  while (begin < end && rows.row(begin) < 0) ++begin;
+  while (begin < end && !rows.has(begin)) ++begin;
   Vec<A> best[K]{};
   Positions where[K];
   for (int k = 0; k < K; ++k) where[k] = Positions{} - 1;
   for (int64_t j = begin; j < end; ++j) {
-    const T* const next = columns + rows.ahead(j + step) * table.D;
+    const T* const next = to_fetch(columns, rows.ahead(j + step), table.D);
     for (int k = 0; k < K; ++k) __builtin_prefetch(next + k * L);
-    const int64_t row = rows.row(j);
-    if (row < 0) continue;
+    if (!rows.has(j)) continue;
     for (int k = 0; k < K; ++k) {
-      const T* const p = columns + row * table.D + k * L;
+      const T* const p = columns + rows.row(j) * table.D + k * L;
       const Vec<A> x = n == L ? load<A>(p) : load<A>(p, n, A{});
       const Positions larger = j == begin ? Positions{} - 1 : x > best[k];
       best[k] = larger ? x : best[k];
@@ -128,10 +117,11 @@ int64_t max(const Table& table, const Bags& bags, int64_t begin, int64_t end, vo
     constexpr int L = kLanes<Accum<T>>;
     return visit_indices(bags.indices, [&](auto* indices) -> int64_t {
       using I = std::remove_cvref_t<decltype(*indices)>;
-      const Looked<I> rows{indices, table.V, bags.N - 1, bags.padding_idx};
+      const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
+      if (bad >= 0) return bad;
+      const Looked<I> rows{indices, bags.N - 1, bags.padding_idx};
       for (int64_t b = begin; b < end; ++b) {
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
-        if (const int64_t bad = check(indices, from, to, table.V, bags.padding_idx).bad; bad >= 0) return bad;
         T* const row = static_cast<T*>(out) + b * table.D;
         int64_t d = 0;
         for (; d + 4 * L <= table.D; d += 4 * L)
@@ -168,18 +158,18 @@ int64_t dot(const Table& table, const Bags& bags, bool mean, int64_t begin, int6
     return visit_indices(bags.indices, [&](auto* indices) -> int64_t {
       using I = std::remove_cvref_t<decltype(*indices)>;
       const int64_t D = table.D, step = rows_ahead<T>(D);
-      const Looked<I> rows{indices, table.V, bags.N - 1, bags.padding_idx};
+      const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
+      if (bad >= 0) return bad;
+      const Looked<I> rows{indices, bags.N - 1, bags.padding_idx};
       const T* const weight = static_cast<const T*>(table.weight);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
-        const Checked checked = check(indices, from, to, table.V, bags.padding_idx);
-        if (checked.bad >= 0) return checked.bad;
-        const A factor = share<A>(mean, checked.count);
+        const A factor = share<A>(bags, indices, mean, from, to);
         for (int64_t j = from; j < to; ++j) {
-          const T* const next = weight + rows.ahead(j + step) * D;
+          const T* const next = to_fetch(weight, rows.ahead(j + step), D);
           for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + d);
-          const int64_t row = rows.row(j);
-          const A sum = row < 0 ? A{} : dot_rows(static_cast<const T*>(dout) + b * D, weight + row * D, D);
+          A sum{};
+          if (rows.has(j)) sum = dot_rows(static_cast<const T*>(dout) + b * D, weight + rows.row(j) * D, D);
           store_one(static_cast<T*>(dsamples) + j, sum * factor);
         }
       }
@@ -197,7 +187,7 @@ void factors(const Table& table, const Bags& bags, bool mean, int64_t begin, int
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
         for (int64_t j = from; j < to; ++j) bag[j] = static_cast<uint32_t>(b);
         if (!scale) continue;
-        const A each = share<A>(mean, check(indices, from, to, table.V, bags.padding_idx).count);
+        const A each = share<A>(bags, indices, mean, from, to);
         const T* const samples = static_cast<const T*>(table.samples);
         for (int64_t j = from; j < to; ++j) static_cast<A*>(scale)[j] = samples ? load_one(samples + j) * each : each;
       }

@@ -10,12 +10,21 @@ namespace llmkern::cpu::LLMKERN_ISA {
 // How many rows ahead of its turn a row is fetched.
 template <class T>
 static inline int64_t rows_ahead(int64_t D) {
-  constexpr int64_t kBytes = 8 * 1024;
-  return 1 + kBytes / (1 + D * static_cast<int64_t>(sizeof(T)));
+  constexpr uint32_t kBytes = 8 * 1024;
+  const int64_t bytes = 1 + D * static_cast<int64_t>(sizeof(T));
+  // Of 32 bits: it is done for every sum.
+  return bytes > kBytes ? 1 : 1 + kBytes / static_cast<uint32_t>(bytes);
 }
 
-// `Rows` says which: row(j), negative for none; scale(j); ahead(j), a row to fetch that may be one of a later sum.
-// out (D) = scale * sum of scale(j) * table[row(j)] over j in [begin, end).
+// Row `row` of a table at p; it need not be one.
+template <class T>
+static inline const T* to_fetch(const T* p, int64_t row, int64_t D) {
+  const uintptr_t bytes = static_cast<uintptr_t>(row) * static_cast<uintptr_t>(D) * sizeof(T);
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(p) + bytes);
+}
+
+// `Rows` says which: if has(j), row(j) times scale(j); ahead(j), a row to fetch, of any later sum, need not be one.
+// out (D) = scale * sum over j in [begin, end).
 template <class T, class U, class Rows>
 struct RowSum {
   using A = Accum<T>;
@@ -33,11 +42,10 @@ struct RowSum {
     const int64_t step = rows_ahead<T>(D);
     Vec<A> s[K]{};
     for (int64_t j = begin; j < end; ++j) {
-      const T* const next = table + rows.ahead(j + step) * D + d;
+      const T* const next = to_fetch(table + d, rows.ahead(j + step), D);
       for (int k = 0; k < K; ++k) __builtin_prefetch(next + k * L);
-      const int64_t row = rows.row(j);
-      if (row < 0) continue;
-      const T* const x = table + row * D + d;
+      if (!rows.has(j)) continue;
+      const T* const x = table + rows.row(j) * D + d;
       const A factor = rows.scale(j);
       for (int k = 0; k < K; ++k) s[k] += load<A>(x + k * L) * factor;
     }
@@ -53,7 +61,7 @@ struct RowSum {
     Vec<A> s{};
     for (int64_t j = begin; j < end; ++j) {
       const A factor = rows.scale(j);
-      if (const int64_t row = rows.row(j); row >= 0) s += load<A>(table + row * D + d, n, A{}) * factor;
+      if (rows.has(j)) s += load<A>(table + rows.row(j) * D + d, n, A{}) * factor;
     }
     store(out + d, s * scale, n);
   }

@@ -10,6 +10,7 @@ namespace {
 struct Plain {
   const uint32_t* source;
   int64_t last;
+  static constexpr bool has(int64_t) { return true; }
   int64_t row(int64_t j) const { return source[j]; }
   int64_t ahead(int64_t j) const { return source[j < last ? j : last]; }
   static constexpr float scale(int64_t) { return 1; }
