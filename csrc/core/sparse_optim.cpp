@@ -18,7 +18,7 @@ namespace {
 
 DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// f(run, row, sum) for every row that has a gradient.
+// f(run, row, row of the next run, sum) for every row that has a gradient.
 template <class F>
 void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
   const auto sum_rows = LLMKERN_SELECT(sparse_optim).sum;
@@ -28,8 +28,9 @@ void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
     const Buffer<char> sum(grad.D * itemsize(accum_of(grad.dtype)));
     int64_t r = std::lower_bound(starts, starts + sorted.runs(), static_cast<uint32_t>(begin)) - starts;
     for (; r < sorted.runs() && starts[r] < end; ++r) {
-      sum_rows(grad, sorted.order() + starts[r], starts[r + 1] - starts[r], sum.get());
-      f(r, rows[r], sum.get());
+      const int64_t next = r + 1 < sorted.runs() ? r + 1 : r;
+      sum_rows(grad, sorted.order() + starts[r], starts[r + 1] - starts[r], sorted.order()[starts[next]], sum.get());
+      f(r, rows[r], rows[next], sum.get());
     }
   });
 }
@@ -37,7 +38,8 @@ void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
 template <class Op>
 void step(RowKernel<Op> kernel, const Op& op, const RowGradient& grad, const Table& table) {
   const RowOrder sorted(grad.indices, grad.N, grad.V);
-  each_row(grad, sorted, [&](int64_t, int64_t row, const void* sum) { kernel(op, grad, table, row, sum); });
+  each_row(grad, sorted,
+           [&](int64_t, int64_t row, int64_t next, const void* sum) { kernel(op, grad, table, row, next, sum); });
 }
 
 }  // namespace
@@ -62,8 +64,9 @@ double sparse_sum_of_squares(const RowGradient& grad) {
   const RowOrder sorted(grad.indices, grad.N, grad.V);
   const auto squares = LLMKERN_SELECT(grad_norm).sum_of_squares;
   std::vector<double> sums(sorted.runs());
-  each_row(grad, sorted,
-           [&](int64_t run, int64_t, const void* sum) { sums[run] = squares(sum, grad.D, accum_of(grad.dtype)); });
+  each_row(grad, sorted, [&](int64_t run, int64_t, int64_t, const void* sum) {
+    sums[run] = squares(sum, grad.D, accum_of(grad.dtype));
+  });
   double total = 0;
   for (double sum : sums) total += sum;
   return total;

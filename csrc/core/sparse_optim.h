@@ -37,13 +37,14 @@ void sparse_step(const RowWiseAdagrad& op, const RowGradient& grad, const Table&
 // Of the whole gradient, rows added up.
 double sparse_sum_of_squares(const RowGradient& grad);
 
-// Steps row `row`, whose gradient is `sum` (D), in the dtype that arithmetic is done in.
+// Steps row `row`, whose gradient is `sum` (D), in the dtype that arithmetic is done in; fetches row `next`.
 template <class Op>
-using RowKernel = void (*)(const Op& op, const RowGradient& grad, const Table& table, int64_t row, const void* sum);
+using RowKernel = void (*)(const Op& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next,
+                           const void* sum);
 
 struct SparseOptimKernels {
-  // sum (D) = the values at `count` positions, added up in their order.
-  void (*sum)(const RowGradient& grad, const uint32_t* positions, int64_t count, void* sum);
+  // sum (D) = the values at `count` positions, added up in their order; fetches those at position `next`.
+  void (*sum)(const RowGradient& grad, const uint32_t* positions, int64_t count, int64_t next, void* sum);
   RowKernel<Sgd> sgd;
   RowKernel<Adagrad> adagrad;
   RowKernel<SparseAdam> sparse_adam;

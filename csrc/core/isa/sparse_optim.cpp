@@ -27,14 +27,17 @@ void put(T* p, Vec<Accum<T>> v, int n) {
     store(p, v, n);
 }
 
-void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, void* sum) {
+void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, int64_t next, void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
     using S = Accum<T>;
     const T* const values = static_cast<const T*>(grad.values);
     S* const out = static_cast<S*>(sum);
     const auto row = [&](int64_t j) { return values + positions[j] * grad.D; };
-    each_vector<S>(grad.D, [&](int64_t i, int n) { put(out + i, get<S>(row(0) + i, n), n); });
+    each_vector<S>(grad.D, [&](int64_t i, int n) {
+      __builtin_prefetch(values + next * grad.D + i);
+      put(out + i, get<S>(row(0) + i, n), n);
+    });
     for (int64_t j = 1; j < count; ++j)
       each_vector<S>(grad.D, [&](int64_t i, int n) { put(out + i, get<S>(out + i, n) + get<S>(row(j) + i, n), n); });
   });
@@ -42,14 +45,19 @@ void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, void
 
 // T: parameter; Q: states.
 template <class T, class Q, class Rule, class Op>
-void sweep(const Op& op, const Table& table, int64_t row, const Accum<T>* grad, int64_t D) {
+void sweep(const Op& op, const Table& table, int64_t row, int64_t next, const Accum<T>* grad, int64_t D) {
   using S = Accum<T>;
   constexpr int n_states = Rule::kStates;
   const Rule rule(op, table.step);
-  T* const param = static_cast<T*>(table.param) + row * D;
+  T *const param = static_cast<T*>(table.param) + row * D, *const ahead = static_cast<T*>(table.param) + next * D;
   each_vector<S>(D, [&](int64_t i, int n) {
     Vec<S> p = get<S>(param + i, n), states[n_states + 1];
-    for (int k = 0; k < n_states; ++k) states[k] = get<S>(static_cast<const Q*>(table.states[k]) + row * D + i, n);
+    __builtin_prefetch(ahead + i, 1);
+    for (int k = 0; k < n_states; ++k) {
+      const Q* const state = static_cast<const Q*>(table.states[k]) + i;
+      states[k] = get<S>(state + row * D, n);
+      __builtin_prefetch(state + next * D, 1);
+    }
     rule.update(p, get<S>(grad + i, n), states);
     for (int k = 0; k < n_states; ++k) put(static_cast<Q*>(table.states[k]) + row * D + i, states[k], n);
     put(param + i, p, n);
@@ -57,27 +65,28 @@ void sweep(const Op& op, const Table& table, int64_t row, const Accum<T>* grad, 
 }
 
 template <template <class, bool> class Rule, class Op>
-void step(const Op& op, const RowGradient& grad, const Table& table, int64_t row, const void* sum) {
+void step(const Op& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next, const void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
     using S = Accum<T>;
     if (table.state_dtype == grad.dtype)
-      sweep<T, T, Rule<S, false>>(op, table, row, static_cast<const S*>(sum), grad.D);
+      sweep<T, T, Rule<S, false>>(op, table, row, next, static_cast<const S*>(sum), grad.D);
     else
-      sweep<T, S, Rule<S, false>>(op, table, row, static_cast<const S*>(sum), grad.D);
+      sweep<T, S, Rule<S, false>>(op, table, row, next, static_cast<const S*>(sum), grad.D);
   });
 }
 
-void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table, int64_t row,
+void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next,
                      const void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
     using S = Accum<T>;
     const S* const g = static_cast<const S*>(sum);
-    T* const param = static_cast<T*>(table.param) + row * grad.D;
+    T *const rows = static_cast<T*>(table.param), *const param = rows + row * grad.D;
     const S scale = static_cast<S>(op.grad_scale);
     Vec<S> squares{};
     each_vector<S>(grad.D, [&](int64_t i, int n) {
+      __builtin_prefetch(rows + next * grad.D + i, 1);
       const Vec<S> x = scale * get<S>(g + i, n);
       squares = fma(x, x, squares);
     });
