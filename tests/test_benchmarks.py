@@ -55,6 +55,8 @@ TINY = [
     bench_mse_loss.make(5, 7),
     *(bench_optim.make(name, ((5, 4), (3,))) for name in ("Adam", "AdamW", "Adagrad")),
     bench_optim.make("SGD", ((5, 4), (3,)), momentum=0.9),
+    bench_optim.make("Adam", ((5, 4), (3,)), clip=1.0),
+    *(bench_optim.make_sparse(name, (9, 5), 12) for name in ("SGD", "Adagrad", "SparseAdam", "RowWiseAdagrad")),
     bench_model.make("tiny/model", 30, 6, (5, 4), 3, 2),
     bench_scaling.point(bench_rnn.make("LSTM", 4, 3, 5, 6), "T", 4),
     bench_scaling.point(bench_cross_entropy.make(8, 50), "threads", 1, 1),
