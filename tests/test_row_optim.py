@@ -81,6 +81,21 @@ def test_replay_has_the_bits_of_the_dense_optimizer(name: str, dtype: torch.dtyp
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native library is not built")
+def test_a_hot_row_has_the_bits_of_the_dense_gradient() -> None:
+    """300 lookups of one row are added up in chunks, in both."""
+    dense, rows = Embedding(V, D), Embedding(V, D, row_grad="replay")
+    rows.load_state_dict(dense.state_dict())
+    for module in (dense, rows):
+        optimizer = optim.Adam(module.parameters())
+        g = torch.Generator().manual_seed(0)
+        for n in (300, 129, 128):
+            optimizer.zero_grad()
+            module(torch.full((n,), 5)).backward(torch.randn(n, D, generator=g))
+            optimizer.step()
+    assert torch.equal(rows.weight.detach(), dense.weight.detach())
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "amsgrad", "momentum"])
 def test_two_thousand_steps_through_checkpoints_and_torch(name: str) -> None:
     """Warmup, cosine and decay; resumed from a checkpoint, moved to torch's optimizer and back on the way."""

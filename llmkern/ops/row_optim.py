@@ -85,7 +85,7 @@ class RowTable:
         if self.rule.closed:
             return _lookup(*self._books(), indices, self.backend)
         _catch_up(*self._books(), indices, self.backend)
-        return embedding(self.param, indices, -1, False, self.backend)
+        return embedding(self.param, indices, -1, False, False, self.backend)
 
     def catch_up(self) -> None:
         """Makes all steps on record on all rows."""
@@ -256,7 +256,7 @@ def row_embedding(
         pending = weight.table if weight.table is not None and weight.table.count else None
 
         def rows(indices: Tensor) -> Tensor:
-            return embedding(values, indices, -1, False, backend) if pending is None else pending.lookup(indices)
+            return embedding(values, indices, -1, False, False, backend) if pending is None else pending.lookup(indices)
 
         if torch.is_grad_enabled() and weight.requires_grad:
             out = RowEmbeddingFunction.apply(weight, indices, padding, rows)

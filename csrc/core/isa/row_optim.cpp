@@ -6,8 +6,8 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Rows that are added up before their sum is added to the others'; as in embedding_backward, for the same bits.
-constexpr int64_t kSummed = 256;
+// Rows that are added up before their sum is added to the others'; as in table_gradient.cpp, for the same bits.
+constexpr int64_t kSummed = 128;
 
 template <class Rule>
 inline constexpr bool kIsAdam = false;
