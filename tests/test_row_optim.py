@@ -272,6 +272,31 @@ def test_a_scaler_skips_steps_with_infinite_gradients() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+def test_clipping_sees_the_norm_of_the_summed_gradient(folded: bool) -> None:
+    """Rows that repeat count with their sum; a dense parameter beside the table shares the norm."""
+
+    def training(m: Any, library: Any, ours: bool) -> list[Tensor]:
+        bias = torch.zeros(D, requires_grad=True)
+        options = {"max_grad_norm": 0.7} if ours and folded else {}
+        optimizer = library.AdamW([*m.parameters(), bias], lr=0.1, **options)
+        norms = []
+        for indices, dout in batches(6):
+            optimizer.zero_grad()
+            ((m(torch.cat([indices, indices])) + bias) * torch.cat([dout, 2 * dout]).float()).sum().backward()
+            if not options:
+                clip = optim.clip_grad_norm_ if ours else torch.nn.utils.clip_grad_norm_
+                norms.append(clip([*m.parameters(), bias], 0.7))
+            optimizer.step()
+            if options:
+                norms.append(optimizer.grad_norm)
+        return [m.weight.detach(), bias.detach(), torch.stack(norms)]
+
+    got, want = training(embedding(rows=True), optim, True), training(embedding(), torch.optim, False)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_two_optimizers_of_one_table_take_turns() -> None:
     def training(m: Any, library: Any) -> Tensor:
         pair = library.Adam(m.parameters(), lr=0.1), library.SGD(m.parameters(), lr=0.1, momentum=0.9)
