@@ -142,40 +142,25 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
   return pieces;
 }
 
-// The beginnings of what will be read of a row: the rest follows in order, which the hardware sees.
-void fetch(const RowTable& table, int64_t row) {
-  constexpr int64_t kBytes = 1024;
-  const auto fetch_row = [&](const void* data, DType dtype) {
-    const int64_t bytes = table.D * static_cast<int64_t>(itemsize(dtype));
-    const char* const from = static_cast<const char*>(data) + row * bytes;
-    for (int64_t i = 0; i < std::min(bytes, kBytes); i += 64) __builtin_prefetch(from + i);
-  };
-  fetch_row(table.param, table.dtype);
-  if (table.applied[row] == table.count) return;
-  for (const void* state : table.states)
-    if (state) fetch_row(state, table.state_dtype);
-}
-
 }  // namespace
 
 void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
   const int64_t bytes = table.D * static_cast<int64_t>(itemsize(table.dtype));
   const auto& kernels = LLMKERN_SELECT(row_optim);
+  const auto inside = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(table.V); };
   std::atomic<bool> bad{false};
   parallel_for(N, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = indices[i];
-      if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(table.V)) {
+      const int64_t row = indices[i], later = indices[std::min(i + 1, N - 1)];
+      if (!inside(row)) {
         bad.store(true, std::memory_order_relaxed);
         return;
       }
-      if (i + 1 < end && static_cast<uint64_t>(indices[i + 1]) < static_cast<uint64_t>(table.V))
-        fetch(table, indices[i + 1]);
       char* const to = static_cast<char*>(out) + i * bytes;
       if (table.applied[row] == table.count)
         std::memcpy(to, static_cast<const char*>(table.param) + row * bytes, bytes);
       else
-        kernels.lookup(table, row, table.applied[row], to);
+        kernels.lookup(table, row, table.applied[row], inside(later) ? later : row, to);
     }
   });
   if (bad) throw_index_error();
@@ -186,7 +171,7 @@ void row_catch_up(const RowTable& table, const RowOrder& batch) {
   parallel_for(batch.runs(), rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t row = batch.rows()[r];
-      kernels.catch_up(table, row, table.applied[row]);
+      kernels.catch_up(table, row, table.applied[row], batch.rows()[std::min(r + 1, batch.runs() - 1)]);
       table.applied[row] = static_cast<int32_t>(table.count);
     }
   });
@@ -196,7 +181,7 @@ void row_catch_up(const RowTable& table) {
   const auto& kernels = LLMKERN_SELECT(row_optim);
   parallel_for(table.V, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      kernels.catch_up(table, row, table.applied[row]);
+      kernels.catch_up(table, row, table.applied[row], row);
       table.applied[row] = static_cast<int32_t>(table.count);
     }
   });
@@ -214,8 +199,10 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
                                   [](const Piece& p, int64_t cost) { return p.cost_before < cost; });
     for (; piece != pieces.end() && piece->cost_before < to; ++piece) {
       const int64_t row = batch.rows()[piece->run], start = batch.starts()[piece->run];
-      kernels.step(table, rule, row, table.applied[row], values, batch.order() + start,
-                   batch.starts()[piece->run + 1] - start, piece->begin, piece->end);
+      const int64_t next = std::min(piece->run + 1, batch.runs() - 1);
+      kernels.step(table, rule, row, table.applied[row], batch.rows()[next], values, batch.order() + start,
+                   batch.starts()[piece->run + 1] - start, batch.order()[batch.starts()[next]], piece->begin,
+                   piece->end);
     }
   });
   const bool recorded = changes_idle_rows(table.rule.kind, step);

@@ -63,13 +63,14 @@ void row_catch_up(const RowTable& table);
 // step changes rows without a gradient; if so it stands on record as history[count].
 bool row_step(const RowTable& table, const RowStep& step, double grad_scale, const RowOrder& batch, const void* values);
 
+// On a row of which `applied` steps have been made. Row `next` is fetched meanwhile.
 struct RowOptimKernels {
-  // A row of which `applied` steps have been made.
-  void (*lookup)(const RowTable& table, int64_t row, int64_t applied, void* out);
-  void (*catch_up)(const RowTable& table, int64_t row, int64_t applied);
-  // Columns [begin, end); the gradient is the sum of rows order[0..n) of values. `rule` as made by make_rule.
-  void (*step)(const RowTable& table, const unsigned char* rule, int64_t row, int64_t applied, const void* values,
-               const uint32_t* order, int64_t n, int64_t begin, int64_t end);
+  void (*lookup)(const RowTable& table, int64_t row, int64_t applied, int64_t next, void* out);
+  void (*catch_up)(const RowTable& table, int64_t row, int64_t applied, int64_t next);
+  // Columns [begin, end); the gradient is the sum of rows order[0..n) of values, of which row `later` is fetched.
+  // `rule` as made by make_rule.
+  void (*step)(const RowTable& table, const unsigned char* rule, int64_t row, int64_t applied, int64_t next,
+               const void* values, const uint32_t* order, int64_t n, int64_t later, int64_t begin, int64_t end);
   void (*make_rule)(const RowTable& table, const RowStep& step, double grad_scale, unsigned char* rule);
 };
 

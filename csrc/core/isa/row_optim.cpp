@@ -42,8 +42,12 @@ class Row {
   using V = Vec<S>;
   static constexpr int L = kLanes<S>, kStates = Rule::kStates;
 
-  Row(const RowTable& table, int64_t row, int64_t applied)
-      : table_(table), applied_(applied), closed_(table.rule.closed && applied < table.count), D_(table.D) {
+  Row(const RowTable& table, int64_t row, int64_t applied, int64_t next)
+      : table_(table),
+        applied_(applied),
+        to_next_((next - row) * table.D),
+        closed_(table.rule.closed && applied < table.count),
+        D_(table.D) {
     param_ = static_cast<T*>(table.param) + row * D_;
     for (int k = 0; k < kStates; ++k) states_[k] = static_cast<Q*>(table.states[k]) + row * D_;
     if (!closed_) return;
@@ -70,9 +74,11 @@ class Row {
     });
   }
 
-  void step(const Rule& rule, const T* values, const uint32_t* order, int64_t n, int64_t begin, int64_t end) const {
+  void step(const Rule& rule, const T* values, const uint32_t* order, int64_t n, int64_t later, int64_t begin,
+            int64_t end) const {
     const auto update = [&](int64_t i, auto get, auto put, V g) {
       V p, states[kStates + 1];
+      __builtin_prefetch(values + later * D_ + i);
       load_up_to_date(i, get, p, states);
       rule.update(p, kept<T>(g), states);
       keep(i, put, p, states);
@@ -118,7 +124,11 @@ class Row {
   template <class Get>
   void load_up_to_date(int64_t i, const Get& get, V& p, V* states) const {
     p = get(param_ + i);
-    for (int k = 0; k < kStates; ++k) states[k] = get(states_[k] + i);
+    __builtin_prefetch(param_ + i + to_next_);
+    for (int k = 0; k < kStates; ++k) {
+      states[k] = get(states_[k] + i);
+      __builtin_prefetch(states_[k] + i + to_next_);
+    }
     if (closed_ && pass(p, states)) return;
     for (int64_t u = applied_; u < table_.count; ++u) {
       reinterpret_cast<const Rule*>(table_.history[u].rule)->update(p, V{}, states);
@@ -158,7 +168,7 @@ class Row {
   }
 
   const RowTable& table_;
-  const int64_t applied_;
+  const int64_t applied_, to_next_;
   const bool closed_;
   const int64_t D_;
   T* param_;
@@ -194,27 +204,28 @@ void visit_table(const RowTable& table, const F& f) {
   });
 }
 
-void lookup(const RowTable& table, int64_t row, int64_t applied, void* out) {
+void lookup(const RowTable& table, int64_t row, int64_t applied, int64_t next, void* out) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied).lookup(static_cast<typename Y::T*>(out));
+    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
+        .lookup(static_cast<typename Y::T*>(out));
   });
 }
 
-void catch_up(const RowTable& table, int64_t row, int64_t applied) {
+void catch_up(const RowTable& table, int64_t row, int64_t applied, int64_t next) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied).catch_up();
+    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next).catch_up();
   });
 }
 
-void step(const RowTable& table, const unsigned char* rule, int64_t row, int64_t applied, const void* values,
-          const uint32_t* order, int64_t n, int64_t begin, int64_t end) {
+void step(const RowTable& table, const unsigned char* rule, int64_t row, int64_t applied, int64_t next,
+          const void* values, const uint32_t* order, int64_t n, int64_t later, int64_t begin, int64_t end) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied)
+    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
         .step(*reinterpret_cast<const typename Y::Rule*>(rule), static_cast<const typename Y::T*>(values), order, n,
-              begin, end);
+              later, begin, end);
   });
 }
 
