@@ -124,6 +124,7 @@ TABLE: dict[str, dict[str, Support]] = {
             *("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean")
         ),
     },
+    "fused_embedding": {"native": _cpu()},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),

@@ -30,6 +30,7 @@ BUILD: dict[str, Any] = {
     "Linear": lambda c: c(5, 7, bias=False),
     "MSELoss": lambda c: c(reduction="sum"),
     "Dropout": lambda c: c(0.25, inplace=True),
+    "FusedEmbedding": lambda c: c(10, 4, num_positions=6, norm="layer", dropout=0.1),
     "sLSTM": lambda c: c(5, 7, 2, bidirectional=True, num_heads=7),
 }
 OURS = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]

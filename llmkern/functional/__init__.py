@@ -13,6 +13,7 @@ from .cross_entropy import cross_entropy, nll_loss
 from .dropout import dropout
 from .embedding import embedding
 from .embedding_bag import embedding_bag
+from .fused_embedding import fused_embedding
 from .grad_norm import clip_grad_norm_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_bag",
+    "fused_embedding",
     "gru",
     "gru_cell",
     "linear",

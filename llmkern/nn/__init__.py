@@ -14,6 +14,7 @@ from . import utils
 from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .dropout import Dropout
 from .embedding import Embedding, EmbeddingBag
+from .fused_embedding import FusedEmbedding
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
@@ -28,6 +29,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "EmbeddingBag",
+    "FusedEmbedding",
     "GRUCell",
     "LSTMCell",
     "Linear",

@@ -11,6 +11,8 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding, renormalise
 from .embedding_bag import BagIndexError, embedding_bag
+from .fused_embedding import Options as FusedEmbeddingOptions
+from .fused_embedding import fused_embedding
 from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -29,6 +31,7 @@ from .sparse_optim import (
 
 __all__ = [
     "BagIndexError",
+    "FusedEmbeddingOptions",
     "RNNOptions",
     "RowParameter",
     "RowRule",
@@ -43,6 +46,7 @@ __all__ = [
     "dropout",
     "embedding",
     "embedding_bag",
+    "fused_embedding",
     "grad_norm",
     "linear",
     "linear_cross_entropy",

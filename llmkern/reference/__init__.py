@@ -8,6 +8,7 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding, embedding_row_scale
 from .embedding_bag import embedding_bag
+from .fused_embedding import fused_embedding
 from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -31,6 +32,7 @@ __all__ = [
     "embedding",
     "embedding_bag",
     "embedding_row_scale",
+    "fused_embedding",
     "grad_norm",
     "linear",
     "linear_cross_entropy",

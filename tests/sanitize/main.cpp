@@ -16,6 +16,7 @@ void check_cross_entropy();
 void check_dropout();
 void check_embedding();
 void check_embedding_bag();
+void check_fused_embedding();
 void check_gemm();
 void check_grad_norm();
 void check_linear();
@@ -37,6 +38,7 @@ constexpr struct {
     {"dropout", &check_dropout},
     {"embedding", &check_embedding},
     {"embedding_bag", &check_embedding_bag},
+    {"fused_embedding", &check_fused_embedding},
     {"gemm", &check_gemm},
     {"grad_norm", &check_grad_norm},
     {"linear", &check_linear},

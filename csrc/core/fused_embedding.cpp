@@ -1,0 +1,137 @@
+// Token + position + token type, norm and dropout: out = dropout(norm(scale * weight[token] + position + type)).
+//
+// Traffic. Forward: each row that occurs is read once, out is written once; a composition of torch's functions writes
+// and reads N*D again for every step. Nothing of that size is kept for the backward but the indices and two numbers a
+// row: the normalised row is computed again from the tables, the mask from its seed.
+//
+// Backward: one pass writes the gradient at the sum, (N, D) of scratch, because a norm's gradient needs a whole row
+// before its first element is known; then each table adds up its runs of it, by tokens, positions and types. Gradients
+// of the norm's own weights are partial sums over fixed shares of the tokens, added in order: the same bits for any
+// number of threads.
+#include "core/fused_embedding.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "core/memory.h"
+#include "core/row_order.h"
+#include "core/threads.h"
+
+namespace llmkern::cpu {
+namespace {
+
+constexpr int64_t kGrainBytes = 32 * 1024;
+// Shares of the tokens for the norm's gradients: as many as this, of at least so many tokens.
+constexpr int64_t kShares = 128, kShareTokens = 32;
+
+size_t accum_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+int64_t row_bytes(const FusedEmbedding& op) { return op.D * static_cast<int64_t>(itemsize(op.dtype)); }
+
+int64_t grain_rows(const FusedEmbedding& op) { return std::max<int64_t>(1, kGrainBytes / (row_bytes(op) + 1)); }
+
+void check(const FusedEmbedding& op) {
+  static constexpr const char* kPrefix[] = {"", "positions: ", "token_types: "};
+  for (int k = 0; k < 3; ++k) {
+    const FusedTable& table = op.tables[k];
+    for (int64_t i = 0; i < std::min(table.period, op.N); ++i)
+      if (static_cast<uint64_t>(table.indices[i]) >= static_cast<uint64_t>(table.rows))
+        throw std::out_of_range(std::string(kPrefix[k]) + "index out of range in self");
+  }
+}
+
+// The token's rows in the tables.
+struct Rows {
+  const void* at[3];
+  Rows(const FusedEmbedding& op, int64_t n) {
+    for (int k = 0; k < 3; ++k) {
+      const FusedTable& table = op.tables[k];
+      const bool here = table.period > 0 && table.data;
+      at[k] = here ? static_cast<const char*>(table.data) + table.row(n) * row_bytes(op) : nullptr;
+    }
+  }
+};
+
+// dtable[r] = scale * the sum of dsum[n] over the tokens n of row r, in order; rows without one, and padding, are zero.
+void add_runs(const FusedEmbedding& op, const FusedTable& table, const void* dsum, double scale, int64_t padding_idx,
+              bool by_freq, void* dtable) {
+  const Buffer<int64_t> every(table.period < op.N ? op.N : 0);
+  for (int64_t n = 0; table.period < op.N && n < op.N; ++n) every[n] = table.row(n);
+  const RowOrder tokens(table.period < op.N ? Indices{every.get(), true} : table.indices, op.N, table.rows);
+  const uint32_t *rows = tokens.rows(), *starts = tokens.starts();
+  const int64_t bytes = row_bytes(op);
+  char* const to = static_cast<char*>(dtable);
+  const auto& kernels = LLMKERN_SELECT(embedding);
+  parallel_for(table.rows, grain_rows(op), [&](int64_t begin, int64_t end) {
+    int64_t r = std::lower_bound(rows, rows + tokens.runs(), static_cast<uint32_t>(begin)) - rows;
+    for (int64_t row = begin; row < end; ++row) {
+      const bool here = r < tokens.runs() && rows[r] == row;
+      const int64_t count = here ? starts[r + 1] - starts[r] : 0;
+      if (here && row != padding_idx)
+        kernels.sum_rows(dsum, op.dtype, op.D, tokens.order() + starts[r], count, by_freq ? scale / count : scale,
+                         to + row * bytes);
+      else
+        std::memset(to + row * bytes, 0, bytes);
+      r += here;
+    }
+  });
+}
+
+// Writes the gradient at the sum to dsum, unless null, and those of the norm's weights.
+void normalise_backward(const FusedEmbedding& op, const void* dout, const void* stats, char* dsum,
+                        const FusedEmbeddingGradients& to) {
+  const auto& kernels = LLMKERN_SELECT(fused_embedding);
+  const size_t accum = accum_size(op.dtype);
+  const bool learns = to.norm_weight || to.norm_bias;
+  const int64_t tokens = std::max(kShareTokens, (op.N + kShares - 1) / kShares), shares = (op.N + tokens - 1) / tokens;
+  const size_t share_bytes = learns ? 2 * op.D * accum : 0;
+  const Buffer<char> sums(shares * share_bytes);
+  parallel_for(shares, std::max<int64_t>(1, grain_rows(op) / tokens), [&](int64_t begin, int64_t end) {
+    const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
+    for (int64_t i = begin; i < end; ++i) {
+      char* const share = sums.get() + i * share_bytes;
+      std::memset(share, 0, share_bytes);
+      for (int64_t n = i * tokens; n < std::min(op.N, (i + 1) * tokens); ++n)
+        kernels.backward(op, n, Rows(op, n).at, static_cast<const char*>(dout) + n * row_bytes(op),
+                         static_cast<const char*>(stats) + n * 2 * accum, dsum ? dsum + n * row_bytes(op) : nullptr,
+                         learns ? share : nullptr, scratch.get());
+    }
+  });
+  char* const parts[] = {sums.get(), sums.get() + op.D * accum};
+  void* const results[] = {to.norm_weight, to.norm_bias};
+  for (int k = 0; k < 2; ++k)
+    if (results[k]) kernels.add_up(parts[k], shares, 2 * op.D, op.D, op.dtype, results[k]);
+}
+
+}  // namespace
+
+void fused_embedding_forward(const FusedEmbedding& op, void* out, void* stats) {
+  check(op);
+  const auto& kernels = LLMKERN_SELECT(fused_embedding);
+  const size_t accum = accum_size(op.dtype);
+  parallel_for(op.N, grain_rows(op), [&](int64_t begin, int64_t end) {
+    const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
+    for (int64_t n = begin; n < end; ++n)
+      kernels.forward(op, n, Rows(op, n).at, static_cast<char*>(out) + n * row_bytes(op),
+                      static_cast<char*>(stats) + n * 2 * accum, scratch.get());
+  });
+}
+
+void fused_embedding_backward(const FusedEmbedding& op, const void* dout, const void* stats,
+                              const FusedEmbeddingGradients& to) {
+  check(op);
+  const bool any_table = to.tables[0] || to.tables[1] || to.tables[2];
+  // Without a norm and dropout the gradient at the sum is dout itself.
+  const bool itself = op.norm == Norm::none && op.p == 0;
+  const Buffer<char> dsum(any_table && !itself ? op.N * row_bytes(op) : 0);
+  if (!itself && (any_table || to.norm_weight || to.norm_bias))
+    normalise_backward(op, dout, stats, any_table ? dsum.get() : nullptr, to);
+  for (int k = 0; k < 3; ++k)
+    if (to.tables[k])
+      add_runs(op, op.tables[k], itself ? dout : dsum.get(), k == 0 ? op.scale : 1, k == 0 ? to.padding_idx : -1,
+               k == 0 && to.scale_grad_by_freq, to.tables[k]);
+}
+
+}  // namespace llmkern::cpu

@@ -1,0 +1,165 @@
+#include "core/fused_embedding.h"
+
+#include "core/isa/random.h"
+#include "core/isa/simd.h"
+
+namespace llmkern::cpu::LLMKERN_ISA {
+namespace {
+
+// Calls f(d, n) for every vector of [0, D); n = lanes in use.
+template <class A, class F>
+inline void for_vectors(int64_t D, const F& f) {
+  constexpr int L = kLanes<A>;
+  int64_t d = 0;
+  for (; d + L <= D; d += L) f(d, L);
+  if (d < D) f(d, static_cast<int>(D - d));
+}
+
+template <class A, class T>
+inline Vec<A> load_n(const T* p, int n) {
+  return n == kLanes<A> ? load<A>(p) : load<A>(p, n, A{});
+}
+
+template <class T>
+inline void store_n(T* p, Vec<Accum<T>> v, int n) {
+  n == kLanes<Accum<T>> ? store(p, v) : store(p, v, n);
+}
+
+// Lanes past n count for nothing in a sum.
+template <class A>
+inline Vec<A> cut(Vec<A> v, int n) {
+  for (int i = n; i < kLanes<A>; ++i) v[i] = A{};
+  return v;
+}
+
+// What one token's row is made of, vector by vector.
+template <class T>
+struct Row {
+  using A = Accum<T>;
+
+  Row(const FusedEmbedding& op, int64_t n, const void* const* rows)
+      : op(op),
+        token(static_cast<const T*>(rows[0])),
+        position(static_cast<const T*>(rows[1])),
+        type(static_cast<const T*>(rows[2])),
+        first(static_cast<uint64_t>(n * op.D)),
+        scale(static_cast<A>(op.scale)),
+        keep(op.p < 1 ? static_cast<A>(1 / (1 - op.p)) : A{}) {}
+
+  Vec<A> sum(int64_t d, int n) const {
+    Vec<A> s = load_n<A>(token + d, n) * scale;
+    if (position) s += load_n<A>(position + d, n);
+    if (type) s += load_n<A>(type + d, n);
+    return s;
+  }
+  // Not a product with the mask: what is dropped may be infinite.
+  Vec<A> dropped(Vec<A> v, int64_t d) const {
+    if (op.p == 0) return v;
+    return drawn<A>(op.p, op.seed, first + static_cast<uint64_t>(d), 0) != 0 ? Vec<A>{} : v * keep;
+  }
+  Vec<A> weight(int64_t d, int n) const {
+    return op.norm_weight ? load_n<A>(static_cast<const T*>(op.norm_weight) + d, n) : splat(A{1});
+  }
+  Vec<A> bias(int64_t d, int n) const {
+    return op.norm_bias ? load_n<A>(static_cast<const T*>(op.norm_bias) + d, n) : Vec<A>{};
+  }
+
+  const FusedEmbedding& op;
+  const T *token, *position, *type;
+  uint64_t first;
+  A scale, keep;
+};
+
+template <class T>
+void forward(const FusedEmbedding& op, int64_t n, const void* const* rows, T* out, Accum<T>* stats, Accum<T>* s) {
+  using A = Accum<T>;
+  const Row<T> row(op, n, rows);
+  if (op.norm == Norm::none)
+    return for_vectors<A>(op.D,
+                          [&](int64_t d, int lanes) { store_n(out + d, row.dropped(row.sum(d, lanes), d), lanes); });
+  const A count = static_cast<A>(op.D);
+  Vec<A> total{}, squares{};
+  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+    const Vec<A> v = row.sum(d, lanes);
+    total += v;
+    store_n(s + d, v, lanes);
+  });
+  const A mean = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{};
+  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+    const Vec<A> v = cut<A>(load_n<A>(s + d, lanes) - mean, lanes);
+    squares += v * v;
+  });
+  const A rstd = 1 / sqrt(splat(reduce_add<A>(squares) / count + static_cast<A>(op.eps)))[0];
+  stats[0] = mean, stats[1] = rstd;
+  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+    const Vec<A> v = (load_n<A>(s + d, lanes) - mean) * rstd * row.weight(d, lanes) + row.bias(d, lanes);
+    store_n(out + d, row.dropped(v, d), lanes);
+  });
+}
+
+// With x the normalised row and g the gradient at it: dsum = (g - mean(g) - x mean(g x)) / deviation; rms has no
+// mean(g).
+template <class T>
+void backward(const FusedEmbedding& op, int64_t n, const void* const* rows, const T* dout, const Accum<T>* stats,
+              T* dsum, Accum<T>* sums, Accum<T>* x) {
+  using A = Accum<T>;
+  const Row<T> row(op, n, rows);
+  if (op.norm == Norm::none)
+    return for_vectors<A>(
+        op.D, [&](int64_t d, int lanes) { store_n(dsum + d, row.dropped(load_n<A>(dout + d, lanes), d), lanes); });
+  const A count = static_cast<A>(op.D), mean = stats[0], rstd = stats[1];
+  A* const g = x + op.D;
+  Vec<A> total{}, product{};
+  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+    const Vec<A> normal = (row.sum(d, lanes) - mean) * rstd, dy = row.dropped(load_n<A>(dout + d, lanes), d);
+    if (sums) {
+      store_n(sums + d, load_n<A>(sums + d, lanes) + dy * normal, lanes);
+      store_n(sums + op.D + d, load_n<A>(sums + op.D + d, lanes) + dy, lanes);
+    }
+    const Vec<A> dx = dy * row.weight(d, lanes);
+    total += dx, product += dx * normal;
+    store_n(x + d, normal, lanes), store_n(g + d, dx, lanes);
+  });
+  if (!dsum) return;
+  const A shift = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{}, slope = reduce_add<A>(product) / count;
+  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+    const Vec<A> v = load_n<A>(g + d, lanes) - shift - load_n<A>(x + d, lanes) * slope;
+    store_n(dsum + d, v * rstd, lanes);
+  });
+}
+
+void forward_any(const FusedEmbedding& op, int64_t n, const void* const* rows, void* out, void* stats, void* scratch) {
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    forward(op, n, rows, static_cast<T*>(out), static_cast<A*>(stats), static_cast<A*>(scratch));
+  });
+}
+
+void backward_any(const FusedEmbedding& op, int64_t n, const void* const* rows, const void* dout, const void* stats,
+                  void* dsum, void* sums, void* scratch) {
+  visit(op.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    backward(op, n, rows, static_cast<const T*>(dout), static_cast<const A*>(stats), static_cast<T*>(dsum),
+             static_cast<A*>(sums), static_cast<A*>(scratch));
+  });
+}
+
+void add_up(const void* sums, int64_t count, int64_t stride, int64_t D, DType dtype, void* out) {
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accum<T>;
+    for_vectors<A>(D, [&](int64_t d, int lanes) {
+      Vec<A> total{};
+      for (int64_t i = 0; i < count; ++i) total += load_n<A>(static_cast<const A*>(sums) + i * stride + d, lanes);
+      store_n(static_cast<T*>(out) + d, total, lanes);
+    });
+  });
+}
+
+}  // namespace
+
+extern const FusedEmbeddingKernels fused_embedding{&forward_any, &backward_any, &add_up};
+
+}  // namespace llmkern::cpu::LLMKERN_ISA
