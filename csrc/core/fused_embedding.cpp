@@ -5,7 +5,7 @@
 // row: the normalised row is computed again from the tables, the mask from its seed.
 //
 // Backward: one pass writes the gradient at the sum, (N, D) of scratch, because a norm's gradient needs a whole row
-// before its first element is known; then each table adds up its runs of it, by tokens, positions and types. Gradients
+// before its first element is known; then each table adds up its rows of it, by tokens, positions and types. Gradients
 // of the norm's own weights are partial sums over fixed shares of the tokens, added in order: the same bits for any
 // number of threads.
 #include "core/fused_embedding.h"
@@ -17,6 +17,7 @@
 
 #include "core/memory.h"
 #include "core/row_order.h"
+#include "core/table_gradient.h"
 #include "core/threads.h"
 
 namespace llmkern::cpu {
@@ -42,40 +43,29 @@ void check(const FusedEmbedding& op) {
   }
 }
 
-// The token's rows in the tables.
-struct Rows {
-  const void* at[3];
-  Rows(const FusedEmbedding& op, int64_t n) {
-    for (int k = 0; k < 3; ++k) {
-      const FusedTable& table = op.tables[k];
-      const bool here = table.period > 0 && table.data;
-      at[k] = here ? static_cast<const char*>(table.data) + table.row(n) * row_bytes(op) : nullptr;
-    }
-  }
-};
+FusedRows rows_of(const FusedEmbedding& op, int64_t n) {
+  const auto row = [&](const FusedTable& table, int64_t n) -> const void* {
+    if (table.period == 0 || !table.data) return nullptr;
+    return static_cast<const char*>(table.data) + table.row(n) * row_bytes(op);
+  };
+  return {{row(op.tables[0], n), row(op.tables[1], n), row(op.tables[2], n)},
+          row(op.tables[0], std::min(n + 1, op.N - 1))};
+}
 
-// dtable[r] = scale * the sum of dsum[n] over the tokens n of row r, in order; rows without one, and padding, are zero.
-void add_runs(const FusedEmbedding& op, const FusedTable& table, const void* dsum, double scale, int64_t padding_idx,
+// dtable[r] = scale * the sum of dsum[n] over the tokens n of row r.
+void add_rows(const FusedEmbedding& op, const FusedTable& table, const void* dsum, double scale, int64_t padding_idx,
               bool by_freq, void* dtable) {
-  const Buffer<int64_t> every(table.period < op.N ? op.N : 0);
-  for (int64_t n = 0; table.period < op.N && n < op.N; ++n) every[n] = table.row(n);
-  const RowOrder tokens(table.period < op.N ? Indices{every.get(), true} : table.indices, op.N, table.rows);
-  const uint32_t *rows = tokens.rows(), *starts = tokens.starts();
-  const int64_t bytes = row_bytes(op);
-  char* const to = static_cast<char*>(dtable);
-  const auto& kernels = LLMKERN_SELECT(embedding);
-  parallel_for(table.rows, grain_rows(op), [&](int64_t begin, int64_t end) {
-    int64_t r = std::lower_bound(rows, rows + tokens.runs(), static_cast<uint32_t>(begin)) - rows;
-    for (int64_t row = begin; row < end; ++row) {
-      const bool here = r < tokens.runs() && rows[r] == row;
-      const int64_t count = here ? starts[r + 1] - starts[r] : 0;
-      if (here && row != padding_idx)
-        kernels.sum_rows(dsum, op.dtype, op.D, tokens.order() + starts[r], count, by_freq ? scale / count : scale,
-                         to + row * bytes);
-      else
-        std::memset(to + row * bytes, 0, bytes);
-      r += here;
-    }
+  const bool repeats = table.period < op.N;
+  const Buffer<int64_t> every(repeats ? op.N : 0);
+  for (int64_t n = 0; repeats && n < op.N; ++n) every[n] = table.row(n);
+  const RowOrder order(repeats ? Indices{every.get(), true} : table.indices, op.N, table.rows);
+  visit(op.dtype, [&](auto t) {
+    using A = Accum<decltype(t)>;
+    const Buffer<A> scales(scale == 1 ? 0 : op.N);
+    if (scale != 1) std::fill_n(scales.get(), op.N, static_cast<A>(scale));
+    const void* const factors = scale == 1 ? nullptr : scales.get();
+    table_gradient({dsum, op.dtype, op.D, op.N, order.order(), factors}, order, table.rows, padding_idx, by_freq,
+                   dtable);
   });
 }
 
@@ -94,7 +84,7 @@ void normalise_backward(const FusedEmbedding& op, const void* dout, const void* 
       char* const share = sums.get() + i * share_bytes;
       std::memset(share, 0, share_bytes);
       for (int64_t n = i * tokens; n < std::min(op.N, (i + 1) * tokens); ++n)
-        kernels.backward(op, n, Rows(op, n).at, static_cast<const char*>(dout) + n * row_bytes(op),
+        kernels.backward(op, n, rows_of(op, n), static_cast<const char*>(dout) + n * row_bytes(op),
                          static_cast<const char*>(stats) + n * 2 * accum, dsum ? dsum + n * row_bytes(op) : nullptr,
                          learns ? share : nullptr, scratch.get());
     }
@@ -114,7 +104,7 @@ void fused_embedding_forward(const FusedEmbedding& op, void* out, void* stats) {
   parallel_for(op.N, grain_rows(op), [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
     for (int64_t n = begin; n < end; ++n)
-      kernels.forward(op, n, Rows(op, n).at, static_cast<char*>(out) + n * row_bytes(op),
+      kernels.forward(op, n, rows_of(op, n), static_cast<char*>(out) + n * row_bytes(op),
                       static_cast<char*>(stats) + n * 2 * accum, scratch.get());
   });
 }
@@ -130,7 +120,7 @@ void fused_embedding_backward(const FusedEmbedding& op, const void* dout, const 
     normalise_backward(op, dout, stats, any_table ? dsum.get() : nullptr, to);
   for (int k = 0; k < 3; ++k)
     if (to.tables[k])
-      add_runs(op, op.tables[k], itself ? dout : dsum.get(), k == 0 ? op.scale : 1, k == 0 ? to.padding_idx : -1,
+      add_rows(op, op.tables[k], itself ? dout : dsum.get(), k == 0 ? op.scale : 1, k == 0 ? to.padding_idx : -1,
                k == 0 && to.scale_grad_by_freq, to.tables[k]);
 }
 

@@ -50,12 +50,17 @@ struct FusedEmbeddingGradients {
 void fused_embedding_backward(const FusedEmbedding& op, const void* dout, const void* stats,
                               const FusedEmbeddingGradients& to);
 
-// One token n each; `rows` are its rows in the tables, null where there is none. `scratch` holds 2 * D of Accum<T>.
+// A token's rows in the tables, null where there is none, and the next token's in the first.
+struct FusedRows {
+  const void *at[3], *next;
+};
+
+// One token n each. `scratch` holds 2 * D of Accum<T>.
 struct FusedEmbeddingKernels {
-  void (*forward)(const FusedEmbedding& op, int64_t n, const void* const* rows, void* out, void* stats, void* scratch);
+  void (*forward)(const FusedEmbedding& op, int64_t n, const FusedRows& rows, void* out, void* stats, void* scratch);
   // dsum (D), unless null, becomes the gradient at the sum. sums (2, D), unless null, of Accum<T>, are increased by the
   // token's part of the gradients of norm_weight and norm_bias.
-  void (*backward)(const FusedEmbedding& op, int64_t n, const void* const* rows, const void* dout, const void* stats,
+  void (*backward)(const FusedEmbedding& op, int64_t n, const FusedRows& rows, const void* dout, const void* stats,
                    void* dsum, void* sums, void* scratch);
   // out[d] = sum of sums[i * stride + d] over i < count, in order, for d < D; sums are of Accum<T>.
   void (*add_up)(const void* sums, int64_t count, int64_t stride, int64_t D, DType dtype, void* out);

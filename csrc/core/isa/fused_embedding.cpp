@@ -32,66 +32,71 @@ inline Vec<A> cut(Vec<A> v, int n) {
   return v;
 }
 
-// What one token's row is made of, vector by vector.
+// What one token's row is made of, vector by vector. All that the loops need is copied here: through a reference it
+// would be read again after every store.
 template <class T>
-struct Row {
+class Row {
+ public:
   using A = Accum<T>;
 
-  Row(const FusedEmbedding& op, int64_t n, const void* const* rows)
-      : op(op),
-        token(static_cast<const T*>(rows[0])),
-        position(static_cast<const T*>(rows[1])),
-        type(static_cast<const T*>(rows[2])),
-        first(static_cast<uint64_t>(n * op.D)),
-        scale(static_cast<A>(op.scale)),
-        keep(op.p < 1 ? static_cast<A>(1 / (1 - op.p)) : A{}) {}
+  Row(const FusedEmbedding& op, int64_t n, const FusedRows& rows)
+      : token_(static_cast<const T*>(rows.at[0])),
+        position_(static_cast<const T*>(rows.at[1])),
+        type_(static_cast<const T*>(rows.at[2])),
+        weight_(static_cast<const T*>(op.norm_weight)),
+        bias_(static_cast<const T*>(op.norm_bias)),
+        next_(static_cast<const T*>(rows.next)),
+        first_(static_cast<uint64_t>(n * op.D)),
+        seed_(op.seed),
+        p_(op.p),
+        scale_(static_cast<A>(op.scale)),
+        keep_(op.p < 1 ? static_cast<A>(1 / (1 - op.p)) : A{}) {}
 
+  // Fetches the same place of the next token's row: rows lie anywhere.
   Vec<A> sum(int64_t d, int n) const {
-    Vec<A> s = load_n<A>(token + d, n) * scale;
-    if (position) s += load_n<A>(position + d, n);
-    if (type) s += load_n<A>(type + d, n);
+    __builtin_prefetch(next_ + d);
+    Vec<A> s = load_n<A>(token_ + d, n) * scale_;
+    if (position_) s += load_n<A>(position_ + d, n);
+    if (type_) s += load_n<A>(type_ + d, n);
     return s;
   }
   // Not a product with the mask: what is dropped may be infinite.
   Vec<A> dropped(Vec<A> v, int64_t d) const {
-    if (op.p == 0) return v;
-    return drawn<A>(op.p, op.seed, first + static_cast<uint64_t>(d), 0) != 0 ? Vec<A>{} : v * keep;
+    if (p_ == 0) return v;
+    return drawn<A>(p_, seed_, first_ + static_cast<uint64_t>(d), 0) != 0 ? Vec<A>{} : v * keep_;
   }
-  Vec<A> weight(int64_t d, int n) const {
-    return op.norm_weight ? load_n<A>(static_cast<const T*>(op.norm_weight) + d, n) : splat(A{1});
-  }
-  Vec<A> bias(int64_t d, int n) const {
-    return op.norm_bias ? load_n<A>(static_cast<const T*>(op.norm_bias) + d, n) : Vec<A>{};
-  }
+  Vec<A> weight(int64_t d, int n) const { return weight_ ? load_n<A>(weight_ + d, n) : splat(A{1}); }
+  Vec<A> bias(int64_t d, int n) const { return bias_ ? load_n<A>(bias_ + d, n) : Vec<A>{}; }
 
-  const FusedEmbedding& op;
-  const T *token, *position, *type;
-  uint64_t first;
-  A scale, keep;
+ private:
+  const T *token_, *position_, *type_, *weight_, *bias_, *next_;
+  uint64_t first_, seed_;
+  double p_;
+  A scale_, keep_;
 };
 
 template <class T>
-void forward(const FusedEmbedding& op, int64_t n, const void* const* rows, T* out, Accum<T>* stats, Accum<T>* s) {
+void forward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, T* out, Accum<T>* stats, Accum<T>* s) {
   using A = Accum<T>;
   const Row<T> row(op, n, rows);
+  const int64_t D = op.D;
   if (op.norm == Norm::none)
-    return for_vectors<A>(op.D,
-                          [&](int64_t d, int lanes) { store_n(out + d, row.dropped(row.sum(d, lanes), d), lanes); });
-  const A count = static_cast<A>(op.D);
+    return for_vectors<A>(D, [&](int64_t d, int lanes) { store_n(out + d, row.dropped(row.sum(d, lanes), d), lanes); });
+  const A count = static_cast<A>(D);
   Vec<A> total{}, squares{};
-  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+  for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> v = row.sum(d, lanes);
     total += v;
     store_n(s + d, v, lanes);
   });
   const A mean = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{};
-  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+  for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> v = cut<A>(load_n<A>(s + d, lanes) - mean, lanes);
     squares += v * v;
   });
   const A rstd = 1 / sqrt(splat(reduce_add<A>(squares) / count + static_cast<A>(op.eps)))[0];
   stats[0] = mean, stats[1] = rstd;
-  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+  for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> v = (load_n<A>(s + d, lanes) - mean) * rstd * row.weight(d, lanes) + row.bias(d, lanes);
     store_n(out + d, row.dropped(v, d), lanes);
   });
@@ -100,21 +105,22 @@ void forward(const FusedEmbedding& op, int64_t n, const void* const* rows, T* ou
 // With x the normalised row and g the gradient at it: dsum = (g - mean(g) - x mean(g x)) / deviation; rms has no
 // mean(g).
 template <class T>
-void backward(const FusedEmbedding& op, int64_t n, const void* const* rows, const T* dout, const Accum<T>* stats,
-              T* dsum, Accum<T>* sums, Accum<T>* x) {
+void backward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, const T* dout, const Accum<T>* stats, T* dsum,
+              Accum<T>* sums, Accum<T>* x) {
   using A = Accum<T>;
   const Row<T> row(op, n, rows);
+  const int64_t D = op.D;
   if (op.norm == Norm::none)
     return for_vectors<A>(
-        op.D, [&](int64_t d, int lanes) { store_n(dsum + d, row.dropped(load_n<A>(dout + d, lanes), d), lanes); });
-  const A count = static_cast<A>(op.D), mean = stats[0], rstd = stats[1];
-  A* const g = x + op.D;
+        D, [&](int64_t d, int lanes) { store_n(dsum + d, row.dropped(load_n<A>(dout + d, lanes), d), lanes); });
+  const A count = static_cast<A>(D), mean = stats[0], rstd = stats[1];
+  A* const g = x + D;
   Vec<A> total{}, product{};
-  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+  for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> normal = (row.sum(d, lanes) - mean) * rstd, dy = row.dropped(load_n<A>(dout + d, lanes), d);
     if (sums) {
       store_n(sums + d, load_n<A>(sums + d, lanes) + dy * normal, lanes);
-      store_n(sums + op.D + d, load_n<A>(sums + op.D + d, lanes) + dy, lanes);
+      store_n(sums + D + d, load_n<A>(sums + D + d, lanes) + dy, lanes);
     }
     const Vec<A> dx = dy * row.weight(d, lanes);
     total += dx, product += dx * normal;
@@ -122,13 +128,13 @@ void backward(const FusedEmbedding& op, int64_t n, const void* const* rows, cons
   });
   if (!dsum) return;
   const A shift = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{}, slope = reduce_add<A>(product) / count;
-  for_vectors<A>(op.D, [&](int64_t d, int lanes) {
+  for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> v = load_n<A>(g + d, lanes) - shift - load_n<A>(x + d, lanes) * slope;
     store_n(dsum + d, v * rstd, lanes);
   });
 }
 
-void forward_any(const FusedEmbedding& op, int64_t n, const void* const* rows, void* out, void* stats, void* scratch) {
+void forward_any(const FusedEmbedding& op, int64_t n, const FusedRows& rows, void* out, void* stats, void* scratch) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
@@ -136,7 +142,7 @@ void forward_any(const FusedEmbedding& op, int64_t n, const void* const* rows, v
   });
 }
 
-void backward_any(const FusedEmbedding& op, int64_t n, const void* const* rows, const void* dout, const void* stats,
+void backward_any(const FusedEmbedding& op, int64_t n, const FusedRows& rows, const void* dout, const void* stats,
                   void* dsum, void* sums, void* scratch) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
