@@ -14,19 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["backend", "empty_cache", "explain", "functional", "nn", "numpy", "optim", "reference"]
+__all__ = ["backend", "empty_cache", "explain", "functional", "nn", "numpy", "optim", "quantize_embedding", "reference"]
 
 if TYPE_CHECKING:
     from . import functional, nn, numpy, optim, reference
     from .dispatch import backend, explain
     from .native import empty_cache
+    from .nn.quantized_embedding import quantize_embedding
 
 # In a checkout, `llmkern.kernels` and `llmkern.benchmarks` are folders beside this one; an installation maps them.
 _checkout = Path(__file__).parent.parent
 if (_checkout / "pyproject.toml").exists():
     __path__.append(str(_checkout))
 
-_HOME = {"backend": "dispatch", "explain": "dispatch", "empty_cache": "native"}
+_HOME = {
+    "backend": "dispatch",
+    "explain": "dispatch",
+    "empty_cache": "native",
+    "quantize_embedding": "nn.quantized_embedding",
+}
 _SUBMODULES = {"dispatch", "functional", "kernels", "native", "nn", "numpy", "ops", "optim", "reference"}
 
 

@@ -130,6 +130,7 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
     "mse_loss": {"native": _cpu()},
+    "quantized_embedding": {"native": _cpu("bits")},
     "lstm": {
         "native": _cpu(
             *("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS),
@@ -149,6 +150,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "rowwise_adagrad": {"native": _cpu("rowwise")},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
+    "quantized_embedding": frozenset({"bits"}),
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
     "embedding_bag": frozenset({"weighted_mean"}),
     "lstm": frozenset({*_RNN_OPTIONS, "norms", "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),

@@ -18,6 +18,7 @@ from .grad_norm import clip_grad_norm_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
+from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell, slstm
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "lstm_cell",
     "mse_loss",
     "nll_loss",
+    "quantize_rows",
+    "quantized_embedding",
     "rnn_relu",
     "rnn_relu_cell",
     "rnn_tanh",

@@ -18,6 +18,7 @@ from .fused_embedding import FusedEmbedding
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
+from .quantized_embedding import QuantizedEmbedding
 from .rnn import GRU, LSTM, RNN, sLSTM
 from .rnn_cell import GRUCell, LSTMCell, RNNCell
 
@@ -36,6 +37,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MSELoss",
     "NLLLoss",
+    "QuantizedEmbedding",
     "RNNCell",
     "functional",
     "sLSTM",

@@ -18,6 +18,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, sgd_step
+from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import Options as RNNOptions
 from .rnn import rnn
 from .row_optim import RowParameter, RowRule, RowStep, RowTable, row_embedding
@@ -51,6 +52,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mse_loss",
+    "quantize_rows",
+    "quantized_embedding",
     "renormalise",
     "rnn",
     "row_embedding",

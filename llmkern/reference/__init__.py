@@ -14,6 +14,7 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, sgd_step
+from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import rnn, rnn_step
 from .row_optim import row_catch_up, row_lookup, row_step
 from .sparse_optim import (
@@ -37,6 +38,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mse_loss",
+    "quantize_rows",
+    "quantized_embedding",
     "rnn",
     "rnn_step",
     "row_catch_up",

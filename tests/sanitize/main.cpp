@@ -23,6 +23,7 @@ void check_linear();
 void check_linear_cross_entropy();
 void check_mse_loss();
 void check_optim();
+void check_quantized_embedding();
 void check_rnn();
 void check_row_optim();
 void check_runtime();
@@ -45,6 +46,7 @@ constexpr struct {
     {"linear_cross_entropy", &check_linear_cross_entropy},
     {"mse_loss", &check_mse_loss},
     {"optim", &check_optim},
+    {"quantized_embedding", &check_quantized_embedding},
     {"rnn", &check_rnn},
     {"row_optim", &check_row_optim},
     {"runtime", &check_runtime},
