@@ -25,6 +25,8 @@ OPS = (
     "rnn",
     "embedding",
     "embedding_bag",
+    "fused_embedding",
+    "quantized_embedding",
     "mse_loss",
     "optim",
     "model",

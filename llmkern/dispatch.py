@@ -61,6 +61,12 @@ def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | N
     return "torch.func batches the composition" if sizes["transformed"] else None
 
 
+def _small_steps_are_quick(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """Measured: benchmarks/bench_fused_embedding.py. A call of the op costs some 15 us more than three of torch's."""
+    enough = 1 << 13 if sizes["dropout"] else 1 << 16
+    return None if sizes["elements"] >= enough else "too small to gain"
+
+
 def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     """Measured: benchmarks/bench_rnn.py. oneDNN's forward is up to 13% faster where many sequences share small weights;
     it has no packed sequences, projections or options."""
@@ -124,7 +130,7 @@ TABLE: dict[str, dict[str, Support]] = {
             *("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean")
         ),
     },
-    "fused_embedding": {"native": _cpu()},
+    "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick)},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),

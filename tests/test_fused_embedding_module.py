@@ -105,7 +105,7 @@ def test_the_op_checks_what_memory_safety_needs() -> None:
         forward(weight, *none, at, None, None, 1.0, "batch", *options[2:], "native")
 
 
-def test_module() -> None:
+def test_module(backend: str) -> None:
     torch.manual_seed(3)
     module = lnn.FusedEmbedding(11, 8, -1, num_positions=6, num_token_types=2, norm="layer", dropout=0.25, scale=2.0)
     torch.manual_seed(3)
@@ -145,8 +145,11 @@ def test_module() -> None:
 
 
 def test_explain_says_what_ran() -> None:
-    module = lnn.FusedEmbedding(11, 8, num_positions=6, norm="layer", dropout=0.1)
-    explanation = llmkern.explain(module, torch.zeros(2, 6).long())
-    assert explanation.choices[0].op == OP
-    assert explanation.backends == (("native",) if NATIVE else ("torch",))
+    module = lnn.FusedEmbedding(11, 512, num_positions=64, norm="layer", dropout=0.1)
+    for tokens, dropout, backend in ((64, 0.1, "native"), (8, 0.1, "torch"), (64, 0.0, "torch"), (128, 0.0, "native")):
+        module.dropout = dropout
+        explanation = llmkern.explain(module, torch.zeros(tokens // 8, 8).long())
+        assert explanation.choices[0].op == OP
+        assert explanation.backends == ((backend,) if NATIVE else ("torch",))
+        assert backend == "native" or not NATIVE or "too small to gain" in str(explanation)
     assert set(dir(LF)) >= {OP}

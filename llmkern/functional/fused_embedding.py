@@ -54,8 +54,8 @@ def fused_embedding(
         scale_grad_by_freq: divides a row's gradient by its count in the batch. Default: ``False``.
 
     Returns:
-        ``(*, L, D)``, of ``weight``'s dtype, rounded once. The mask of the dropout is that of
-        :func:`llmkern.functional.dropout`.
+        ``(*, L, D)``, of ``weight``'s dtype. A kernel rounds once, and drops what :func:`llmkern.functional.dropout`
+        drops; calls too small for it take torch's functions one by one.
 
     Raises:
         IndexError: "index out of range in self", for positions and token types after their name.
@@ -83,7 +83,9 @@ def fused_embedding(
         traced = p > 0 and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
         options = ["traced dropout"] if traced else []
         floats = [t for t in operands if t is not None]
-        backend = dispatch.pick("fused_embedding", *floats, options=options, torch_does="torch's functions one by one")
+        sizes = {"elements": input.numel() * weight.shape[1], "dropout": int(p > 0)}
+        does = "torch's functions one by one"
+        backend = dispatch.pick("fused_embedding", *floats, options=options, torch_does=does, **sizes)
     if backend == "torch":
         x = F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
         return _compose(x, operands, positions, token_types, scale, norm, eps, p)
@@ -121,14 +123,14 @@ def _rows(name: str, input: Tensor, table: Tensor | None, rows: Tensor | None) -
             raise ValueError(f"{plural}: got a tensor without {name}_weight; expected the table that it looks up in")
         return None
     if rows is None:
-        shape = input.shape[-1:] if name == "position" else torch.Size()
-        needed = shape.numel()
+        needed = input.shape[-1] if name == "position" and input.dim() > 0 else 1
         if needed > table.shape[0] and input.numel() > 0:
             raise ValueError(
                 f"{name}_weight: got {table.shape[0]} rows, expected at least {needed} for input of shape "
                 f"{tuple(input.shape)}; give a longer table, or {plural}"
             )
-        return torch.arange(needed, device=input.device).view(shape)
+        rows = torch.arange(needed, device=input.device)
+        return rows if input.dim() > 0 else rows[0]
     if rows.dtype not in INDEX_DTYPES:
         raise ValueError(f"{plural}: got {rows.dtype}, expected torch.int64 or torch.int32")
     fits = rows.dim() <= input.dim() and all(
