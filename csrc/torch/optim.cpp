@@ -7,47 +7,55 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-void* matching(const Tensor& t, const Tensor& param, ScalarType dtype, const char* name) {
+void* matching(const Tensor& t, int64_t n, ScalarType dtype, const char* name) {
   require_contiguous(t, name);
-  require(t.numel() == param.numel() && t.scalar_type() == dtype,
-          std::string(name) + ": expected the parameter's number of elements, and its dtype or the states'");
+  if (t.numel() != n || t.scalar_type() != dtype)
+    throw std::invalid_argument(std::string(name) +
+                                ": expected the parameter's number of elements, and its dtype or the states'");
   return t.mutable_data_ptr();
 }
 
-// `states`: up to three lists, each empty or as long as `params`. States are of one dtype: the parameter's, or the one
-// that arithmetic on it is done in.
+// The states' dtype: the parameter's, or the one that arithmetic on it is done in.
+ScalarType state_type_of(const Tensor& state, ScalarType param) {
+  const ScalarType type = state.scalar_type(), wide = param == ScalarType::Double ? param : ScalarType::Float;
+  require(type == param || type == wide, "state: expected the parameter's dtype, or float32 (float64 for float64)");
+  return type;
+}
+
+// `states`: lists that are empty or as long as `params`, the first of them if there are states at all.
 std::vector<cpu::OptimTensor> gather(const Tensors& params, const Tensors& grads,
                                      std::initializer_list<const Tensors*> states, const std::vector<double>& steps) {
   const size_t n = params.size();
+  const Tensors& first = **states.begin();
   bool complete = grads.size() == n && steps.size() == n;
   for (const Tensors* state : states) complete = complete && (state->empty() || state->size() == n);
   require(complete, "optimizer step: expected as many gradients, states and steps as parameters");
   std::vector<cpu::OptimTensor> tensors;
   for (size_t i = 0; i < n; ++i) {
-    const Tensor& p = params[i];
-    const DType dtype = dtype_of(p);
-    cpu::OptimTensor tensor{matching(p, p, p.scalar_type(), "param"),
-                            matching(grads[i], p, p.scalar_type(), "grad"),
-                            {},
-                            p.numel(),
-                            dtype,
-                            dtype,
-                            steps[i]};
-    int k = 0;
-    for (const Tensors* state : states) {
-      if (!state->empty()) {
-        const ScalarType state_type = (*states.begin())->at(i).scalar_type();
-        const ScalarType wide = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-        require(state_type == p.scalar_type() || state_type == wide,
-                "state: expected the parameter's dtype, or float32 (float64 for float64)");
-        tensor.states[k] = matching((*state)[i], p, state_type, "state");
-        tensor.state_dtype = dtype_of(state_type);
-      }
-      ++k;
-    }
-    tensors.push_back(tensor);
+    const int64_t numel = params[i].numel();
+    const ScalarType type = params[i].scalar_type();
+    const ScalarType state_type = first.empty() ? type : state_type_of(first[i], type);
+    cpu::OptimTensor& tensor = tensors.emplace_back();
+    tensor.param = matching(params[i], numel, type, "param"), tensor.grad = matching(grads[i], numel, type, "grad");
+    void** state_at = tensor.states;
+    for (const Tensors* state : states)
+      *state_at++ = state->empty() ? nullptr : matching((*state)[i], numel, state_type, "state");
+    tensor.n = numel, tensor.dtype = dtype_of(type), tensor.state_dtype = dtype_of(state_type), tensor.step = steps[i];
   }
   return tensors;
+}
+
+// Counts one step more in each, and gives the counts.
+std::vector<double> advance(Tensors steps) {
+  std::vector<double> counts;
+  for (const Tensor& step : steps) {
+    require(step.is_cpu() && step.numel() == 1, "steps: expected CPU tensors of one element");
+    const DType dtype = dtype_of(step);
+    require(dtype == DType::f32 || dtype == DType::f64, "steps: expected float32 or float64");
+    void* const at = step.mutable_data_ptr();
+    counts.push_back(dtype == DType::f32 ? *static_cast<float*>(at) += 1 : *static_cast<double*>(at) += 1);
+  }
+  return counts;
 }
 
 cpu::After after_of(const std::string& after) {
@@ -81,6 +89,7 @@ void adagrad_step(Tensors params, Tensors grads, Tensors sums, std::vector<doubl
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
+  m.def("advance(Tensor(a!)[] steps) -> float[]");
   m.def(
       "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
       " Tensor(e!)[] max_exp_avg_sqs, float[] steps, float lr, float beta1, float beta2, float eps,"
@@ -95,6 +104,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
+  m.impl("advance", TORCH_BOX(&advance));
   m.impl("adam_step", TORCH_BOX(&adam_step));
   m.impl("sgd_step", TORCH_BOX(&sgd_step));
   m.impl("adagrad_step", TORCH_BOX(&adagrad_step));

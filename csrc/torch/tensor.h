@@ -23,6 +23,10 @@ using torch::stable::Tensor;
 inline void require(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);
 }
+// A literal is no string until it is thrown.
+inline void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
 
 inline DType dtype_of(ScalarType type) {
   switch (type) {
@@ -42,7 +46,8 @@ inline DType dtype_of(ScalarType type) {
 inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 inline void require_contiguous(const Tensor& t, const char* name) {
-  require(t.is_cpu() && t.is_contiguous(), std::string(name) + ": expected a contiguous CPU tensor");
+  if (!t.is_cpu() || !t.is_contiguous())
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous CPU tensor");
 }
 
 // Uninitialised, like `self` but of these sizes; large ones lie in kept memory (core/memory.h).

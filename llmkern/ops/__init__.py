@@ -17,7 +17,7 @@ from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
-from .optim import adagrad_step, adam_step, sgd_step
+from .optim import adagrad_step, adam_step, advance, sgd_step
 from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import Options as RNNOptions
 from .rnn import rnn
@@ -41,6 +41,7 @@ __all__ = [
     "Rows",
     "adagrad_step",
     "adam_step",
+    "advance",
     "cross_entropy",
     "differentiating",
     "draw_seed",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ._library import define
 
+_advance = define("advance(Tensor(a!)[] steps, str backend) -> float[]", lambda steps: [float(step) for step in steps])
+
 _NUMBERS = "bool maximize, float grad_scale, str after, str backend) -> ()"
 
 _adam_step = define(
@@ -28,6 +30,13 @@ _adagrad_step = define(
     f" float weight_decay, float eps, {_NUMBERS}",
     lambda *args: None,
 )
+
+
+def advance(steps: list[Tensor], backend: str) -> list[float]:
+    """Counts one step more in each, and gives the counts."""
+    counts = _advance(steps, backend)
+    torch.autograd.graph.increment_version(steps)
+    return counts
 
 
 def adam_step(*arguments: Any) -> None:

@@ -66,8 +66,9 @@ class Step(torch.optim.Optimizer):
     _rows_op: str
     # Options of a step on rows that torch has not.
     _rows_options: tuple[str, ...] = ()
-    # How many lists torch's `_init_group` fills.
+    # How many lists torch's `_init_group` fills, and which of them is that of step counts; states come before.
     _lists: int
+    _counts: int | None = None
     # torch's function, and the entries of a group that are its arguments.
     _torch: tuple[Callable[..., None], tuple[str, ...]]
     max_grad_norm: float | None = None
@@ -177,9 +178,9 @@ class Step(torch.optim.Optimizer):
             for i in range(len(lists[0])):
                 self._serve_rows(group, [part[i : i + 1] for part in lists], folded)
             return False
-        params, grads, *states = lists
-        tensors = [*params, *grads, *(t for state in states for t in state if isinstance(t, Tensor) and t.dim() > 0)]
-        backend = dispatch.pick(self._op, *params, *grads, options=_options(group, tensors))
+        params, grads = lists[:2]
+        tensors = [*params, *grads, *(t for state in lists[2 : self._counts] for t in state if t is not None)]
+        backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors))
         if backend == "torch":
             self._torch_step(group, lists, folded)
         elif not folded.skipped:
@@ -188,9 +189,9 @@ class Step(torch.optim.Optimizer):
 
     def _serve_rows(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         """Steps the rows of one table that a sparse gradient names."""
-        (p,), (grad,), *states = lists
+        (p,), (grad,) = lists[:2]
         values = grad._values()
-        tensors = [p, values, *(t for state in states for t in state if isinstance(t, Tensor) and t.dim() > 0)]
+        tensors = [p, values, *(t for state in lists[2 : self._counts] for t in state if t is not None)]
         options = [*_options(group, tensors), *(key for key in ("momentum", "weight_decay") if group.get(key))]
         options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
         backend = dispatch.pick(self._rows_op, p, values, options=options)
@@ -251,21 +252,17 @@ class Step(torch.optim.Optimizer):
 def _options(group: dict[str, Any], tensors: list[Tensor]) -> list[str]:
     """What a kernel may not serve; the parameter comes first."""
     used = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
-    used["state_dtype"] = any(t.dtype != tensors[0].dtype for t in tensors)
+    used["state_dtype"] = len({t.dtype for t in tensors}) > 1
     used["complex tensors"] = tensors[0].is_complex()
-    used["non-contiguous tensors"] = not all(t.is_contiguous() for t in tensors)
+    used["non-contiguous tensors"] = not all([t.is_contiguous() for t in tensors])  # noqa: C419
     return [name for name, on in used.items() if on]
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:
-    """The lists cut by device and dtype of the parameter and layout of the gradient; a list may be empty."""
+    """The lists cut by device and dtypes, and layout of the gradient; a list may be empty."""
     kinds: dict[Any, list[int]] = {}
     for i, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
-        kinds.setdefault((p.device, p.dtype, grad.layout), []).append(i)
+        kinds.setdefault((p.device, p.dtype, grad.dtype, grad.layout), []).append(i)
+    if len(kinds) == 1:
+        return [lists]
     return [[[each[i] for i in members] if each else [] for each in lists] for members in kinds.values()]
-
-
-def advance(steps: list[Tensor]) -> list[float]:
-    """Counts one step more in each, and says which it is."""
-    torch._foreach_add_(steps, 1)
-    return [float(step) for step in steps]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adagrad import adagrad
 
 from .. import ops
-from ._step import Folded, Step, advance
+from ._step import Folded, Step
 
 
 class Adagrad(Step, torch.optim.Adagrad):
@@ -18,6 +18,7 @@ class Adagrad(Step, torch.optim.Adagrad):
     _op = "adagrad"
     _rows_op = "sparse_adagrad"
     _lists = 4
+    _counts = 3
     _torch = adagrad, ("lr", "weight_decay", "lr_decay", "eps", "foreach", "maximize", "differentiable", "fused")
 
     def _widen(self, group: dict[str, Any]) -> bool:
@@ -31,13 +32,17 @@ class Adagrad(Step, torch.optim.Adagrad):
     def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
         *tensors, steps = lists
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "weight_decay", "eps"))
-        ops.adagrad_step(*tensors, advance(steps), *numbers, group["maximize"], folded.factor, folded.after, backend)
+        ops.adagrad_step(
+            *tensors, ops.advance(steps, backend), *numbers, group["maximize"], folded.factor, folded.after, backend
+        )
 
     def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
         (state_sum,), steps = lists[2:]
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "eps"))
         state_sum = state_sum.view(rows[0].shape)
-        ops.sparse_adagrad_step(*rows, state_sum, *advance(steps), *numbers, group["maximize"], factor, backend)
+        ops.sparse_adagrad_step(
+            *rows, state_sum, *ops.advance(steps, backend), *numbers, group["maximize"], factor, backend
+        )
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         return {"has_sparse_grad": grad.is_sparse, "has_complex": p.is_complex()}

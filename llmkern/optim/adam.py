@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .. import ops
-from ._step import Folded, Step, advance
+from ._step import Folded, Step
 
 
 class _AdamStep(Step):
     _op = "adam"
     _lists = 6
+    _counts = 5
     _torch = (
         adam,
         ("amsgrad", "lr", "weight_decay", "eps", "maximize", "foreach", "capturable", "differentiable", "fused"),
@@ -33,7 +34,7 @@ class _AdamStep(Step):
         *tensors, steps = lists
         numbers = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
         flags = (group.get("decoupled_weight_decay", False), group["maximize"])
-        ops.adam_step(*tensors, advance(steps), *numbers, *flags, folded.factor, folded.after, backend)
+        ops.adam_step(*tensors, ops.advance(steps, backend), *numbers, *flags, folded.factor, folded.after, backend)
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

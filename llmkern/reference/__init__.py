@@ -13,7 +13,7 @@ from .grad_norm import grad_norm, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
-from .optim import adagrad_step, adam_step, sgd_step
+from .optim import adagrad_step, adam_step, advance, sgd_step
 from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import rnn, rnn_step
 from .row_optim import row_catch_up, row_lookup, row_step
@@ -28,6 +28,7 @@ from .sparse_optim import (
 __all__ = [
     "adagrad_step",
     "adam_step",
+    "advance",
     "cross_entropy",
     "dropout",
     "embedding",

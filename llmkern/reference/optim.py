@@ -23,6 +23,12 @@ def _gradient(grad: Tensor, p: Tensor, decay: float, maximize: bool, grad_scale:
     return g + decay * p if decay else g
 
 
+def advance(steps: list[Tensor]) -> list[float]:
+    """Counts one step more in each, and gives the counts."""
+    torch._foreach_add_(steps, 1)
+    return [float(step) for step in steps]
+
+
 def adam_step(
     params: list[Tensor],
     grads: list[Tensor],
