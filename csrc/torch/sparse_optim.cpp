@@ -58,8 +58,8 @@ void sparse_adagrad_step(Tensor param, Tensor indices, Tensor values, Tensor sum
 void sparse_adam_step(Tensor param, Tensor indices, Tensor values, Tensor exp_avg, Tensor exp_avg_sq, double count,
                       double lr, double beta1, double beta2, double eps, bool maximize, double grad_scale) {
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, count)) / (1 - std::pow(beta1, count));
-  step(cpu::SparseAdam{step_size, beta1, beta2, eps, maximize, grad_scale}, param, indices, values, {&exp_avg, &exp_avg_sq},
-       count);
+  step(cpu::SparseAdam{step_size, beta1, beta2, eps, maximize, grad_scale}, param, indices, values,
+       {&exp_avg, &exp_avg_sq}, count);
 }
 
 void rowwise_adagrad_step(Tensor param, Tensor indices, Tensor values, Tensor sum, double lr, double eps, bool maximize,
