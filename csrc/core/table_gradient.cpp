@@ -20,20 +20,25 @@ namespace {
 
 constexpr int64_t kChunk = 128;
 constexpr int64_t kBlockBytes = 128 * 1024;
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 class Sums {
  public:
   Sums(const Terms& terms, const RowOrder& order, int64_t padding_idx, bool scale_grad_by_freq)
-      : terms_(terms), order_(order), padding_idx_(padding_idx), by_freq_(scale_grad_by_freq), first_{0} {
-    std::vector<int64_t> begins;
+      : terms_(terms),
+        order_(order),
+        padding_idx_(padding_idx),
+        by_freq_(scale_grad_by_freq),
+        wide_(terms.dtype == DType::f64 ? DType::f64 : DType::f32) {
     for (int64_t r = 0; r < order.runs(); ++r) {
-      if (length(r) <= kChunk || order.rows()[r] == padding_idx) continue;
-      hot_.push_back(r);
-      for (int64_t begin = order.starts()[r]; begin < order.starts()[r + 1]; begin += kChunk) begins.push_back(begin);
-      first_.push_back(static_cast<int64_t>(begins.size()));
+      if (length(r) <= kChunk || is_padding(r)) continue;
+      hot_.push_back({r, static_cast<int64_t>(chunks_.size())});
+      const int64_t end = order.starts()[r + 1];
+      for (int64_t begin = order.starts()[r]; begin < end; begin += kChunk)
+        chunks_.push_back({begin, std::min(begin + kChunk, end)});
     }
-    add_chunks(begins);
+    hot_.push_back({order.runs(), static_cast<int64_t>(chunks_.size())});
+    add_chunks();
   }
 
   // out = the sum of run r.
@@ -41,45 +46,45 @@ class Sums {
     const double scale = by_freq_ ? 1.0 / static_cast<double>(length(r)) : 1.0;
     if (length(r) <= kChunk)
       return kernels_.sum(terms_, order_.starts()[r], order_.starts()[r + 1], scale, stream, terms_.dtype, out);
-    const int64_t h = std::lower_bound(hot_.begin(), hot_.end(), r) - hot_.begin();
-    kernels_.sum(chunk_terms(), first_[h], first_[h + 1], scale, stream, terms_.dtype, out);
+    const auto hot =
+        std::lower_bound(hot_.begin(), hot_.end(), r, [](const Hot& h, int64_t run) { return h.run < run; });
+    const Terms sums{sums_.get(), wide_, terms_.D, static_cast<int64_t>(chunks_.size()), numbers_.data()};
+    kernels_.sum(sums, hot[0].first_chunk, hot[1].first_chunk, scale, stream, terms_.dtype, out);
   }
 
   bool is_padding(int64_t r) const { return order_.rows()[r] == padding_idx_; }
 
  private:
+  struct Hot {
+    int64_t run, first_chunk;
+  };
+  struct Chunk {
+    int64_t begin, end;
+  };
+
   int64_t length(int64_t r) const { return order_.starts()[r + 1] - order_.starts()[r]; }
 
-  void add_chunks(const std::vector<int64_t>& begins) {
-    const int64_t count = static_cast<int64_t>(begins.size());
-    const DType wide = terms_.dtype == DType::f64 ? DType::f64 : DType::f32;
-    const int64_t row_bytes = terms_.D * static_cast<int64_t>(itemsize(wide));
+  void add_chunks() {
+    const int64_t count = static_cast<int64_t>(chunks_.size());
+    const int64_t row_bytes = terms_.D * static_cast<int64_t>(itemsize(wide_));
     sums_ = Buffer<char>(count * row_bytes);
     numbers_.resize(count);
     std::iota(numbers_.begin(), numbers_.end(), 0u);
     parallel_blocks(count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        // A chunk ends where its run does: where the next run, hot or not, begins.
-        const uint32_t* const starts = order_.starts();
-        const uint32_t* const next = std::upper_bound(starts, starts + order_.runs(), begins[c]);
-        const int64_t stop = std::min<int64_t>(begins[c] + kChunk, *next);
-        kernels_.sum(terms_, begins[c], stop, 1, false, wide, sums_.get() + c * row_bytes);
-      }
+      for (int64_t c = begin; c < end; ++c)
+        kernels_.sum(terms_, chunks_[c].begin, chunks_[c].end, 1, false, wide_, sums_.get() + c * row_bytes);
     });
-  }
-
-  Terms chunk_terms() const {
-    const DType wide = terms_.dtype == DType::f64 ? DType::f64 : DType::f32;
-    return {sums_.get(), wide, terms_.D, static_cast<int64_t>(numbers_.size()), numbers_.data()};
   }
 
   const Terms& terms_;
   const RowOrder& order_;
   const int64_t padding_idx_;
   const bool by_freq_;
+  const DType wide_;
   const TableGradientKernels& kernels_ = LLMKERN_SELECT(table_gradient_kernels);
-  // Runs longer than a chunk, and the first chunk of each.
-  std::vector<int64_t> hot_, first_;
+  // Runs longer than a chunk, and one past the last; their chunks, the sums of those, and 0, 1, 2, ...
+  std::vector<Hot> hot_;
+  std::vector<Chunk> chunks_;
   Buffer<char> sums_{0};
   std::vector<uint32_t> numbers_;
 };
