@@ -274,3 +274,20 @@ def test_compiles_and_explains() -> None:
     assert explanation.choices[0].op == OP
     with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="torch has no option bits"):
         module(rows)
+
+
+def test_steps_on_record_are_made_before_a_table_is_quantised() -> None:
+    """A table with ``row_grad`` steps its rows when they are read."""
+    torch.manual_seed(2)
+    tables = [lnn.Embedding(30, 9, row_grad=row_grad) for row_grad in (False, "replay")]
+    with torch.no_grad():
+        tables[1].weight.copy_(tables[0].weight)
+    for table in tables:
+        optimizer = llmkern.optim.AdamW(table.parameters(), lr=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            table(torch.tensor([step, 2 * step])).square().sum().backward()
+            optimizer.step()
+    dense, lazy = (llmkern.quantize_embedding(table) for table in tables)
+    torch.testing.assert_close(lazy.dequantize(), dense.dequantize())
+    assert torch.equal(lazy.offset, tables[1].weight.detach().amin(1))
