@@ -47,6 +47,7 @@ _RECURRENT = {
     "state_dtype",
 }
 EXTRA = {
+    "Embedding": {"row_grad"},
     "RNN": _RECURRENT,
     "GRU": _RECURRENT,
     "LSTM": {*_RECURRENT, "forget_bias", "peephole", "return_cell_states"},
