@@ -87,9 +87,9 @@ struct RnnBackwardArgs {
   void *dh, *dc;  // (B, H), (B, C), in S: of h and c after this step; the parts that pass by the gates come back
   const void *dy, *dcells;  // null if there is none
   const void *y, *gates, *cells;
-  const void* h_before;  // (tokens, P), dtype
-  const void* c_before;  // (B, C), rows of B; or (tokens, C) with rows `c_stride` apart; in S
-  int64_t c_stride;
+  // The states before the step, of the block's first sequence, and from one sequence to the next; in dtype and in S.
+  const void *h_before, *c_before;
+  int64_t h_stride, c_stride;
   void* dgates;       // (tokens, D) in A; see dgates_of
   void* unprojected;  // (tokens, H) in dtype: h before its projection; null if not wanted
   void* dpeephole;    // (rows, 3, H) in S, added up, row by row; null if not wanted

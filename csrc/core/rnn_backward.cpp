@@ -4,6 +4,9 @@
 // dgates W_ih, dW_ih = dgates^T x and dW_hh = dgates^T h follow as one product each. Of the loop's results only dgates
 // are kept, in the type that these products want: bf16 where pairs of it are multiplied, else fp32 (fp64). tanh(c) is
 // computed again. Threads share the work as in the forward; what they add up, they add up in the same order.
+//
+// h before a step is the y of another token: in dense sequences of one a fixed number of rows away, so that dW_hh is a
+// product with y itself, and one of the first steps with hx.
 #include "core/rnn_loop.h"
 
 namespace llmkern::cpu {
@@ -31,14 +34,15 @@ class Backward {
     const int64_t B = op_.B, H = op_.H, P = op_.P, C = cells_of(op_), n = tokens_.total(), D = dgates_of(op_);
     const bool projected = op_.weight_hr;
     const Buffer<S> dh(B * P), dm(projected ? B * H : 0), dc(B * C), c0(B * C);
-    const Buffer<char> dgates(n * D * size_of(operand_)), before(n * P * size_of(op_.dtype));
+    const Buffer<char> dgates(n * D * size_of(operand_)), h0(B * P * size_of(op_.dtype));
+    const Buffer<char> before(out_.dweight_hh && !shifted_ ? n * P * size_of(op_.dtype) : 0);
     const Buffer<char> dprojected(projected ? n * even(P) * size_of(operand_) : 0);
     const Buffer<char> m(projected && out_.dweight_hr ? n * H * size_of(op_.dtype) : 0);
     const Buffer<S> dpeephole(out_.dpeephole ? B * 3 * H : 0);
-    dh_ = dh.get(), c0_ = c0.get(), before_ = before.get(), dprojected_ = dprojected.get();
+    dh_ = dh.get(), c0_ = c0.get(), h0_ = h0.get(), before_ = before.get(), dprojected_ = dprojected.get();
     args_.op = &op_, args_.operand = operand_;
     args_.dh = projected ? dm.get() : dh.get(), args_.dc = dc.get();
-    args_.dgates = dgates.get(), args_.h_before = before.get();
+    args_.dgates = dgates.get();
     args_.unprojected = projected && out_.dweight_hr ? m.get() : nullptr;
     args_.dpeephole = out_.dpeephole ? dpeephole.get() : nullptr;
     dy_ = args_.dy;
@@ -46,8 +50,8 @@ class Backward {
     std::fill_n(dpeephole.get(), out_.dpeephole ? B * 3 * H : 0, S{0});
     load(B * P, dhy, dh_);
     if (op_.cx) load(B * C, dcy, dc.get()), load(B * C, op_.cx, c0_);
+    kernels_.copy(B * P, op_.hx, op_.state_dtype, h0_, op_.dtype);
     clear_padding();
-    gather();
     cut();
     time();
     if (out_.dhx) first_product(), store(B * P, dh_, out_.dhx);
@@ -74,24 +78,6 @@ class Backward {
     };
     clear(args_.dgates, dgates_of(op_), input_.column + input_.count);
     if (op_.weight_hr) clear(dprojected_, even(op_.P), op_.P);
-  }
-
-  // h before each token's step, which dW_hh and gru need.
-  void gather() const {
-    if (!out_.dweight_hh && op_.mode != RnnMode::gru) return;
-    const int64_t P = op_.P, stride = tokens_.stride();
-    parallel_for(op_.T, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t t = tokens_.time(s), here = tokens_.first(t), n = tokens_.rows_before(s);
-        if (n > 0) {
-          const int64_t from = tokens_.first(tokens_.time(s - 1));
-          kernels_.rnn.copy(n, P, at(args_.y, from * P, op_.dtype), op_.dtype, stride * P,
-                            at(before_, here * P, op_.dtype), op_.dtype, stride * P, false);
-        }
-        kernels_.rnn.copy(tokens_.rows(t) - n, P, at(op_.hx, n * P, op_.state_dtype), op_.state_dtype, P,
-                          at(before_, (here + n * stride) * P, op_.dtype), op_.dtype, stride * P, false);
-      }
-    });
   }
 
   // W_hh for the loop, unless there is none, and W_hr.
@@ -172,19 +158,22 @@ class Backward {
 
   // Step s of sequences [begin, end): those that have a step before it, then those that begin with it.
   void cells(RnnBackwardArgs& args, int64_t s, int64_t begin, int64_t end, Range units) const {
-    const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride(), C = cells_of(op_);
+    const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride();
+    const int64_t P = op_.P, C = cells_of(op_);
     const int64_t middle = std::clamp(tokens_.rows_before(s), begin, std::max(begin, end));
     const auto run = [&](int64_t b, int64_t last) {
       if (b < last)
         kernels_.rnn.backward(
             args, {static_cast<int>(last - b), b, units.begin, units.end - units.begin, s, first + b * stride, stride});
     };
-    if (op_.cx && middle > begin) {
+    if (middle > begin) {
       const int64_t token = tokens_.first(tokens_.time(s - 1)) + begin * stride;
+      args.h_before = at(args_.y, token * P, op_.dtype), args.h_stride = stride * P;
       args.c_before = at(args_.cells, token * C, wide_), args.c_stride = stride * C;
     }
     run(begin, middle);
-    if (op_.cx) args.c_before = c0_ + middle * C, args.c_stride = C;
+    args.h_before = at(h0_, middle * P, op_.dtype), args.h_stride = P;
+    args.c_before = c0_ + middle * C, args.c_stride = C;
     run(middle, end);
   }
 
@@ -202,17 +191,49 @@ class Backward {
       }
   }
 
+  // h before each token's step.
+  void gather() const {
+    const int64_t P = op_.P, stride = tokens_.stride();
+    const auto put = [&](int64_t rows, const void* from, int64_t from_ld, int64_t token) {
+      kernels_.rnn.copy(rows, P, from, op_.dtype, from_ld, at(before_, token * P, op_.dtype), op_.dtype, stride * P,
+                        false);
+    };
+    parallel_for(op_.T, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = tokens_.time(s), here = tokens_.first(t), n = tokens_.rows_before(s);
+        if (n > 0) put(n, at(args_.y, tokens_.first(tokens_.time(s - 1)) * P, op_.dtype), stride * P, here);
+        put(tokens_.rows(t) - n, at(h0_, n * P, op_.dtype), P, here + n * stride);
+      }
+    });
+  }
   void weight_gradients() const {
-    const int64_t n = tokens_.total(), D = dgates_of(op_), P = op_.P, I = op_.I, width = P / op_.heads;
+    const int64_t n = tokens_.total(), D = dgates_of(op_), I = op_.I;
     product(input_.count, I, n, dgates_at(input_.column), D, true, op_.x, I, false, out_.dweight_ih);
-    for (int64_t head = 0; head < op_.heads; ++head)
-      for (const auto& piece : pieces(head, op_.H / op_.heads))
-        product(piece.depth, width, n, dgates_at(piece.column), D, true, at(before_, head * width, op_.dtype), P, false,
-                at(out_.dweight_hh, piece.k * width, op_.dtype));
     if (out_.dbias_ih) sum(dgates_at(input_.column), operand_, n, D, input_.count, out_.dbias_ih);
     for (const Gates& gates : hidden_)
       if (out_.dbias_hh)
         sum(dgates_at(gates.column), operand_, n, D, gates.count, at(out_.dbias_hh, gates.row, op_.dtype));
+    if (!shifted_) {
+      gather();
+      return hidden_gradient(n, 0, before_, 1, false);
+    }
+    const int64_t first = tokens_.first(tokens_.time(0)), stride = tokens_.stride(), P = op_.P;
+    hidden_gradient(op_.B, first, h0_, stride, false);
+    if (op_.T == 1) return;
+    // Batch first, the row before a sequence's first is another's last: it meets zeros.
+    const int64_t step = op_.batch_first ? 1 : op_.B;
+    for (int64_t b = 0; op_.batch_first && b < op_.B; ++b)
+      std::fill_n(at(args_.dgates, (first + b * stride) * D, operand_), D * size_of(operand_), 0);
+    hidden_gradient(n - step, op_.reverse ? 0 : step, at(args_.y, op_.reverse ? step * P : 0, op_.dtype), 1, true);
+  }
+  // dW_hh = (or +=) dgates^T h of n tokens, from `token` on and `stride` apart, and rows of h (n, P).
+  void hidden_gradient(int64_t n, int64_t token, const void* h, int64_t stride, bool accumulate) const {
+    const int64_t D = dgates_of(op_), width = op_.P / op_.heads;
+    for (int64_t head = 0; head < op_.heads; ++head)
+      for (const auto& piece : pieces(head, op_.H / op_.heads))
+        gemm(piece.depth, width, n, {dgates_at(token * D + piece.column), operand_, stride * D, true},
+             {at(h, head * width, op_.dtype), op_.dtype, op_.P, false}, at(out_.dweight_hh, piece.k * width, op_.dtype),
+             op_.dtype, width, accumulate);
   }
 
   // C (M, N) of dtype, dense, = dgates' (M, K) or their transpose times B.
@@ -235,12 +256,15 @@ class Backward {
   const Tokens tokens_{op_};
   const bool pairs_ = in_pairs(op_);
   const DType operand_ = pairs_ ? DType::bf16 : wide_;
+  // Whether dW_hh is taken from y itself, in two products: their sum must not be rounded on the way. Batch first, a
+  // relu may be infinite where it meets a zero.
+  const bool shifted_ = !op_.batch_sizes && op_.dtype == wide_ && !(op_.batch_first && op_.mode == RnnMode::rnn_relu);
   Panels<S> weights_, projection_;
   std::vector<Gates> hidden_;
   Gates input_{};
   const void* dy_ = nullptr;
   S *dh_ = nullptr, *c0_ = nullptr;
-  char *before_ = nullptr, *dprojected_ = nullptr;
+  char *h0_ = nullptr, *before_ = nullptr, *dprojected_ = nullptr;
 };
 
 }  // namespace

@@ -86,38 +86,10 @@ void product(int rows, int vectors, int64_t K, const void* a, int64_t lda, const
 
 // --- the cells ---
 
-template <class F>
-void visit_mode(RnnMode mode, const F& f) {
-  switch (mode) {
-    case RnnMode::lstm:
-      return f(LstmCell{});
-    case RnnMode::gru:
-      return f(GruCell{});
-    case RnnMode::rnn_tanh:
-      return f(ElmanCell<true>{});
-    case RnnMode::rnn_relu:
-      return f(ElmanCell<false>{});
-    case RnnMode::slstm:
-      return f(SlstmCell{});
-  }
-}
-
-// f with the types T of the tensors and A of the operands.
-template <class F>
-void visit_types(DType dtype, DType operand, const F& f) {
-  visit(dtype, [&](auto t) {
-    using T = decltype(t);
-    if constexpr (__is_same(T, bf16))
-      if (operand == DType::bf16) return f(t, bf16{});
-    f(t, Accum<T>{});
-  });
-}
-
 template <class Cell, class T, class A, bool kWhole>
 LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& block, int64_t i, int tail,
                                     const Accum<T>* pre, int64_t per_row) {
   using S = Accum<T>;
-  using V = Vec<S>;
   const Rnn& op = *a.op;
   const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i, b = block.b, token = block.token;
   At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
@@ -126,18 +98,7 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
   A* next = static_cast<A*>(a.next) + block.b * a.next_ld + unit;
   pre += i;
   for (int row = 0; row < block.rows; ++row) {
-    V h = Cell::template forward<T>(a, at, pre, gx);
-    if (!op.weight_hr) {
-      S* const state = static_cast<S*>(a.h) + at.state;
-      if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
-      if (op.zoneout_h != 0) {
-        const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
-        h = kept * at.load(state) + (1 - kept) * h;
-      }
-      at.store(state, h);
-      at.store(static_cast<T*>(a.y) + at.token, h);
-    }
-    at.store(next, h);
+    put_h<T>(a, at, Cell::template forward<T>(a, at, Plain<S, At<S, kWhole>>{at, pre, gx, H}), next);
     pre += per_row, gx += a.gx_ld, next += a.next_ld;
     at.state += H, at.c += C, ++at.b;
     at.token += block.stride * H, at.cells += block.stride * C, at.gates += block.stride * G;
@@ -167,18 +128,13 @@ LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& b
   At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
                    block.step, b,    tail};
   A* dgates = static_cast<A*>(a.dgates) + token * dgates_of(op) + unit;
-  int64_t c_before = row * a.c_stride + unit;
+  Past past{row * a.h_stride + unit, row * a.c_stride + unit};
   for (int64_t v = 0; v < n; ++v) {
-    S* const dh = static_cast<S*>(a.dh) + at.state;
-    V dout = at.load(dh), passed{};
-    if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.token);
-    if (op.zoneout_h != 0) {
-      const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
-      passed = kept * dout, dout = (1 - kept) * dout;
-    }
-    passed += Cell::template backward<T>(a, at, c_before, dout, dgates);
-    at.store(dh, passed);
-    at.unit += L, at.state += L, at.c += L, at.token += L, at.cells += L, at.gates += L, dgates += L, c_before += L;
+    V passed;
+    const V dout = take_dh<T>(a, at, passed);
+    passed += Cell::template backward<T>(a, at, past, dout, dgates, PlainOutput{});
+    at.store(static_cast<S*>(a.dh) + at.state, passed);
+    at.next_units(L), dgates += L, past.h += L, past.c += L;
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // About 60 instructions for a vector of units of an lstm forward, 40 backward, where the products take 8 H / lanes. A
 // cell is one struct: `forward` takes the sums of the gates and the states and returns the new ones, `backward` the
-// gradients. What is optional costs a branch that is always taken the same way.
+// gradients. What is optional costs a branch that is always taken the same way. Where the sums come from, and what an
+// lstm shows of its c, is a parameter `x`: plain here, normalised in rnn_norm.cpp.
 #pragma once
 #include "core/isa/functions.h"
 #include "core/isa/random.h"
@@ -42,6 +43,12 @@ struct At {
   }
   // Of the elements of a state that zoneout draws.
   uint64_t drawn() const { return static_cast<uint64_t>(step * op.B + b) * op.H + unit; }
+  void next_units(int n) { unit += n, state += n, c += n, token += n, cells += n, gates += n; }
+};
+
+// Where the states before a backward's step lie, from those of the first sequence and unit of its block.
+struct Past {
+  int64_t h, c;
 };
 
 // Of elements [index, index + lanes) of a state under zoneout, the share that is kept: drawn in training, 0 or 1, else
@@ -64,13 +71,68 @@ inline V where_within(V x, S bound, V d) {
   return (x >= -bound && x <= bound) ? d : V{};
 }
 
+// What follows from h, whichever cell it is of: clip, zoneout, and where it goes.
+template <class T, class A, class P, class V = Vec<Accum<T>>>
+LLMKERN_INLINE void put_h(const RnnForwardArgs& a, const P& at, V h, A* next) {
+  using S = Accum<T>;
+  const Rnn& op = *a.op;
+  if (!op.weight_hr) {
+    S* const state = static_cast<S*>(a.h) + at.state;
+    if (op.clip != 0) h = clamp(h, static_cast<S>(op.clip));
+    if (op.zoneout_h != 0) {
+      const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
+      h = kept * at.load(state) + (1 - kept) * h;
+    }
+    at.store(state, h);
+    at.store(static_cast<T*>(a.y) + at.token, h);
+  }
+  at.store(next, h);
+}
+
+// The gradient of the cell's h from that of the state; `passed` is what zoneout lets past the cell.
+template <class T, class P, class S = Accum<T>, class V = Vec<S>>
+LLMKERN_INLINE V take_dh(const RnnBackwardArgs& a, const P& at, V& passed) {
+  const Rnn& op = *a.op;
+  V dout = at.load(static_cast<const S*>(a.dh) + at.state);
+  if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.token);
+  passed = V{};
+  if (op.zoneout_h != 0) {
+    const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
+    passed = kept * dout, dout = (1 - kept) * dout;
+  }
+  return dout;
+}
+
+// The sums of a step as the products gave them: `pre` of h, a vector of each gate after the other, `gx` of x.
+template <class S, class P>
+struct Plain {
+  const P& at;
+  const S *pre, *gx;
+  int64_t H;
+  Vec<S> hidden(int g) const { return load<S>(pre + g * kLanes<S>); }
+  Vec<S> input(int g) const { return at.load(gx + g * H); }
+  Vec<S> output(Vec<S> o, Vec<S> cell) const { return o * tanh(cell); }
+};
+
+// The same for a backward: tanh of what is shown of c, and the gradient of c from that of what is shown.
+struct PlainOutput {
+  template <class V>
+  V squashed(V cell) const {
+    return tanh(cell);
+  }
+  template <class V>
+  V to_cell(V d) const {
+    return d;
+  }
+};
+
 struct LstmCell {
   static constexpr int kGates = 4, kSaved = 4;
-  template <class T, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
+  template <class T, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const X& x) {
     const Rnn& op = *a.op;
     const int64_t H = op.H;
-    const auto gate = [&](int g) { return load<S>(pre + g * kLanes<S>) + at.load(gx + g * H); };
+    const auto gate = [&](int g) { return x.hidden(g) + x.input(g); };
     const auto peep = [&](int g) { return at.load(static_cast<const T*>(op.peephole) + g * H + at.unit); };
     S* const c = static_cast<S*>(a.c) + at.c;
     const V before = at.load(c);
@@ -81,7 +143,7 @@ struct LstmCell {
     V cell = f * before + i * g;
     if (op.peephole) o += peep(2) * cell;
     o = sigmoid(o);
-    const V out = o * tanh(cell);
+    const V out = x.output(o, cell);
     if (op.zoneout_c != 0) {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
       cell = kept * before + (1 - kept) * cell;
@@ -96,13 +158,14 @@ struct LstmCell {
   }
 
   // The gradients of the gates from that of h, `dout`; returns what reaches h of the step before without them.
-  template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t c_before, V dout, A* dgates) {
+  template <class T, class A, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, const Past& past, V dout, A* dgates,
+                                   const X& x) {
     const Rnn& op = *a.op;
     const int64_t H = op.H;
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V i = at.load(saved), f = at.load(saved + H), g = at.load(saved + 2 * H), o = at.load(saved + 3 * H);
-    const V before = at.load(static_cast<const S*>(a.c_before) + c_before);
+    const V before = at.load(static_cast<const S*>(a.c_before) + past.c);
     V cell = at.load(static_cast<const S*>(a.cells) + at.cells);
     S* const dc = static_cast<S*>(a.dc) + at.c;
     V dcell = at.load(dc), passed{};
@@ -111,10 +174,10 @@ struct LstmCell {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
       passed = kept * dcell, dcell = (1 - kept) * dcell, cell = f * before + i * g;
     }
-    const V squashed = tanh(cell);
+    const V squashed = x.squashed(cell);
     dout = where_within(o * squashed, static_cast<S>(op.clip), dout);
     const V d_o = dout * squashed * o * (1 - o);
-    dcell += dout * o * (1 - squashed * squashed);
+    dcell += x.to_cell(dout * o * (1 - squashed * squashed));
     const auto peep = [&](int k) { return at.load(static_cast<const T*>(op.peephole) + k * H + at.unit); };
     if (op.peephole) dcell += d_o * peep(2);
     const V di = dcell * g * i * (1 - i), df = dcell * before * f * (1 - f), dg = dcell * i * (1 - g * g);
@@ -136,14 +199,13 @@ struct LstmCell {
 
 struct GruCell {
   static constexpr int kGates = 3, kSaved = 4;
-  template <class T, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
+  template <class T, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const X& x) {
     const int64_t H = a.op->H;
-    const auto sum = [&](int g) { return load<S>(pre + g * kLanes<S>); };
-    V hidden = sum(2);
+    V hidden = x.hidden(2);
     if (a.hidden_bias) hidden += at.load(static_cast<const S*>(a.hidden_bias) + at.unit);
-    const V r = sigmoid(sum(0) + at.load(gx)), z = sigmoid(sum(1) + at.load(gx + H));
-    const V new_ = tanh(at.load(gx + 2 * H) + r * hidden);
+    const V r = sigmoid(x.hidden(0) + x.input(0)), z = sigmoid(x.hidden(1) + x.input(1));
+    const V new_ = tanh(x.input(2) + r * hidden);
     if (a.gates) {
       T* const to = static_cast<T*>(a.gates) + at.gates;
       at.store(to, r), at.store(to + H, z), at.store(to + 2 * H, new_), at.store(to + 3 * H, hidden);
@@ -151,12 +213,13 @@ struct GruCell {
     return new_ + z * (at.load(static_cast<const S*>(a.h) + at.state) - new_);
   }
 
-  template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t, V dout, A* dgates) {
+  template <class T, class A, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, const Past& past, V dout, A* dgates,
+                                   const X&) {
     const int64_t H = a.op->H;
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V r = at.load(saved), z = at.load(saved + H), new_ = at.load(saved + 2 * H), hidden = at.load(saved + 3 * H);
-    const V before = at.load(static_cast<const T*>(a.h_before) + at.token);
+    const V before = at.load(static_cast<const T*>(a.h_before) + past.h);
     dout = where_within(new_ + z * (before - new_), static_cast<S>(a.op->clip), dout);
     const V dn = dout * (1 - z) * (1 - new_ * new_), dr = dn * hidden * r * (1 - r);
     const V dz = dout * (before - new_) * z * (1 - z);
@@ -169,20 +232,20 @@ struct GruCell {
 template <bool kTanh>
 struct ElmanCell {
   static constexpr int kGates = 1, kSaved = 1;
-  template <class T, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
-    const V x = load<S>(pre) + at.load(gx);
+  template <class T, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const X& x) {
+    const V sum = x.hidden(0) + x.input(0);
     V out;
     if constexpr (kTanh)
-      out = tanh(x);
+      out = tanh(sum);
     else
-      out = x < 0 ? V{} : x;
+      out = sum < 0 ? V{} : sum;
     if (a.gates) at.store(static_cast<T*>(a.gates) + at.token, out);
     return out;
   }
 
-  template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t, V dout, A* dgates) {
+  template <class T, class A, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, const Past&, V dout, A* dgates, const X&) {
     const V out = at.load(static_cast<const T*>(saved_of(*a.op) ? a.gates : a.y) + at.token);
     dout = where_within(out, static_cast<S>(a.op->clip), dout);
     if constexpr (kTanh)
@@ -209,10 +272,10 @@ inline vf64 log1p_small(vf64 x) {
 // common factor exp(-m), which cancels in h = o c / n.
 struct SlstmCell {
   static constexpr int kGates = 4, kSaved = 5;
-  template <class T, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const S* pre, const S* gx) {
+  template <class T, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V forward(const RnnForwardArgs& a, const P& at, const X& x) {
     const int64_t H = a.op->H;
-    const auto gate = [&](int g) { return load<S>(pre + g * kLanes<S>) + at.load(gx + g * H); };
+    const auto gate = [&](int g) { return x.hidden(g) + x.input(g); };
     S* const states = static_cast<S*>(a.c) + at.c;
     const V c = at.load(states), n = at.load(states + H), m = at.load(states + 2 * H);
     const V i = gate(0), f = gate(1), z = tanh(gate(2)), o = sigmoid(gate(3));
@@ -235,13 +298,14 @@ struct SlstmCell {
     return o * c_new / n_new;
   }
 
-  template <class T, class A, class P, class S = Accum<T>, class V = Vec<S>>
-  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, int64_t c_before, V dout, A* dgates) {
+  template <class T, class A, class P, class X, class S = Accum<T>, class V = Vec<S>>
+  static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, const Past& past, V dout, A* dgates,
+                                   const X&) {
     const int64_t H = a.op->H;
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V i = at.load(saved), signed_f = at.load(saved + H), f = signed_f < 0 ? -signed_f : signed_f;
     const V z = at.load(saved + 2 * H), o = at.load(saved + 3 * H), open = at.load(saved + 4 * H);
-    const S* const before = static_cast<const S*>(a.c_before) + c_before;
+    const S* const before = static_cast<const S*>(a.c_before) + past.c;
     const S* const after = static_cast<const S*>(a.cells) + at.cells;
     const V c_old = at.load(before), n_old = at.load(before + H), c = at.load(after), n = at.load(after + H);
     S* const states = static_cast<S*>(a.dc) + at.c;
@@ -265,6 +329,33 @@ struct SlstmCell {
     return V{};
   }
 };
+
+template <class F>
+void visit_mode(RnnMode mode, const F& f) {
+  switch (mode) {
+    case RnnMode::lstm:
+      return f(LstmCell{});
+    case RnnMode::gru:
+      return f(GruCell{});
+    case RnnMode::rnn_tanh:
+      return f(ElmanCell<true>{});
+    case RnnMode::rnn_relu:
+      return f(ElmanCell<false>{});
+    case RnnMode::slstm:
+      return f(SlstmCell{});
+  }
+}
+
+// f with the types T of the tensors and A of the operands.
+template <class F>
+void visit_types(DType dtype, DType operand, const F& f) {
+  visit(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (__is_same(T, bf16))
+      if (operand == DType::bf16) return f(t, bf16{});
+    f(t, Accum<T>{});
+  });
+}
 
 }  // namespace
 }  // namespace llmkern::cpu::LLMKERN_ISA
