@@ -189,7 +189,7 @@ def test_the_reference_differentiates(mode: str, reverse: bool, packed: bool) ->
     sizes = torch.tensor([2, 1, 1]) if packed else None
 
     def function(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, None, sizes, mode, reverse)
+        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, None, None, sizes, mode, reverse)
         return outputs if mode == "lstm" else outputs[:2]
 
     assert torch.autograd.gradcheck(function, (x, hx, cx, *weights))
@@ -205,7 +205,7 @@ def test_the_op_differentiates(backend: str, reverse: bool, biases: bool) -> Non
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = (*tensors, *[None] * (7 - len(tensors)))
-        return ops.rnn(*full, None, None, None, ops.RNNOptions("lstm", reverse), backend, cells=True)
+        return ops.rnn(*full, None, None, None, None, ops.RNNOptions("lstm", reverse), backend, cells=True)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, tensors)

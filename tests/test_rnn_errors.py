@@ -102,7 +102,7 @@ def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
         pytest.skip("no native build")
     from llmkern import native
 
-    shapes = [(2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,), (4, 7), (3, 7)]
+    shapes = [(2, 3, 5), (3, 7), (3, 7), (28, 5), (28, 7), (28,), (28,), (4, 7), (3, 7), (70,)]
     good: list[Any] = [torch.zeros(s) for s in shapes]
     good[7] = None
     options = ops.RNNOptions("lstm")
@@ -111,7 +111,7 @@ def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
         native.rnn_forward(*tensors, sizes, *options, True)
 
     run(good)
-    for index in (1, 2, 3, 4, 5, 6, 8):
+    for index in (1, 2, 3, 4, 5, 6, 8, 9):
         bad = list(good)
         bad[index] = torch.zeros([n + 1 for n in good[index].shape])
         with pytest.raises(ValueError, match="expected"):

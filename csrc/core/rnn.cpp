@@ -21,11 +21,12 @@ namespace rnn {
 namespace {
 
 constexpr int64_t kScratchBytes = 16 << 20;  // of x W_ih^T
+constexpr int64_t kNormedRows = 64;          // that share what a panel's load costs, and whose sums lie in L2
 
 template <class S>
 class Forward {
  public:
-  Forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells)
+  Forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed)
       : op_(op),
         tokens_(op),
         pairs_(in_pairs(op)),
@@ -36,19 +37,22 @@ class Forward {
         hy_(hy),
         cy_(cy),
         gates_(gates),
-        cells_(cells) {}
+        cells_(cells),
+        normed_(normed) {}
 
   void run() {
     const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
-    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(G * H + H);
+    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(G * H + H), norms(op_.norms ? norms_of(op_) : 0);
     const int64_t ld = even(P), ld_m = even(H);
     const Buffer<char> operands(2 * B * ld * size_of(operand_)), m(op_.weight_hr ? B * ld_m * size_of(operand_) : 0);
     h_ = h.get(), c_ = c.get(), m_ = op_.weight_hr ? m.get() : nullptr, ld_ = ld, ld_m_ = ld_m;
     operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * ld, operand_);
     begin();
-    cut();
+    if (!in_place_weights_) cut();
+    if (op_.weight_hr) cut_projection();
     merge_biases(op_, kernels_, bias.get());
-    if (op_.bias_ih || op_.bias_hh) bias_ = bias.get();
+    if (op_.bias_ih || op_.bias_hh || op_.norms) bias_ = bias.get();
+    if (op_.norms) kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_), norms_ = norms.get();
     if (op_.bias_hh && op_.mode == RnnMode::gru) hidden_bias_ = bias.get() + G * H;
     const Plan plan(op_);
     const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
@@ -70,17 +74,26 @@ class Forward {
     if (m_) std::fill_n(static_cast<char*>(m_), op_.B * ld_m_ * size_of(operand_), 0);
   }
 
+  // Panels of all gates of a few units; for norms, which take gate by gate, of rows of W_hh.
   void cut() {
-    const int64_t G = gates_of(op_.mode), K = op_.P / op_.heads, units = op_.H / op_.heads;
+    const int64_t G = gates_of(op_.mode), H = op_.H, K = op_.P / op_.heads, units = H / op_.heads;
     for (int64_t head = 0; head < op_.heads; ++head)
-      weights_.add(op_.weight_hh, K, false, head * units, units, static_cast<int>(G), op_.H, {{0, K, head * K}});
-    if (op_.weight_hr) projection_.add(op_.weight_hr, op_.H, false, 0, op_.P, 1, 0, {{0, op_.H, 0}});
+      if (!op_.norms)
+        weights_.add(op_.weight_hh, K, false, head * units, units, static_cast<int>(G), H, {{0, K, head * K}});
+      else
+        for (int64_t g = 0; g < G; ++g)
+          weights_.add(op_.weight_hh, K, false, g * H + head * units, units, 1, 0, {{0, K, head * K}});
     weights_.pack();
-    if (op_.weight_hr) projection_.pack();
+  }
+  void cut_projection() {
+    projection_.add(op_.weight_hr, op_.H, false, 0, op_.P, 1, 0, {{0, op_.H, 0}});
+    projection_.pack();
   }
 
   // Where x W_ih^T may lie until the cell takes it: a row's own place, because the cell reads before it writes.
-  bool in_place() const { return op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1); }
+  bool in_place() const {
+    return op_.norms ? normed_ != nullptr : op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1);
+  }
   int64_t steps_per_chunk(int64_t gx_size) const {
     const int64_t bytes = op_.B * gx_size * size_of(wide_);
     return in_place() || op_.batch_first ? op_.T : std::clamp<int64_t>(kScratchBytes / bytes, 1, op_.T);
@@ -93,15 +106,19 @@ class Forward {
   void steps(const Plan& plan, int64_t s0, int64_t s1, void* scratch) {
     const int64_t G = gates_of(op_.mode), t0 = std::min(tokens_.time(s0), tokens_.time(s1 - 1)), all = op_.batch_first;
     const int64_t first = all ? 0 : tokens_.first(t0), last = all ? tokens_.total() : end_of(t0 + s1 - s0);
-    gx_ = !in_place() ? scratch : gates_ ? gates_ : y_;
-    gx_ld_ = !in_place() || !gates_ ? G * op_.H : saved_of(op_) * op_.H;
+    gx_ = !in_place() ? scratch : op_.norms ? normed_ : gates_ ? gates_ : y_;
+    gx_ld_ = !in_place() || !(normed_ || gates_) ? G * op_.H : op_.norms ? normed_of(op_) : saved_of(op_) * op_.H;
     gx_first_ = in_place() ? 0 : first;
     gemm(last - first, G * op_.H, op_.I, {at(op_.x, first * op_.I, op_.dtype), op_.dtype, op_.I, false},
          {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
-         bias_);
+         op_.norms ? nullptr : bias_);
+    if (op_.norms) normalise(first, last);
     share_out(plan, tokens_, weights_.count(), projection_.count(),
               [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
-                loop(s0, s1, sequences, panels, projected, barrier);
+                if (op_.norms)
+                  normalised_loop(s0, s1, sequences);
+                else
+                  loop(s0, s1, sequences, panels, projected, barrier);
               });
   }
   int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
@@ -109,13 +126,11 @@ class Forward {
   // One thread's share of steps [s0, s1): sequences and panels.
   void loop(int64_t s0, int64_t s1, Range sequences, Range panels, Range projected, Barrier& barrier) {
     alignas(64) S sums[kTile];
-    RnnForwardArgs args{&op_, operand_, nullptr, tokens_.stride() * gx_ld_, hidden_bias_, h_, c_, nullptr, 0,
-                        y_,   gates_,   cells_};
+    RnnForwardArgs args = arguments();
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = tokens_.time(s), first = tokens_.first(t), stride = tokens_.stride();
       const int64_t end = std::min(sequences.end, tokens_.rows(t));
-      void* const next = operands_[(s + 1) % 2];
-      args.next = op_.weight_hr ? m_ : next, args.next_ld = op_.weight_hr ? ld_m_ : ld_;
+      if (!op_.weight_hr) args.next = operands_[(s + 1) % 2];
       for (int64_t p = panels.begin; p < panels.end; ++p) {
         const auto& panel = weights_[p];
         fetch(panel, first + sequences.begin * stride, end - sequences.begin);
@@ -128,13 +143,65 @@ class Forward {
       }
       if (op_.weight_hr) {
         barrier.wait();
-        for (int64_t p = projected.begin; p < projected.end; ++p)
-          projection_.multiply(p, sequences.begin, end, m_, operand_, ld_m_, sums, [&](int64_t b, int rows, S* block) {
-            project(projection_[p], b, rows, first + b * stride, block, next);
-          });
+        project(projected, s, sequences.begin, end, sums);
       }
       barrier.wait();
     }
+  }
+  RnnForwardArgs arguments() const {
+    return {&op_, operand_, nullptr, tokens_.stride() * gx_ld_, hidden_bias_, h_, c_, m_, op_.weight_hr ? ld_m_ : ld_,
+            y_,   gates_,   cells_};
+  }
+
+  // Of x W_ih^T of tokens [first, last).
+  void normalise(int64_t first, int64_t last) const {
+    const int64_t n = gates_of(op_.mode) * op_.H;
+    parallel_for(last - first, std::max<int64_t>(1, (1 << 14) / n), [&](int64_t begin, int64_t end) {
+      void* const x = at(gx_, (first + begin - gx_first_) * gx_ld_, wide_);
+      kernels_.norm.normalise(wide_, end - begin, n, x, gx_ld_, normed_ ? at(x, 2 * n, wide_) : nullptr, gx_ld_);
+    });
+  }
+
+  // One thread's sequences of steps [s0, s1) of layer-normalised cells.
+  void normalised_loop(int64_t s0, int64_t s1, Range sequences) {
+    alignas(64) S sums[kTile];
+    const int64_t n = gates_of(op_.mode) * op_.H, stride = tokens_.stride(), ld = normed_of(op_);
+    const Buffer<S> hidden(normed_ ? 0 : kNormedRows * n), scratch(2 * op_.H);
+    RnnForwardArgs args = arguments();
+    RnnNormArgs norm{norms_,  bias_,       nullptr,      stride * gx_ld_, hidden.get(), normed_ ? stride * ld : n,
+                     nullptr, stride * ld, scratch.get()};
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = tokens_.time(s), first = tokens_.first(t), end = std::min(sequences.end, tokens_.rows(t));
+      if (!op_.weight_hr) args.next = operands_[(s + 1) % 2];
+      blocks(sequences.begin, end, kNormedRows, [&](int64_t b, int rows) {
+        const int64_t token = first + b * stride;
+        norm.input = at(gx_, (token - gx_first_) * gx_ld_, wide_);
+        if (normed_) norm.hidden = at(normed_, token * ld + n, wide_), norm.deviation = at(norm.hidden, n + 1, wide_);
+        multiply(operands_[s % 2], b, rows, static_cast<S*>(norm.hidden), norm.hidden_ld, sums);
+        kernels_.norm.forward(args, norm, {rows, b, 0, op_.H, s, token, stride});
+      });
+      if (op_.weight_hr) project({0, projection_.count()}, s, sequences.begin, end, sums);
+    }
+  }
+
+  // to (rows, G H) = h W_hh^T of sequences from b on. A few tokens read the weights where they lie.
+  void multiply(const void* h, int64_t b, int rows, S* to, int64_t to_ld, S* sums) const {
+    if (!in_place_weights_) {
+      for (int64_t p = 0; p < weights_.count(); ++p)
+        weights_.multiply(p, b, b + rows, h, operand_, ld_, sums, [&](int64_t row, int some, const S* block) {
+          kernels_.rnn.copy(some, weights_[p].units, block, wide_, weights_[p].vectors * kernels_.lanes(),
+                            to + (row - b) * to_ld + weights_[p].unit, wide_, to_ld, false);
+        });
+      return;
+    }
+    const int64_t K = op_.P / op_.heads, units = op_.H / op_.heads;
+    parallel_for(gates_of(op_.mode) * op_.heads, std::max<int64_t>(1, (1 << 17) / (K * units)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i)
+                     kernels_.packing(pairs_).dots(rows, units, K, at(h, b * ld_ + i % op_.heads * K, operand_), ld_,
+                                                   at(op_.weight_hh, i * units * K, op_.dtype), op_.dtype, K,
+                                                   to + i * units, to_ld, false);
+                 });
   }
 
   // What the cell will read of x W_ih^T is on its way from memory while the product runs.
@@ -146,9 +213,18 @@ class Forward {
             at(gx_, (token + row * tokens_.stride() - gx_first_) * gx_ld_ + panel.unit + i * apart, wide_));
   }
 
+  // The projection of h of sequences [begin, end) of step s, from and for the panels `projected`.
+  void project(Range projected, int64_t s, int64_t begin, int64_t end, S* sums) const {
+    const int64_t first = tokens_.first(tokens_.time(s));
+    for (int64_t p = projected.begin; p < projected.end; ++p)
+      projection_.multiply(p, begin, end, m_, operand_, ld_m_, sums, [&](int64_t b, int rows, const S* block) {
+        put(projection_[p], b, rows, first + b * tokens_.stride(), block, operands_[(s + 1) % 2]);
+      });
+  }
+
   // The projected h of a few sequences to wherever it goes.
-  void project(const typename Panels<S>::Panel& panel, int64_t b, int64_t rows, int64_t token, const S* sums,
-               void* next) const {
+  void put(const typename Panels<S>::Panel& panel, int64_t b, int64_t rows, int64_t token, const S* sums,
+           void* next) const {
     const int64_t ld = panel.vectors * kernels_.lanes(), P = op_.P, u = panel.unit, n = panel.units;
     kernels_.rnn.copy(rows, n, sums, wide_, ld, h_ + b * P + u, wide_, P, false);
     kernels_.rnn.copy(rows, n, sums, wide_, ld, at(next, b * ld_ + u, operand_), operand_, ld_, false);
@@ -162,10 +238,11 @@ class Forward {
   const Tokens tokens_;
   const bool pairs_;
   const DType operand_;  // of the loop's products
+  const bool in_place_weights_ = op_.norms && few_tokens(op_);
   Panels<S> weights_, projection_;
-  void *y_, *hy_, *cy_, *gates_, *cells_;
+  void *y_, *hy_, *cy_, *gates_, *cells_, *normed_;
   S *h_ = nullptr, *c_ = nullptr;
-  const S *bias_ = nullptr, *hidden_bias_ = nullptr;
+  const S *bias_ = nullptr, *hidden_bias_ = nullptr, *norms_ = nullptr;
   void *operands_[2], *m_ = nullptr;
   int64_t ld_ = 0, ld_m_ = 0;
   void* gx_ = nullptr;
@@ -177,12 +254,12 @@ class Forward {
 
 int64_t tokens_of(const Rnn& op) { return rnn::Tokens(op).total(); }
 
-void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells) {
+void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed) {
   if (rnn::few_steps(op)) return rnn::run_steps(op, y, hy, cy, gates, cells);
   if (op.dtype == DType::f64)
-    rnn::Forward<double>(op, y, hy, cy, gates, cells).run();
+    rnn::Forward<double>(op, y, hy, cy, gates, cells, normed).run();
   else
-    rnn::Forward<float>(op, y, hy, cy, gates, cells).run();
+    rnn::Forward<float>(op, y, hy, cy, gates, cells, normed).run();
 }
 
 }  // namespace llmkern::cpu

@@ -22,6 +22,7 @@ struct Rnn {
   const void *bias_ih, *bias_hh;      // (G H), may be null
   const void* weight_hr;              // (P, H), may be null: then P = H
   const void* peephole;               // (3, H): of c to i, f, o; may be null. lstm only
+  const void* norms;                  // weights of layer-normalised cells, see rnn_norm.h; may be null
   double clip;                        // h is held within [-clip, clip]; 0: it is not. Not with weight_hr
   // The share of h and of c that keeps its former value. In training each element is drawn, by `seed` and its place;
   // else the states are mixed in this proportion. Not with weight_hr.
@@ -46,9 +47,9 @@ static inline int64_t saved_of(const Rnn& op) {
 }
 int64_t tokens_of(const Rnn& op);
 
-// y (tokens, P), hy (B, P) and cy (B, C). For a backward: gates (tokens, saved H) and cells (tokens, C) in Accum; null
-// if there will be none. cells may be wanted alone.
-void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
+// y (tokens, P), hy (B, P) and cy (B, C). For a backward: gates (tokens, saved H); cells (tokens, C) and normed
+// (tokens, see rnn_norm.h) in Accum; null if there will be none. cells may be wanted alone.
+void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed);
 
 // Gradients from dy (tokens, P), dcells (tokens, H) in Accum or null, dhy (B, P), dcy (B, H) and what the forward
 // saved. Null outputs are not computed.
@@ -57,9 +58,10 @@ struct RnnGradients {
   void *dweight_ih, *dweight_hh;  // (G H, I), (G H, P / heads)
   void *dbias_ih, *dbias_hh;      // (G H)
   void *dweight_hr, *dpeephole;   // (P, H), (3, H)
+  void* dnorms;                   // as norms
 };
 void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void* dhy, const void* dcy, const void* y,
-                  const void* gates, const void* cells, const RnnGradients& out);
+                  const void* gates, const void* cells, const void* normed, const RnnGradients& out);
 
 // A block of one step's work on units [u, u + units) of sequences [b, b + rows). The first is token `token`; from one
 // sequence to the next are `stride` tokens, in every tensor of tokens.
@@ -97,10 +99,8 @@ struct RnnBackwardArgs {
 
 // Columns of dgates: those of the gates, in order; gru's are r dn, dr, dz, dn, so that both products find theirs side
 // by side. Rows of pairs of bf16 are of even length.
-static inline int64_t dgates_of(const Rnn& op) {
-  const int64_t columns = (op.mode == RnnMode::gru ? 4 : gates_of(op.mode)) * op.H;
-  return columns + columns % 2;
-}
+static inline int64_t dgates_used(const Rnn& op) { return (op.mode == RnnMode::gru ? 4 : gates_of(op.mode)) * op.H; }
+static inline int64_t dgates_of(const Rnn& op) { return dgates_used(op) + dgates_used(op) % 2; }
 
 struct RnnKernels {
   int lanes_f32, lanes_f64;  // of a vector of float and of double

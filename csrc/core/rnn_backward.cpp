@@ -7,11 +7,16 @@
 //
 // h before a step is the y of another token: in dense sequences of one a fixed number of rows away, so that dW_hh is a
 // product with y itself, and one of the first steps with hx.
+//
+// With norms the gradients of the products are others than those of the sums, dgates: those of U h are kept beside
+// them, those of W x take their place after the loop, when what parameters get of dgates has been added up.
 #include "core/rnn_loop.h"
 
 namespace llmkern::cpu {
 namespace rnn {
 namespace {
+
+constexpr int64_t kSummed = 64;  // tokens that are added up before their sum is added to the others'
 
 // A block of columns of dgates that belongs to as many rows of the weights: gru keeps its two kinds apart.
 struct Gates {
@@ -21,8 +26,13 @@ struct Gates {
 template <class S>
 class Backward {
  public:
-  Backward(const Rnn& op, const RnnBackwardArgs& args, const RnnGradients& out)
-      : op_(op), args_(args), out_(out), weights_(kernels_, op.dtype, pairs_), projection_(kernels_, op.dtype, pairs_) {
+  Backward(const Rnn& op, const RnnBackwardArgs& args, const RnnNormBackwardArgs& norm, const RnnGradients& out)
+      : op_(op),
+        args_(args),
+        norm_(norm),
+        out_(out),
+        weights_(kernels_, op.dtype, pairs_),
+        projection_(kernels_, op.dtype, pairs_) {
     const int64_t H = op.H;
     if (op.mode == RnnMode::gru)
       hidden_ = {{2 * H, H, 0}, {0, 2 * H, H}}, input_ = {0, 3 * H, H};
@@ -39,12 +49,18 @@ class Backward {
     const Buffer<char> dprojected(projected ? n * even(P) * size_of(operand_) : 0);
     const Buffer<char> m(projected && out_.dweight_hr ? n * H * size_of(op_.dtype) : 0);
     const Buffer<S> dpeephole(out_.dpeephole ? B * 3 * H : 0);
+    const Buffer<S> norms(op_.norms ? norms_of(op_) : 0), dnorm_c(op_.norms ? B * 2 * H : 0);
+    const Buffer<char> dhidden(op_.norms ? n * dhidden_of(op_) * size_of(operand_) : 0);
     dh_ = dh.get(), c0_ = c0.get(), h0_ = h0.get(), before_ = before.get(), dprojected_ = dprojected.get();
     args_.op = &op_, args_.operand = operand_;
     args_.dh = projected ? dm.get() : dh.get(), args_.dc = dc.get();
     args_.dgates = dgates.get();
     args_.unprojected = projected && out_.dweight_hr ? m.get() : nullptr;
     args_.dpeephole = out_.dpeephole ? dpeephole.get() : nullptr;
+    norm_.norms = norms.get(), norm_.dnorm_c = dnorm_c.get();
+    norm_.dhidden = dhidden_ = op_.norms ? dhidden.get() : args_.dgates, dhidden_ld_ = op_.norms ? dhidden_of(op_) : D;
+    if (op_.norms) kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_);
+    if (op_.norms) std::fill_n(dnorm_c.get(), B * 2 * H, S{0});
     dy_ = args_.dy;
     if (projected) args_.dy = nullptr;
     std::fill_n(dpeephole.get(), out_.dpeephole ? B * 3 * H : 0, S{0});
@@ -54,6 +70,7 @@ class Backward {
     clear_padding();
     cut();
     time();
+    if (op_.norms) input_norm();
     if (out_.dhx) first_product(), store(B * P, dh_, out_.dhx);
     if (out_.dcx) store(B * C, dc.get(), out_.dcx);
     if (out_.dx)
@@ -67,6 +84,7 @@ class Backward {
 
  private:
   const char* dgates_at(int64_t column) const { return at(static_cast<const void*>(args_.dgates), column, operand_); }
+  const char* dhidden_at(int64_t i) const { return at(static_cast<const void*>(dhidden_), i, operand_); }
   void load(int64_t n, const void* from, S* to) const { kernels_.copy(n, from, op_.state_dtype, to, wide_); }
   void store(int64_t n, const S* from, void* to) const { kernels_.copy(n, from, wide_, to, op_.state_dtype); }
 
@@ -76,7 +94,8 @@ class Backward {
       for (int64_t i = 0; rows && used < width && i < tokens_.total(); ++i)
         std::fill_n(at(rows, i * width + used, operand_), (width - used) * size_of(operand_), 0);
     };
-    clear(args_.dgates, dgates_of(op_), input_.column + input_.count);
+    clear(args_.dgates, dgates_of(op_), dgates_used(op_));
+    if (op_.norms) clear(dhidden_, dhidden_ld_, gates_of(op_.mode) * op_.H);
     if (op_.weight_hr) clear(dprojected_, even(op_.P), op_.P);
   }
 
@@ -92,7 +111,8 @@ class Backward {
   }
   std::vector<typename Panels<S>::Piece> pieces(int64_t head, int64_t units) const {
     std::vector<typename Panels<S>::Piece> all;
-    for (const Gates& gates : hidden_) {
+    const std::vector<Gates> normed{{0, gates_of(op_.mode) * op_.H, 0}};
+    for (const Gates& gates : op_.norms ? normed : hidden_) {
       if (op_.heads == 1) all.push_back({gates.row, gates.count, gates.column});
       for (int64_t g = 0; op_.heads > 1 && g < gates.count; g += op_.H)
         all.push_back({gates.row + g + head * units, units, gates.column + g + head * units});
@@ -111,17 +131,20 @@ class Backward {
   void loop(Range sequences, Range panels, Range projected, Barrier& barrier) const {
     alignas(64) S sums[kTile];
     RnnBackwardArgs args = args_;
-    const int64_t stride = tokens_.stride(), D = dgates_of(op_);
+    RnnNormBackwardArgs norm = norm_;
+    const Buffer<S> scratch(op_.norms ? dgates_of(op_) + 3 * op_.H : 0);
+    norm.scratch = scratch.get();
+    const int64_t stride = tokens_.stride(), ld = dhidden_ld_;
     const Range units = op_.weight_hr ? projection_.units(projected) : weights_.units(panels);
     for (int64_t s = op_.T - 1; s >= 0; --s) {
       const int64_t t = tokens_.time(s), first = tokens_.first(t);
       const int64_t end = std::min(sequences.end, tokens_.rows(t));
       if (op_.weight_hr) project(sequences.begin, end, panels, projected, first, sums, barrier);
-      if (units.begin < units.end) cells(args, s, sequences.begin, end, units);
+      if (units.begin < units.end) cells(args, norm, s, sequences.begin, end, units);
       barrier.wait();
       if (s == 0) break;
       for (int64_t p = panels.begin; p < panels.end; ++p)
-        weights_.multiply(p, sequences.begin, end, dgates_at(first * D), operand_, stride * D, sums,
+        weights_.multiply(p, sequences.begin, end, dhidden_at(first * ld), operand_, stride * ld, sums,
                           [&](int64_t b, int rows, const S* block) {
                             put(weights_[p], rows, block, dh_ + b * op_.P, op_.P, !op_.weight_hr);
                           });
@@ -157,14 +180,16 @@ class Backward {
   }
 
   // Step s of sequences [begin, end): those that have a step before it, then those that begin with it.
-  void cells(RnnBackwardArgs& args, int64_t s, int64_t begin, int64_t end, Range units) const {
+  void cells(RnnBackwardArgs& args, const RnnNormBackwardArgs& norm, int64_t s, int64_t begin, int64_t end,
+             Range units) const {
     const int64_t first = tokens_.first(tokens_.time(s)), stride = tokens_.stride();
     const int64_t P = op_.P, C = cells_of(op_);
     const int64_t middle = std::clamp(tokens_.rows_before(s), begin, std::max(begin, end));
     const auto run = [&](int64_t b, int64_t last) {
-      if (b < last)
-        kernels_.rnn.backward(
-            args, {static_cast<int>(last - b), b, units.begin, units.end - units.begin, s, first + b * stride, stride});
+      if (b >= last) return;
+      const RnnBlock block{static_cast<int>(last - b), b,     units.begin, units.end - units.begin, s,
+                           first + b * stride,         stride};
+      op_.norms ? kernels_.norm.backward(args, norm, block) : kernels_.rnn.backward(args, block);
     };
     if (middle > begin) {
       const int64_t token = tokens_.first(tokens_.time(s - 1)) + begin * stride;
@@ -180,11 +205,11 @@ class Backward {
   // What reaches hx by the first step's gates; one product, which needs no panels.
   void first_product() const {
     const int64_t t = tokens_.time(0), n = tokens_.rows(t), P = op_.P, width = P / op_.heads, units = op_.H / op_.heads;
-    const int64_t row = tokens_.first(t) * dgates_of(op_), ld = tokens_.stride() * dgates_of(op_);
+    const int64_t row = tokens_.first(t) * dhidden_ld_, ld = tokens_.stride() * dhidden_ld_;
     bool accumulate = !op_.weight_hr;
     for (int64_t head = 0; head < op_.heads; ++head, accumulate = !op_.weight_hr)
       for (const auto& piece : pieces(head, units)) {
-        gemm(n, width, piece.depth, {dgates_at(row + piece.column), operand_, ld, false},
+        gemm(n, width, piece.depth, {dhidden_at(row + piece.column), operand_, ld, false},
              {at(op_.weight_hh, piece.k * width, op_.dtype), op_.dtype, width, false}, dh_ + head * width, wide_, P,
              accumulate);
         accumulate = true;
@@ -209,10 +234,7 @@ class Backward {
   void weight_gradients() const {
     const int64_t n = tokens_.total(), D = dgates_of(op_), I = op_.I;
     product(input_.count, I, n, dgates_at(input_.column), D, true, op_.x, I, false, out_.dweight_ih);
-    if (out_.dbias_ih) sum(dgates_at(input_.column), operand_, n, D, input_.count, out_.dbias_ih);
-    for (const Gates& gates : hidden_)
-      if (out_.dbias_hh)
-        sum(dgates_at(gates.column), operand_, n, D, gates.count, at(out_.dbias_hh, gates.row, op_.dtype));
+    if (!op_.norms) biases(args_.dgates, operand_, n, D);
     if (!shifted_) {
       gather();
       return hidden_gradient(n, 0, before_, 1, false);
@@ -223,17 +245,46 @@ class Backward {
     // Batch first, the row before a sequence's first is another's last: it meets zeros.
     const int64_t step = op_.batch_first ? 1 : op_.B;
     for (int64_t b = 0; op_.batch_first && b < op_.B; ++b)
-      std::fill_n(at(args_.dgates, (first + b * stride) * D, operand_), D * size_of(operand_), 0);
+      std::fill_n(at(dhidden_, (first + b * stride) * dhidden_ld_, operand_), dhidden_ld_ * size_of(operand_), 0);
     hidden_gradient(n - step, op_.reverse ? 0 : step, at(args_.y, op_.reverse ? step * P : 0, op_.dtype), 1, true);
   }
-  // dW_hh = (or +=) dgates^T h of n tokens, from `token` on and `stride` apart, and rows of h (n, P).
+  // dW_hh = (or +=) dhidden^T h of n tokens, from `token` on and `stride` apart, and rows of h (n, P).
   void hidden_gradient(int64_t n, int64_t token, const void* h, int64_t stride, bool accumulate) const {
-    const int64_t D = dgates_of(op_), width = op_.P / op_.heads;
+    const int64_t ld = dhidden_ld_, width = op_.P / op_.heads;
     for (int64_t head = 0; head < op_.heads; ++head)
       for (const auto& piece : pieces(head, op_.H / op_.heads))
-        gemm(piece.depth, width, n, {dgates_at(token * D + piece.column), operand_, stride * D, true},
+        gemm(piece.depth, width, n, {dhidden_at(token * ld + piece.column), operand_, stride * ld, true},
              {at(h, head * width, op_.dtype), op_.dtype, op_.P, false}, at(out_.dweight_hh, piece.k * width, op_.dtype),
              op_.dtype, width, accumulate);
+  }
+
+  // Sums of all dgates, from (n, D).
+  void biases(const void* from, DType dtype, int64_t n, int64_t D) const {
+    if (out_.dbias_ih) sum(at(from, input_.column, dtype), dtype, n, D, input_.count, out_.dbias_ih);
+    for (const Gates& gates : hidden_)
+      if (out_.dbias_hh)
+        sum(at(from, gates.column, dtype), dtype, n, D, gates.count, at(out_.dbias_hh, gates.row, op_.dtype));
+  }
+
+  // dgates become the gradients of W x, and parameters get what they get of them.
+  void input_norm() const {
+    const int64_t n = tokens_.total(), D = dgates_of(op_), count = ceil_div(n, kSummed), H = op_.H;
+    const int64_t weights = 2 * gates_of(op_.mode) * H, width = weights + D;
+    const bool wanted = out_.dweight_ih;
+    const Buffer<S> sums(wanted ? count * width : 0);
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t token = i * kSummed;
+        S* const to = wanted ? sums.get() + i * width : nullptr;
+        if (wanted) std::fill_n(to, width, S{0});
+        kernels_.norm.input(op_, operand_, std::min(kSummed, n - token), at(args_.dgates, token * D, operand_),
+                            at(norm_.normed, token * normed_of(op_), wide_), norm_.norms, to);
+      }
+    });
+    if (!wanted) return;
+    biases(sums.get() + weights, wide_, count, width);
+    sum(sums.get(), wide_, count, width, weights, out_.dnorms);
+    if (op_.mode == RnnMode::lstm) sum(norm_.dnorm_c, wide_, op_.B, 2 * H, 2 * H, at(out_.dnorms, weights, op_.dtype));
   }
 
   // C (M, N) of dtype, dense, = dgates' (M, K) or their transpose times B.
@@ -250,6 +301,7 @@ class Backward {
 
   const Rnn& op_;
   RnnBackwardArgs args_;
+  RnnNormBackwardArgs norm_;
   const RnnGradients& out_;
   const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
   const Kernels<S> kernels_{};
@@ -263,6 +315,8 @@ class Backward {
   std::vector<Gates> hidden_;
   Gates input_{};
   const void* dy_ = nullptr;
+  void* dhidden_ = nullptr;  // the gradients of U h: without norms, dgates
+  int64_t dhidden_ld_ = 0;
   S *dh_ = nullptr, *c0_ = nullptr;
   char *h0_ = nullptr, *before_ = nullptr, *dprojected_ = nullptr;
 };
@@ -271,13 +325,15 @@ class Backward {
 }  // namespace rnn
 
 void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void* dhy, const void* dcy, const void* y,
-                  const void* gates, const void* cells, const RnnGradients& out) {
+                  const void* gates, const void* cells, const void* normed, const RnnGradients& out) {
   RnnBackwardArgs args{};
+  RnnNormBackwardArgs norm{};
+  norm.normed = normed;
   args.dy = dy, args.dcells = dcells, args.y = y, args.gates = gates, args.cells = cells;
   if (op.dtype == DType::f64)
-    rnn::Backward<double>(op, args, out).run(dhy, dcy);
+    rnn::Backward<double>(op, args, norm, out).run(dhy, dcy);
   else
-    rnn::Backward<float>(op, args, out).run(dhy, dcy);
+    rnn::Backward<float>(op, args, norm, out).run(dhy, dcy);
 }
 
 }  // namespace llmkern::cpu

@@ -10,7 +10,7 @@
 
 #include "core/gemm.h"
 #include "core/memory.h"
-#include "core/rnn.h"
+#include "core/rnn_norm.h"
 #include "core/threads.h"
 
 namespace llmkern::cpu::rnn {
@@ -102,8 +102,10 @@ struct Plan {
     const bool large = macs / op.B * size_of(op.dtype) > kOwnBytes;
     by_units = op.B < (large ? kRowsPerThread : kLeastRows) * threads;
     // Meeting costs more than it saves where a step is short.
-    if (by_units && macs < kMacsPerStep) threads = 1;
+    if (by_units && !op.norms && macs < kMacsPerStep) threads = 1;
     if (threads == 1) by_units = false;
+    // A norm needs all units of a sequence.
+    if (op.norms) by_units = false, threads = static_cast<int>(std::min<int64_t>(threads, op.B));
   }
 
   static constexpr int64_t kMacsPerThread = 1 << 18, kMacsPerStep = 1 << 17;
@@ -151,6 +153,7 @@ void blocks(int64_t begin, int64_t end, int64_t longest, const F& f) {
 template <class S>
 struct Kernels {
   const RnnKernels& rnn = LLMKERN_SELECT(rnn);
+  const RnnNormKernels& norm = LLMKERN_SELECT(rnn_norm);
   const GemmTable& gemm = LLMKERN_SELECT(gemm);
   int lanes() const { return std::is_same_v<S, float> ? rnn.lanes_f32 : rnn.lanes_f64; }
   const GemmKernels<S>& packing(bool pairs) const {
@@ -296,6 +299,7 @@ class Panels {
 };
 
 // Whether weights are better read where they lie than packed, and the forward that does so; see rnn_step.cpp.
+bool few_tokens(const Rnn& op);
 bool few_steps(const Rnn& op);
 void run_steps(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
 

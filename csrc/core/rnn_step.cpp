@@ -86,9 +86,8 @@ class Steps {
 
 }  // namespace
 
-bool few_steps(const Rnn& op) {
-  return op.heads == 1 && !op.weight_hr && (op.T == 1 || Tokens(op).total() <= kFewTokens);
-}
+bool few_tokens(const Rnn& op) { return op.T == 1 || Tokens(op).total() <= kFewTokens; }
+bool few_steps(const Rnn& op) { return op.heads == 1 && !op.weight_hr && !op.norms && few_tokens(op); }
 
 void run_steps(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells) {
   if (op.dtype == DType::f64)

@@ -1,7 +1,6 @@
-#include "core/rnn.h"
-
 #include <tuple>
 
+#include "core/rnn_norm.h"
 #include "torch/tensor.h"
 
 namespace llmkern {
@@ -49,7 +48,7 @@ struct Layer {
   const Tensor &x, &hx;
   const Optional& cx;
   const Tensor &weight_ih, &weight_hh;
-  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &batch_sizes;
+  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &norms, &batch_sizes;
   const std::string& mode;
   bool reverse, batch_first;
   double clip, zoneout, zoneout_cell;
@@ -95,6 +94,7 @@ struct Layer {
     if (bias_hh) require_shape(*bias_hh, {G * H}, dtype, "bias_hh");
     if (weight_hr) require_shape(*weight_hr, {P, H}, dtype, "weight_hr");
     if (peephole) require_shape(*peephole, {3, H}, dtype, "peephole");
+    if (norms) require_shape(*norms, {cpu::norms_of(op)}, dtype, "norms");
     require(lstm || (!weight_hr && !peephole && zoneout_cell == 0), "rnn: an option of lstm alone");
     require(!weight_hr || (clip == 0 && zoneout == 0 && zoneout_cell == 0),
             "rnn: a projection excludes clip and zoneout");
@@ -103,7 +103,7 @@ struct Layer {
     op.x = x.const_data_ptr(), op.hx = hx.const_data_ptr(), op.cx = data(cx);
     op.weight_ih = weight_ih.const_data_ptr(), op.weight_hh = weight_hh.const_data_ptr();
     op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
-    op.weight_hr = data(weight_hr), op.peephole = data(peephole);
+    op.weight_hr = data(weight_hr), op.peephole = data(peephole), op.norms = data(norms);
     op.clip = clip, op.zoneout_h = zoneout, op.zoneout_c = zoneout_cell;
     op.draws = seed >= 0, op.seed = static_cast<uint64_t>(seed);
     return op;
@@ -119,30 +119,32 @@ Tensor make(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes,
 }
 void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
-    Optional bias_hh, Optional weight_hr, Optional peephole, Optional batch_sizes, std::string mode, bool reverse,
-    bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed, bool save) {
-  const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
-                    batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
+    Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, std::string mode,
+    bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed, bool save) {
+  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh,   bias_ih, bias_hh, weight_hr,    peephole,
+                    norms, batch_sizes, mode, reverse,   batch_first, clip,    zoneout, zoneout_cell, seed};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
   Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = make(C > 0, hx, {op.B, C});
   Tensor gates = make(saved > 0, x, layer.tokens(saved));
   Tensor cells = make(save && C > 0, x, layer.tokens(C), accumulator(op));
-  cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells));
-  return {y, hy, cy, gates, cells};
+  Tensor normed = make(save && norms, x, layer.tokens(cpu::normed_of(op)), accumulator(op));
+  cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells),
+                   pointer(normed));
+  return {y, hy, cy, gates, cells, normed};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const Tensor& dy, const Tensor& dhy, Optional dcy, Optional dcells, const Tensor& x, const Tensor& hx, Optional cx,
     const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
-    Optional peephole, Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed,
-    bool needs_dx, bool needs_dstates, bool needs_dweights) {
-  const Layer layer{x,           hx,   cx,      weight_ih,   weight_hh, bias_ih, bias_hh,      weight_hr, peephole,
-                    batch_sizes, mode, reverse, batch_first, clip,      zoneout, zoneout_cell, seed};
+    Optional peephole, Optional norms, Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip, double zoneout,
+    double zoneout_cell, int64_t seed, bool needs_dx, bool needs_dstates, bool needs_dweights) {
+  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh,   bias_ih, bias_hh, weight_hr,    peephole,
+                    norms, batch_sizes, mode, reverse,   batch_first, clip,    zoneout, zoneout_cell, seed};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
@@ -153,6 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   if (saved > 0) require_shape(gates, layer.tokens(saved), dtype, "gates");
   if (C > 0) require_shape(cells, layer.tokens(C), accumulator(op), "cells");
   if (dcells) require_shape(*dcells, layer.tokens(C), accumulator(op), "dcells");
+  if (norms) require_shape(normed, layer.tokens(cpu::normed_of(op)), accumulator(op), "normed");
   const auto like = [&](bool wanted, const Optional& t) {
     std::vector<int64_t> sizes;
     for (int64_t d = 0; t && d < t->dim(); ++d) sizes.push_back(t->size(d));
@@ -163,11 +166,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dweight_ih = like(weights, weight_ih), dweight_hh = like(weights, weight_hh);
   Tensor dbias_ih = like(weights, bias_ih), dbias_hh = like(weights, bias_hh);
   Tensor dweight_hr = like(weights, weight_hr), dpeephole = like(weights, peephole);
+  Tensor dnorms = like(weights, norms);
   cpu::rnn_backward(op, dy.const_data_ptr(), data(dcells), dhy.const_data_ptr(), data(dcy), y.const_data_ptr(),
                     saved > 0 ? gates.const_data_ptr() : nullptr, C > 0 ? cells.const_data_ptr() : nullptr,
+                    norms ? normed.const_data_ptr() : nullptr,
                     {pointer(dx), pointer(dhx), pointer(dcx), pointer(dweight_ih), pointer(dweight_hh),
-                     pointer(dbias_ih), pointer(dbias_hh), pointer(dweight_hr), pointer(dpeephole)});
-  return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole};
+                     pointer(dbias_ih), pointer(dbias_hh), pointer(dweight_hr), pointer(dpeephole), pointer(dnorms)});
+  return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorms};
 }
 
 // One step of a plain layer or cell that nothing will differentiate: few arguments and results, because decoding calls
@@ -204,7 +209,7 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& hx, const Te
   require(same, "lstm_step: expected cx like hx");
   op.cx = cx.const_data_ptr();
   Tensor hy = torch::stable::empty_like(hx), cy = torch::stable::empty_like(cx);
-  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), cy.mutable_data_ptr(), nullptr, nullptr);
+  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), cy.mutable_data_ptr(), nullptr, nullptr, nullptr);
   return {hy, cy};
 }
 
@@ -213,7 +218,7 @@ Tensor rnn_step(const Tensor& x, const Tensor& hx, const Tensor& weight_ih, cons
   require(mode > 0 && mode <= static_cast<int64_t>(cpu::RnnMode::rnn_relu), "rnn_step: expected a mode of one state");
   const auto op = describe_step(static_cast<cpu::RnnMode>(mode), x, hx, weight_ih, weight_hh, bias_ih, bias_hh);
   Tensor hy = torch::stable::empty_like(hx);
-  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), nullptr, nullptr, nullptr);
+  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), nullptr, nullptr, nullptr, nullptr);
   return hy;
 }
 
@@ -221,18 +226,18 @@ Tensor rnn_step(const Tensor& x, const Tensor& hx, const Tensor& weight_ih, cons
 
 #define LLMKERN_RNN_INPUTS                                                                \
   "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih," \
-  " Tensor? bias_hh, Tensor? weight_hr, Tensor? peephole, Tensor? batch_sizes"
+  " Tensor? bias_hh, Tensor? weight_hr, Tensor? peephole, Tensor? norms, Tensor? batch_sizes"
 #define LLMKERN_RNN_OPTIONS \
   "str mode, bool reverse, bool batch_first, float clip, float zoneout, float zoneout_cell, int seed"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
   m.def("rnn_forward(" LLMKERN_RNN_INPUTS ", " LLMKERN_RNN_OPTIONS
-        ", bool save) -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells)");
+        ", bool save) -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells, Tensor normed)");
   m.def("rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, Tensor? dcells, " LLMKERN_RNN_INPUTS
-        ", Tensor y, Tensor gates, Tensor cells, " LLMKERN_RNN_OPTIONS
+        ", Tensor y, Tensor gates, Tensor cells, Tensor normed, " LLMKERN_RNN_OPTIONS
         ", bool needs_dx, bool needs_dstates, bool needs_dweights)"
         " -> (Tensor dx, Tensor dhx, Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih,"
-        " Tensor dbias_hh, Tensor dweight_hr, Tensor dpeephole)");
+        " Tensor dbias_hh, Tensor dweight_hr, Tensor dpeephole, Tensor dnorms)");
   m.def(
       "lstm_step(Tensor x, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh)"
       " -> (Tensor, Tensor)");

@@ -33,6 +33,13 @@ class Extras:
     return_cell_states: bool = False
     checkpoint_chunks: int = 1
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.peepholes, *(norm for norms in self.norms for norm in norms)]
+
+    def to(self, dtype: torch.dtype) -> Extras:
+        norms = [[norm.to(dtype) for norm in norms] for norms in self.norms]
+        return replace(self, peepholes=[p.to(dtype) for p in self.peepholes], norms=norms)
+
     def used(self) -> list[str]:
         return [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, [])]
 
@@ -125,7 +132,7 @@ class Call:
             input=self.input.to(dtype),
             params=[p.to(dtype) for p in self.params],
             states=self.states if stepwise else tuple(state.to(dtype) for state in self.states),
-            extras=replace(self.extras, peepholes=[p.to(dtype) for p in self.extras.peepholes]),
+            extras=self.extras.to(dtype),
         )
 
     @property
@@ -186,7 +193,7 @@ class Call:
         if extras.weight_dropout:
             weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
-        norms = tuple(extras.norms[index]) if extras.norms else ()
+        norms = torch.cat(list(extras.norms[index])) if extras.norms else None
         zoned = extras.zoneout or extras.zoneout_cell
         seed = ops.draw_seed() if zoned and self.train else -1
         options = ops.RNNOptions(
@@ -195,10 +202,8 @@ class Call:
 
         def run(x: Tensor, batch_sizes: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
             hx, cx = states if len(states) == 2 else (states[0], None)
-            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
-            y, hy, cy, every = ops.rnn(
-                x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states, norms
-            )
+            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
+            y, hy, cy, every = ops.rnn(x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states)
             return (y, hy, every) if cx is None else (y, hy, cy, every)
 
         states = tuple(state[index].contiguous() for state in self.states)

@@ -43,7 +43,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         served = call.autocast(torch.get_autocast_dtype(kind)) if autocast else call
         used = (served or call).options() + (["autocast"] if served is None else [])
         call = served or call
-        tensors = [call.input, *call.params, *call.extras.peepholes]
+        tensors = [call.input, *call.params, *call.extras.tensors()]
         tensors += [state for state in call.states if "state_dtype" not in used]
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
@@ -129,7 +129,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     weight_ih, weight_hh, bias_ih, bias_hh = (None if w is None else w.contiguous() for w in weights)
     assert weight_ih is not None
     assert weight_hh is not None
-    every = (weight_ih, weight_hh, bias_ih, bias_hh, None, None, None)
+    every = (weight_ih, weight_hh, bias_ih, bias_hh, None, None, None, None)
     _, hy, cy, _ = ops.rnn(x.unsqueeze(0), h, c[0] if c else None, *every, ops.RNNOptions(mode), backend)
     return (hy, cy) if c else hy
 

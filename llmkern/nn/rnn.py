@@ -55,7 +55,7 @@ class LSTM(Layers):
         num_heads: diagonal blocks of the hidden weights, which become (gates * H, H / num_heads).
         layer_norm: both products are normalised over all gates before biases are added (Ba et al., 2016), with weights
             ``weight_norm_ih`` and ``weight_norm_hh`` (gates * H). An LSTM normalises c as well before its tanh,
-            with ``weight_norm_c`` and ``bias_norm_c`` (H). No kernel does this yet: the reference computes it.
+            with ``weight_norm_c`` and ``bias_norm_c`` (H).
         forget_bias: added to the forget gate before its sigmoid.
         peephole: weights (3, H) by which c acts on the gates i, f and, after the step, o (Gers and Schmidhuber, 2000).
         return_cell_states: the c of every step of the last layer is returned as well, after the final states, shaped as

@@ -26,11 +26,11 @@ class Options(NamedTuple):
 
 _INPUTS = (
     "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? peephole, Tensor? batch_sizes"
+    " Tensor? weight_hr, Tensor? peephole, Tensor? norms, Tensor? batch_sizes"
 )
 _OPTIONS = "str mode, bool reverse, bool batch_first, float clip, float zoneout, float zoneout_cell, int seed"
 # Of the inputs, those that can have a gradient.
-_PRIMALS = 9
+_PRIMALS = 10
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -38,7 +38,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _forward_fake(x: Tensor, hx: Tensor, cx: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    options, save = Options(*args[-8:-1]), args[-1]
+    weight_hh, norms, options, save = args[1], args[6], Options(*args[-8:-1]), args[-1]
     steps, H = x.shape[:-1], cx.shape[-1] if cx is not None and options.mode == "lstm" else hx.shape[-1]
     # Activated gates, and gru's hidden part of n or slstm's sigmoid(f); what y does not tell of the others.
     saved = {"lstm": 4, "gru": 4, "slstm": 5}.get(options.mode, int(options.clip != 0 or options.zoneout != 0))
@@ -48,12 +48,13 @@ def _forward_fake(x: Tensor, hx: Tensor, cx: Tensor | None, *args: Any) -> tuple
         hx.new_empty(0) if cx is None else torch.empty_like(cx),
         x.new_empty((*steps, saved * H) if save and saved else 0),
         x.new_empty((*steps, cx.shape[-1]) if save and cx is not None else 0, dtype=_wide(x)),
+        x.new_empty((*steps, 2 * weight_hh.shape[0] + 2) if save and norms is not None else 0, dtype=_wide(x)),
     )
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, (needs_dx, needs_dstates, needs_dweights) = args[4 : 4 + _PRIMALS], args[-3:]
-    wanted = [needs_dx, *[needs_dstates] * 2, *[needs_dweights] * 6]
+    wanted = [needs_dx, *[needs_dstates] * 2, *[needs_dweights] * 7]
     x = inputs[0]
     return tuple(
         torch.empty_like(t) if w and t is not None else x.new_empty(0) for t, w in zip(inputs, wanted, strict=True)
@@ -62,20 +63,20 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 rnn_forward = define(
     f"rnn_forward({_INPUTS}, {_OPTIONS}, bool save, str backend)"
-    " -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells)",
+    " -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells, Tensor normed)",
     _forward_fake,
 )
 rnn_backward = define(
     f"rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, Tensor? dcells, {_INPUTS}, Tensor y, Tensor gates, Tensor cells,"
-    f" {_OPTIONS}, bool needs_dx, bool needs_dstates, bool needs_dweights, str backend) -> (Tensor dx, Tensor dhx,"
-    " Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dweight_hr,"
-    " Tensor dpeephole)",
+    f" Tensor normed, {_OPTIONS}, bool needs_dx, bool needs_dstates, bool needs_dweights, str backend) -> (Tensor dx,"
+    " Tensor dhx, Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh,"
+    " Tensor dweight_hr, Tensor dpeephole, Tensor dnorms)",
     _backward_fake,
 )
 
 
 class RNNFunction(KernelFunction):
-    """(y, hy, cy, cells, gates); the last is for the backward and has no gradient.
+    """(y, hy, cy, cells, gates, normed); the last two are for the backward and have no gradient.
 
     The compiler takes a `forward` of as many parameters as there are arguments only, so they are spelled out.
     """
@@ -91,31 +92,32 @@ class RNNFunction(KernelFunction):
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
         peephole: Tensor | None,
+        norms: Tensor | None,
         batch_sizes: Tensor | None,
         options: Options,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
-        y, hy, cy, gates, cells = rnn_forward(x, hx, cx, *weights, batch_sizes, *options, True, backend)
-        return y, hy, cy, cells, gates
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
+        y, hy, cy, gates, cells, normed = rnn_forward(x, hx, cx, *weights, batch_sizes, *options, True, backend)
+        return y, hy, cy, cells, gates, normed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options, ctx.backend = inputs
-        y, _, _, cells, gates = output
-        ctx.mark_non_differentiable(gates)
+        y, _, _, cells, gates, normed = output
+        ctx.mark_non_differentiable(gates, normed)
         # Autograd would make zeros for the gates, the largest of all tensors, on every backward.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, gates, cells)
+        ctx.save_for_backward(*tensors, y, gates, cells, normed)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dhy: Tensor | None, dcy: Tensor | None, dcells: Tensor | None, _: Any
+        ctx: Any, dy: Tensor | None, dhy: Tensor | None, dcy: Tensor | None, dcells: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        hx, cx, y = tensors[1], tensors[2], tensors[-3]
+        hx, cx, y = tensors[1], tensors[2], tensors[-4]
         cotangents = [
             None if like is None else torch.zeros_like(like) if d is None else d.contiguous()
             for d, like in ((dy, y), (dhy, hx), (dcy, cx))
@@ -132,11 +134,11 @@ class RNNFunction(KernelFunction):
         function, primals = _reference(inputs, ctx.options, outputs)
         moved = [d for d, t in zip(tangents, inputs[:_PRIMALS], strict=False) if t is not None]
         moves = reference_jvp(function, primals, zeros_for_none(moved, primals))
-        return *moves, *[None] * (5 - outputs)
+        return *moves, *[None] * (6 - outputs)
 
 
 class RNNBackwardFunction(KernelFunction):
-    """Gradients of the nine primals; ``wants`` says of which (dx, dstates, dweights). Its own derivatives come from the
+    """Gradients of the ten primals; ``wants`` says of which (dx, dstates, dweights). Its own derivatives come from the
     reference, step by step."""
 
     @staticmethod
@@ -154,16 +156,18 @@ class RNNBackwardFunction(KernelFunction):
         bias_hh: Tensor | None,
         weight_hr: Tensor | None,
         peephole: Tensor | None,
+        norms: Tensor | None,
         batch_sizes: Tensor | None,
         y: Tensor,
         gates: Tensor,
         cells: Tensor,
+        normed: Tensor,
         options: Options,
         wants: tuple[bool, bool, bool],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        inputs = (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, batch_sizes)
-        saved = (y, gates, cells)
+        inputs = (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms, batch_sizes)
+        saved = (y, gates, cells, normed)
         return tuple(rnn_backward(dy, dhy, dcy, dcells, *inputs, *saved, *options, *wants, backend))
 
     @staticmethod
@@ -184,7 +188,7 @@ class RNNBackwardFunction(KernelFunction):
         of_primals, of_cotangents = iter(dprimals), iter(dcotangents)
         grads = [None if t is None else next(of_cotangents) for t in cotangents]
         grads += [None if t is None else next(of_primals) for t in inputs[:_PRIMALS]]
-        return *grads, *[None] * 7
+        return *grads, *[None] * 8
 
 
 def _wanted(grads: tuple[Tensor, ...], inputs: Any, needs: Any) -> list[Tensor | None]:
@@ -215,18 +219,18 @@ def rnn(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     peephole: Tensor | None,
+    norms: Tensor | None,
     batch_sizes: Tensor | None,
     options: Options,
     backend: str,
     cells: bool = False,
-    norms: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, cells), as :func:`llmkern.reference.rnn`; all tensors contiguous. Without ``cells`` the last may be
-    empty. ``norms`` are the reference's alone."""
-    inputs = (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
+    empty."""
+    inputs = (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
     if backend == "reference":
-        return reference.rnn(*inputs, batch_sizes, *options, norms)
+        return reference.rnn(*inputs, batch_sizes, *options)
     if differentiating(*inputs):
         return RNNFunction.run(*inputs, batch_sizes, options, backend)[:4]
-    y, hy, cy, _, every = rnn_forward(*inputs, batch_sizes, *options, cells, backend)
+    y, hy, cy, _, every, _ = rnn_forward(*inputs, batch_sizes, *options, cells, backend)
     return y, hy, cy, every

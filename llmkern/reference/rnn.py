@@ -25,6 +25,8 @@ What torch has not, in the order of its application:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, logsigmoid
@@ -55,12 +57,13 @@ def rnn_step(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     peephole: Tensor | None = None,
-    norms: tuple[Tensor, ...] = (),
+    norms: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """(h', c') of one step; ``a`` (B, G*H) is the input's part, ``c`` is passed through by all but lstm."""
+    """(h', c') of one step; ``a`` (B, G*H) is the input's part, ``c`` is passed through by all but lstm. ``norms``: the
+    weight of the norm of U h, and for lstm weight and bias of that of c."""
     r = hidden_product(mode, h, weight_hh)
     if norms:
-        r = normalised(r, norms[1], bias_hh)
+        r = normalised(r, norms[0], bias_hh)
     elif bias_hh is not None:
         r = r + bias_hh
     if mode == "lstm":
@@ -68,7 +71,7 @@ def rnn_step(
         if peephole is not None:
             i, f = i + peephole[0] * c, f + peephole[1] * c
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        shown = normalised(c, norms[2], norms[3]) if norms else c
+        shown = normalised(c, norms[1], norms[2]) if norms else c
         h = (o if peephole is None else o + peephole[2] * c).sigmoid() * shown.tanh()
         return (h if weight_hr is None else linear(h, weight_hr)), c
     if mode == "gru":
@@ -111,6 +114,7 @@ def rnn(
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     peephole: Tensor | None,
+    norms: Tensor | None,
     batch_sizes: Tensor | None,
     mode: str,
     reverse: bool = False,
@@ -119,7 +123,6 @@ def rnn(
     zoneout: float = 0.0,
     zoneout_cell: float = 0.0,
     seed: int = -1,
-    norms: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, cells) of a whole sequence.
 
@@ -128,8 +131,9 @@ def rnn(
             non-increasing.
         hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm and, (B, 3H), slstm only.
         mode: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` or ``slstm``.
+        norms: weights of the norms of W x and U h, (G*H) each, and for lstm weight and bias of that of c, (H) each, end
+            to end; or none.
         reverse: time runs from the end of each sequence to its beginning; y[t] stays at its t.
-        norms: weights of the norms of W x and U h (G*H), and for lstm weight and bias of that of c (H); or none.
         seed: what zoneout is drawn from, in training; -1 in evaluation.
 
     Returns:
@@ -138,16 +142,19 @@ def rnn(
         States are carried in fp32 (fp64) inside the sequence.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    w_ih, w_hh, b_ih, b_hh, w_hr, peep = (
-        None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole)
+    w_ih, w_hh, b_ih, b_hh, w_hr, peep, scales = (
+        None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
     )
     assert w_ih is not None
     assert w_hh is not None
     steps_first = x.transpose(0, 1) if batch_first else x
     sizes = [steps_first.shape[1]] * steps_first.shape[0] if batch_sizes is None else batch_sizes.tolist()
-    wide_norms = tuple(n.to(wide) for n in norms)
-    product = linear(steps_first.to(wide), w_ih, None if norms else b_ih)
-    product = normalised(product, wide_norms[0], b_ih) if norms else product
+    step_norms: list[Tensor] = []
+    product = linear(steps_first.to(wide), w_ih, b_ih if scales is None else None)
+    if scales is not None:
+        rows, H = w_ih.shape[0], (scales.shape[0] - 2 * w_ih.shape[0]) // 2
+        norm_ih, *step_norms = scales.split([rows, rows, H, H] if H else [rows, rows])
+        product = normalised(product, norm_ih, b_ih)
     steps = product.reshape(-1, w_ih.shape[0]).split(sizes)
     h = hx.to(wide)
     c = h.new_zeros((h.shape[0], 0)) if cx is None else cx.to(wide)
@@ -155,7 +162,7 @@ def rnn(
     for step, a in enumerate(reversed(steps) if reverse else steps):
         # Sequences that have ended, or in reverse not begun, keep their states.
         n = a.shape[0]
-        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr, peep, wide_norms)
+        new_h, new_c = rnn_step(mode, a, h[:n], c[:n], w_hh, b_hh, w_hr, peep, step_norms)
         new_h = _zone(new_h.clamp(-clip, clip) if clip else new_h, h[:n], zoneout, seed, step, B, 0)
         new_c = _zone(new_c, c[:n], zoneout_cell, seed, step, B, 1)
         outputs.append(new_h)

@@ -1,9 +1,8 @@
 // The recurrent engine: every option in every dtype. In fp64 gradients are compared with differences of the outputs,
 // which need no second engine; the other dtypes are compared with fp64.
-#include "core/rnn.h"
-
 #include <map>
 
+#include "core/rnn_norm.h"
 #include "sanitize.h"
 
 namespace llmkern::sanitize {
@@ -17,7 +16,7 @@ struct Case {
   Shape shape = kDense;
   bool reverse = false, bias_ih = true, bias_hh = true, peephole = false;
   double clip = 0, zoneout_h = 0, zoneout_c = 0;
-  bool draws = false;
+  bool draws = false, norms = false;
 };
 
 using Values = std::map<std::string, Doubles>;
@@ -40,6 +39,7 @@ class Layer {
     if (c.bias_hh) sizes_["bias_hh"] = rows;
     if (c.P) sizes_["weight_hr"] = c.P * H;
     if (c.peephole) sizes_["peephole"] = 3 * H;
+    if (c.norms) sizes_["norms"] = cpu::norms_of(op_);
     cotangent_sizes_ = {{"y", n_ * out_}, {"hy", B * out_}};
     if (C > 0) cotangent_sizes_["cy"] = B * C, cotangent_sizes_["cells"] = n_ * C;
   }
@@ -82,14 +82,16 @@ class Layer {
     op_.x = pointer("x"), op_.hx = pointer("hx"), op_.cx = pointer("cx");
     op_.weight_ih = pointer("weight_ih"), op_.weight_hh = pointer("weight_hh");
     op_.bias_ih = pointer("bias_ih"), op_.bias_hh = pointer("bias_hh");
-    op_.weight_hr = pointer("weight_hr"), op_.peephole = pointer("peephole");
+    op_.weight_hr = pointer("weight_hr"), op_.peephole = pointer("peephole"), op_.norms = pointer("norms");
     const auto outputs = [&](bool save) {
       for (const auto& [name, n] : cotangent_sizes_)
         if (save || name != "cells") arrays.emplace((save ? "saved " : "") + name, Array(type_of(name), n));
       if (save) arrays.emplace("gates", Array(dtype, n_ * cpu::saved_of(op_) * op_.H));
+      if (save && op_.norms) arrays.emplace("normed", Array(wide, n_ * cpu::normed_of(op_)));
       const std::string prefix = save ? "saved " : "";
       cpu::rnn_forward(op_, pointer(prefix + "y"), pointer(prefix + "hy"), pointer(prefix + "cy"),
-                       save && cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer(prefix + "cells"));
+                       save && cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer(prefix + "cells"),
+                       save ? pointer("normed") : nullptr);
     };
     outputs(false), outputs(true);
     for (const char* name : {"y", "hy"}) same(name, arrays.at(name), arrays.at(std::string("saved ") + name));
@@ -99,12 +101,13 @@ class Layer {
     for (const auto& [name, from] : *cotangents) place("d" + name, name, from);
     for (const auto& [name, n] : sizes_) arrays.emplace("grad " + name, Array(type_of(name), n));
     const auto grad = [&](const char* name) { return pointer(std::string("grad ") + name); };
-    const cpu::RnnGradients out{grad("x"),         grad("hx"),        grad("cx"),
-                                grad("weight_ih"), grad("weight_hh"), grad("bias_ih"),
-                                grad("bias_hh"),   grad("weight_hr"), grad("peephole")};
+    const cpu::RnnGradients out{grad("x"),         grad("hx"),      grad("cx"),      grad("weight_ih"),
+                                grad("weight_hh"), grad("bias_ih"), grad("bias_hh"), grad("weight_hr"),
+                                grad("peephole"),  grad("norms")};
     const auto backward = [&](const cpu::RnnGradients& gradients) {
       cpu::rnn_backward(op_, pointer("dy"), pointer("dcells"), pointer("dhy"), pointer("dcy"), pointer("saved y"),
-                        cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer("saved cells"), gradients);
+                        cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer("saved cells"), pointer("normed"),
+                        gradients);
     };
     backward({}), backward(out);
     for (const auto& [name, n] : sizes_) results[name] = arrays.at("grad " + name).doubles();
@@ -131,7 +134,8 @@ void run_case(const Case& c) {
   where = "rnn mode " + std::to_string(static_cast<int>(c.mode)) + " T" + std::to_string(c.T) + " B" +
           std::to_string(c.B) + " I" + std::to_string(c.I) + " H" + std::to_string(c.H) + " P" + std::to_string(c.P) +
           " heads" + std::to_string(c.heads) + " shape" + std::to_string(c.shape) + (c.reverse ? " reverse" : "") +
-          (c.peephole ? " peephole" : "") + " clip" + text(c.clip) + " zoneout" + text(c.zoneout_h);
+          (c.peephole ? " peephole" : "") + (c.norms ? " norms" : "") + " clip" + text(c.clip) + " zoneout" +
+          text(c.zoneout_h);
   Layer layer(c);
   const Values inputs = layer.inputs(), cotangents = layer.cotangents(), directions = layer.directions();
   const Values right = layer.run(DType::f64, DType::f64, inputs, &cotangents);
@@ -174,6 +178,22 @@ void run_case(const Case& c) {
   }
 }
 
+// A few tokens, which do not pack weights; blocks of rows and a tail; heads and other options; a projection.
+void check_norms(cpu::RnnMode mode, Shape shape, bool reverse) {
+  Case c{mode, 2, 3, 5, 7, 0, 1, shape, reverse};
+  c.norms = true;
+  run_case(c);
+  c.T = 4, c.B = 9, c.H = 34, c.bias_ih = false;
+  run_case(c);
+  c.heads = 2, c.zoneout_h = 0.25, c.draws = true, c.bias_ih = true, c.bias_hh = false;
+  if (mode == cpu::RnnMode::lstm) c.peephole = true, c.zoneout_c = 0.5;
+  run_case(c);
+  if (mode != cpu::RnnMode::lstm) return;
+  c = {mode, 4, 9, 5, 33, 18, 1, shape, reverse};
+  c.norms = true;
+  run_case(c);
+}
+
 }  // namespace
 
 void check_rnn() {
@@ -195,6 +215,9 @@ void check_rnn() {
         run_case({mode, 4, 9, 5, 18, 0, 1, shape, reverse, true, true, false, 0, 0.25, mode == lstm ? 0.5 : 0, true});
       }
   }
+  for (cpu::RnnMode mode : {lstm, gru, rnn_tanh, rnn_relu, slstm})
+    for (Shape shape : {kDense, kBatchFirst, kPacked})
+      for (bool reverse : {false, true}) check_norms(mode, shape, reverse);
 }
 
 }  // namespace llmkern::sanitize

@@ -91,9 +91,8 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
                                     const Accum<T>* pre, int64_t per_row) {
   using S = Accum<T>;
   const Rnn& op = *a.op;
-  const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i, b = block.b, token = block.token;
-  At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
-                   block.step, b,    tail};
+  const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i;
+  auto at = at_of<Cell, S, kWhole>(op, block, 0, unit, tail);
   const S* gx = static_cast<const S*>(a.gx) + unit;
   A* next = static_cast<A*>(a.next) + block.b * a.next_ld + unit;
   pre += i;
@@ -123,11 +122,9 @@ LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& b
   using V = Vec<S>;
   constexpr int L = kLanes<S>;
   const Rnn& op = *a.op;
-  const int64_t H = op.H, C = cells_of(op), G = Cell::kSaved * H, unit = block.u + i;
-  const int64_t b = block.b + row, token = block.token + row * block.stride;
-  At<S, kWhole> at{op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * G + unit,
-                   block.step, b,    tail};
-  A* dgates = static_cast<A*>(a.dgates) + token * dgates_of(op) + unit;
+  const int64_t unit = block.u + i;
+  auto at = at_of<Cell, S, kWhole>(op, block, row, unit, tail);
+  A* dgates = static_cast<A*>(a.dgates) + (block.token + row * block.stride) * dgates_of(op) + unit;
   Past past{row * a.h_stride + unit, row * a.c_stride + unit};
   for (int64_t v = 0; v < n; ++v) {
     V passed;
@@ -166,15 +163,6 @@ void backward(const RnnBackwardArgs& args, const RnnBlock& block) {
 }
 
 // --- rows ---
-
-template <class S, class T>
-inline Vec<S> load_n(const T* p, int n) {
-  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
-}
-template <class S, class T>
-inline void store_n(T* p, Vec<S> v, int n) {
-  n == kLanes<S> ? store(p, v) : store(p, v, n);
-}
 
 // Rows that are added up before their sum is added to the others': rounding grows with both numbers, not their product.
 constexpr int64_t kSummed = 64;

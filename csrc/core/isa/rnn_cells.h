@@ -46,6 +46,15 @@ struct At {
   void next_units(int n) { unit += n, state += n, c += n, token += n, cells += n, gates += n; }
 };
 
+// The vector of a block's units from `unit` on, of sequence `row` of the block.
+template <class Cell, class S, bool kWhole>
+inline At<S, kWhole> at_of(const Rnn& op, const RnnBlock& block, int64_t row, int64_t unit, int tail) {
+  const int64_t H = op.H, C = cells_of(op), b = block.b + row, token = block.token + row * block.stride;
+  return {
+      op,         unit, b * H + unit, b * C + unit, token * H + unit, token * C + unit, token * Cell::kSaved * H + unit,
+      block.step, b,    tail};
+}
+
 // Where the states before a backward's step lie, from those of the first sequence and unit of its block.
 struct Past {
   int64_t h, c;
@@ -69,6 +78,15 @@ template <class V, class S>
 inline V where_within(V x, S bound, V d) {
   if (bound == 0) return d;
   return (x >= -bound && x <= bound) ? d : V{};
+}
+
+template <class S, class T>
+inline Vec<S> load_n(const T* p, int n) {
+  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
+}
+template <class S, class T>
+inline void store_n(T* p, Vec<S> v, int n) {
+  n == kLanes<S> ? store(p, v) : store(p, v, n);
 }
 
 // What follows from h, whichever cell it is of: clip, zoneout, and where it goes.
@@ -157,6 +175,16 @@ struct LstmCell {
     return out;
   }
 
+  // c after the step, before zoneout mixed it.
+  template <class T, class P, class S = Accum<T>>
+  static LLMKERN_INLINE Vec<S> cell_of(const RnnBackwardArgs& a, const P& at, const Past& past) {
+    if (a.op->zoneout_c == 0) return at.load(static_cast<const S*>(a.cells) + at.cells);
+    const T* const saved = static_cast<const T*>(a.gates) + at.gates;
+    const int64_t H = a.op->H;
+    return at.load(saved + H) * at.load(static_cast<const S*>(a.c_before) + past.c) +
+           at.load(saved) * at.load(saved + 2 * H);
+  }
+
   // The gradients of the gates from that of h, `dout`; returns what reaches h of the step before without them.
   template <class T, class A, class P, class X, class S = Accum<T>, class V = Vec<S>>
   static LLMKERN_INLINE V backward(const RnnBackwardArgs& a, const P& at, const Past& past, V dout, A* dgates,
@@ -166,13 +194,13 @@ struct LstmCell {
     const T* const saved = static_cast<const T*>(a.gates) + at.gates;
     const V i = at.load(saved), f = at.load(saved + H), g = at.load(saved + 2 * H), o = at.load(saved + 3 * H);
     const V before = at.load(static_cast<const S*>(a.c_before) + past.c);
-    V cell = at.load(static_cast<const S*>(a.cells) + at.cells);
+    const V cell = cell_of<T>(a, at, past);
     S* const dc = static_cast<S*>(a.dc) + at.c;
     V dcell = at.load(dc), passed{};
     if (a.dcells) dcell += at.load(static_cast<const S*>(a.dcells) + at.cells);
     if (op.zoneout_c != 0) {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
-      passed = kept * dcell, dcell = (1 - kept) * dcell, cell = f * before + i * g;
+      passed = kept * dcell, dcell = (1 - kept) * dcell;
     }
     const V squashed = x.squashed(cell);
     dout = where_within(o * squashed, static_cast<S>(op.clip), dout);
