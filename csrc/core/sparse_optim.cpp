@@ -7,6 +7,7 @@
 #include "core/sparse_optim.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "core/grad_norm.h"
@@ -18,19 +19,73 @@ namespace {
 
 DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// f(run, row, row of the next run, sum) for every row that has a gradient.
+// The sums of runs. A run of many positions is cut into pieces, which all threads add up first; where depends on the
+// run alone.
+class Sums {
+ public:
+  Sums(const RowGradient& grad, const RowOrder& sorted)
+      : grad_(grad),
+        sorted_(sorted),
+        row_bytes_(grad.D * itemsize(accum_of(grad.dtype))),
+        pieces_(find() * row_bytes_) {
+    parallel_for(begins_.size(), 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const uint32_t* const positions = sorted_.order() + begins_[i];
+        kernel_(grad_, positions, std::min<int64_t>(kPiece, ends_[i] - begins_[i]), *positions, piece(i));
+      }
+    });
+  }
+
+  // sum (D) of run r; fetches what a later run begins with.
+  void operator()(int64_t r, void* sum) const {
+    const uint32_t* const starts = sorted_.starts();
+    const int64_t count = starts[r + 1] - starts[r], next = later(r);
+    if (count <= kPiece) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[next]], sum);
+    const int64_t first = std::lower_bound(begins_.begin(), begins_.end(), starts[r]) - begins_.begin();
+    const int64_t n = (count + kPiece - 1) / kPiece;
+    std::vector<uint32_t> all(n);
+    std::iota(all.begin(), all.end(), 0u);
+    kernel_({{}, piece(first), n, n, grad_.D, accum_of(grad_.dtype)}, all.data(), n, 0, sum);
+  }
+
+  int64_t row_bytes() const { return row_bytes_; }
+  // The run whose rows are to be fetched while run r is at work: 16 KiB ahead.
+  int64_t later(int64_t r) const { return std::min(r + 1 + (16 << 10) / (row_bytes_ + 1), sorted_.runs() - 1); }
+
+ private:
+  static constexpr int64_t kPiece = 128;
+
+  // Fills begins_ and ends_: piece i begins at begins_[i], its run ends at ends_[i].
+  int64_t find() {
+    const uint32_t* const starts = sorted_.starts();
+    for (int64_t r = 0; r < sorted_.runs(); ++r)
+      if (starts[r + 1] - starts[r] > kPiece)
+        for (int64_t i = starts[r]; i < starts[r + 1]; i += kPiece)
+          begins_.push_back(i), ends_.push_back(starts[r + 1]);
+    return begins_.size();
+  }
+  char* piece(int64_t i) const { return pieces_.get() + i * row_bytes_; }
+
+  const RowGradient& grad_;
+  const RowOrder& sorted_;
+  const int64_t row_bytes_;
+  std::vector<uint32_t> begins_, ends_;
+  const Buffer<char> pieces_;
+  decltype(SparseOptimKernels::sum) const kernel_ = LLMKERN_SELECT(sparse_optim).sum;
+};
+
+// f(run, row, row of a later run, sum) for every row that has a gradient.
 template <class F>
 void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
-  const auto sum_rows = LLMKERN_SELECT(sparse_optim).sum;
+  const Sums sums(grad, sorted);
   const uint32_t *starts = sorted.starts(), *rows = sorted.rows();
   const int64_t grain = std::max<int64_t>(1, 32 * 1024 / std::max<int64_t>(1, grad.D));
   parallel_for(grad.N, grain, [&](int64_t begin, int64_t end) {
-    const Buffer<char> sum(grad.D * itemsize(accum_of(grad.dtype)));
+    const Buffer<char> sum(sums.row_bytes());
     int64_t r = std::lower_bound(starts, starts + sorted.runs(), static_cast<uint32_t>(begin)) - starts;
     for (; r < sorted.runs() && starts[r] < end; ++r) {
-      const int64_t next = r + 1 < sorted.runs() ? r + 1 : r;
-      sum_rows(grad, sorted.order() + starts[r], starts[r + 1] - starts[r], sorted.order()[starts[next]], sum.get());
-      f(r, rows[r], rows[next], sum.get());
+      sums(r, sum.get());
+      f(r, rows[r], rows[sums.later(r)], sum.get());
     }
   });
 }

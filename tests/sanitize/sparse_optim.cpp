@@ -87,6 +87,9 @@ void check_sparse_optim() {
         }
   // More than one thread's share.
   check(cpu::Adagrad{0.1, 0.2, 0, 1e-2, false, 1.0}, 1, DType::f32, DType::f32, 3000, 33, 9000, true);
+  // Half of the batch in one row: pieces.
+  check(cpu::Adagrad{0.1, 0.2, 0, 1e-2, false, 0.01}, 1, DType::f64, DType::f64, 2, 33, 700, true);
+  check(cpu::Adagrad{0.1, 0.2, 0, 1e-2, false, 0.01}, 1, DType::bf16, DType::f32, 2, 33, 700, true);
   check_bad_indices();
 }
 
