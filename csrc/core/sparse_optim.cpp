@@ -1,9 +1,9 @@
 // Optimizer steps on the rows that have a gradient.
 //
 // The positions are sorted by row (row_order.h). A thread takes whole runs of equal rows: it adds up the run's
-// gradients in a row of scratch, in the order of the batch, and steps the row while the sum is in the L1 cache. So each
-// gradient, parameter and state that takes part is read once and written once, and nothing depends on the number of
-// threads. Traffic of row-wise Adagrad in fp32: 12 bytes for each element of a gradient.
+// gradients in a row of scratch, in an order that the run decides, and steps the row while the sum is in the L1 cache.
+// So each gradient, parameter and state that takes part is read once and written once, and nothing depends on the
+// number of threads. Traffic of row-wise Adagrad in fp32: 12 bytes for each element of a gradient.
 #include "core/sparse_optim.h"
 
 #include <algorithm>
@@ -36,11 +36,11 @@ class Sums {
     });
   }
 
-  // sum (D) of run r; fetches what a later run begins with.
-  void operator()(int64_t r, void* sum) const {
+  // sum (D) of run r; fetches what run `later` begins with.
+  void of(int64_t r, int64_t later, void* sum) const {
     const uint32_t* const starts = sorted_.starts();
-    const int64_t count = starts[r + 1] - starts[r], next = later(r);
-    if (count <= kPiece) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[next]], sum);
+    const int64_t count = starts[r + 1] - starts[r];
+    if (count <= kPiece) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[later]], sum);
     const int64_t first = std::lower_bound(begins_.begin(), begins_.end(), starts[r]) - begins_.begin();
     const int64_t n = (count + kPiece - 1) / kPiece;
     std::vector<uint32_t> all(n);
@@ -49,8 +49,6 @@ class Sums {
   }
 
   int64_t row_bytes() const { return row_bytes_; }
-  // The run whose rows are to be fetched while run r is at work: 16 KiB ahead.
-  int64_t later(int64_t r) const { return std::min(r + 1 + (16 << 10) / (row_bytes_ + 1), sorted_.runs() - 1); }
 
  private:
   static constexpr int64_t kPiece = 128;
@@ -74,18 +72,29 @@ class Sums {
   decltype(SparseOptimKernels::sum) const kernel_ = LLMKERN_SELECT(sparse_optim).sum;
 };
 
+// The runs, by where they first come in the batch: gradients then are read as they lie in memory.
+std::vector<uint32_t> by_position(const RowOrder& sorted) {
+  constexpr uint32_t kNone = UINT32_MAX;
+  std::vector<uint32_t> runs(sorted.positions(), kNone);
+  for (int64_t r = 0; r < sorted.runs(); ++r) runs[sorted.order()[sorted.starts()[r]]] = static_cast<uint32_t>(r);
+  std::erase(runs, kNone);
+  return runs;
+}
+
 // f(run, row, row of a later run, sum) for every row that has a gradient.
 template <class F>
 void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
   const Sums sums(grad, sorted);
-  const uint32_t *starts = sorted.starts(), *rows = sorted.rows();
+  const std::vector<uint32_t> runs = by_position(sorted);
   const int64_t grain = std::max<int64_t>(1, 32 * 1024 / std::max<int64_t>(1, grad.D));
-  parallel_for(grad.N, grain, [&](int64_t begin, int64_t end) {
+  // What is fetched while a row is at work: 16 KiB ahead.
+  const int64_t ahead = 1 + (16 << 10) / (sums.row_bytes() + 1), last = static_cast<int64_t>(runs.size()) - 1;
+  parallel_for(runs.size(), grain, [&](int64_t begin, int64_t end) {
     const Buffer<char> sum(sums.row_bytes());
-    int64_t r = std::lower_bound(starts, starts + sorted.runs(), static_cast<uint32_t>(begin)) - starts;
-    for (; r < sorted.runs() && starts[r] < end; ++r) {
-      sums(r, sum.get());
-      f(r, rows[r], rows[sums.later(r)], sum.get());
+    for (int64_t i = begin; i < end; ++i) {
+      const uint32_t run = runs[i], later = runs[std::min(i + ahead, last)];
+      sums.of(run, later, sum.get());
+      f(run, sorted.rows()[run], sorted.rows()[later], sum.get());
     }
   });
 }
