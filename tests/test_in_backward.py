@@ -86,6 +86,8 @@ def test_what_would_be_wrong_is_an_error() -> None:
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="LBFGS"):
         optim.in_backward(torch.optim.LBFGS(m.parameters()))
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        optim.in_backward(optim.SGD(m.parameters(), lr=1.0, max_grad_norm=1.0))
     with optim.in_backward(optimizer):
         with pytest.raises(RuntimeError, match="steps inside the backward"):
             optimizer.step()

@@ -41,7 +41,7 @@ def embedding(
     The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
     saturate, as torch's do.
     """
-    if isinstance(weight, RowParameter):
+    if issubclass(type(weight), RowParameter):
         return ops.row_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     options = []
     if padding_idx is not None:

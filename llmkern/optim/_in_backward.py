@@ -75,7 +75,7 @@ def in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
         A handle; ``remove()``, or leaving it as a context, ends it.
 
     Raises:
-        ValueError: if a gradient exists already, which the next backward would add to.
+        ValueError: if a gradient exists already, which the next backward would add to; for an optimizer that clips.
         RuntimeError: from ``optimizer.step()``, and from a backward with ``create_graph=True``. A second backward
         through a
             kept graph raises autograd's own error, because parameters have changed.
@@ -85,6 +85,10 @@ def in_backward(optimizer: torch.optim.Optimizer) -> InBackward:
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("in_backward: LBFGS steps all parameters together; expected an elementwise optimizer")
+    if getattr(optimizer, "max_grad_norm", None) is not None:
+        raise ValueError(
+            "in_backward: got max_grad_norm, but the norm of all gradients is known after the backward alone"
+        )
     if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("in_backward: got parameters with gradients, to which a backward would add; zero_grad() first")
     return InBackward(optimizer)
