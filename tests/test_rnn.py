@@ -211,6 +211,21 @@ def test_the_op_differentiates(backend: str, reverse: bool, biases: bool) -> Non
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"layer_norm": True}], ids=str)
+def test_layers_differentiate(name: str, options: dict[str, Any]) -> None:
+    ours = getattr(nn, name)(2, 3, **options).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = dict(ours.named_parameters())
+
+    def function(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_flat(torch.func.functional_call(ours, dict(zip(weights, values, strict=True)), x)))
+
+    arguments = (x, *(p.detach().requires_grad_() for p in weights.values()))
+    assert torch.autograd.gradcheck(function, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
 def test_frozen_weights_and_inputs() -> None:
     ours, theirs = _pair("LSTM", 5, 7)
     x = torch.randn(4, 3, 5)

@@ -104,8 +104,9 @@ class RNNFunction(KernelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options, ctx.backend = inputs
-        y, _, _, cells, gates, normed = output
-        ctx.mark_non_differentiable(gates, normed)
+        y, _, cy, cells, gates, normed = output
+        # Where there is no c, nor is there a direction of it in forward mode.
+        ctx.mark_non_differentiable(gates, normed, *(() if tensors[2] is not None else (cy, cells)))
         # Autograd would make zeros for the gates, the largest of all tensors, on every backward.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, y, gates, cells, normed)
