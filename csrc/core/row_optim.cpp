@@ -35,6 +35,12 @@ constexpr int64_t kGrain = 32 * 1024;  // elements that are worth a thread
 constexpr int64_t kLongRun = 64;       // positions; a longer run is cut into columns
 constexpr int64_t kColumns = 64;
 
+// How many rows ahead of its turn a row is fetched: a few KB of each array.
+int64_t rows_ahead(const RowTable& table) {
+  constexpr int64_t kBytes = 4 * 1024;
+  return 1 + kBytes / (1 + table.D * static_cast<int64_t>(itemsize(table.dtype)));
+}
+
 int64_t rows_per_thread(int64_t D) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, D)); }
 
 bool changes_idle_rows(RowOptim kind, const RowStep& step) {
@@ -145,13 +151,13 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
 }  // namespace
 
 void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
-  const int64_t bytes = table.D * static_cast<int64_t>(itemsize(table.dtype));
+  const int64_t bytes = table.D * static_cast<int64_t>(itemsize(table.dtype)), ahead = rows_ahead(table);
   const auto& kernels = LLMKERN_SELECT(row_optim);
   const auto inside = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(table.V); };
   std::atomic<bool> bad{false};
   parallel_for(N, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = indices[i], later = indices[std::min(i + 1, N - 1)];
+      const int64_t row = indices[i], later = indices[std::min(i + ahead, N - 1)];
       if (!inside(row)) {
         bad.store(true, std::memory_order_relaxed);
         return;
@@ -167,11 +173,12 @@ void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
 }
 
 void row_catch_up(const RowTable& table, const RowOrder& batch) {
+  const int64_t ahead = rows_ahead(table);
   const auto& kernels = LLMKERN_SELECT(row_optim);
   parallel_for(batch.runs(), rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t row = batch.rows()[r];
-      kernels.catch_up(table, row, table.applied[row], batch.rows()[std::min(r + 1, batch.runs() - 1)]);
+      kernels.catch_up(table, row, table.applied[row], batch.rows()[std::min(r + ahead, batch.runs() - 1)]);
       table.applied[row] = static_cast<int32_t>(table.count);
     }
   });
@@ -192,6 +199,7 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
   const auto& kernels = LLMKERN_SELECT(row_optim);
   alignas(double) unsigned char rule[sizeof RowRecord::rule];
   kernels.make_rule(table, step, grad_scale, rule);
+  const int64_t ahead = rows_ahead(table);
   int64_t total;
   const std::vector<Piece> pieces = pieces_of(table, batch, &total);
   parallel_for(total, rows_per_thread(table.D), [&](int64_t from, int64_t to) {
@@ -199,7 +207,7 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
                                   [](const Piece& p, int64_t cost) { return p.cost_before < cost; });
     for (; piece != pieces.end() && piece->cost_before < to; ++piece) {
       const int64_t row = batch.rows()[piece->run], start = batch.starts()[piece->run];
-      const int64_t next = std::min(piece->run + 1, batch.runs() - 1);
+      const int64_t next = std::min(piece->run + ahead, batch.runs() - 1);
       kernels.step(table, rule, row, table.applied[row], batch.rows()[next], values, batch.order() + start,
                    batch.starts()[piece->run + 1] - start, batch.order()[batch.starts()[next]], piece->begin,
                    piece->end);
