@@ -16,7 +16,7 @@ namespace llmkern::cpu {
 namespace {
 
 constexpr int64_t kGrainBytes = 32 * 1024;
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 

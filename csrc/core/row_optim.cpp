@@ -30,14 +30,15 @@
 namespace llmkern::cpu {
 namespace {
 
-constexpr double kTolerance = 0x1p-23, kGone = 0x1p-50, kLongWay = 1000, kLargest = 1e30;
+constexpr double kTolerance = 0x1p-23, kGone = 0x1p-50, kLongWay = 1000, kLargest = 1e15, kSmallest = 1e-18;
 constexpr int64_t kGrain = 32 * 1024;  // elements that are worth a thread
 constexpr int64_t kLongRun = 64;       // positions; a longer run is cut into columns
 constexpr int64_t kColumns = 64;
+constexpr int64_t kStreamBytes = int64_t{32} << 20;  // of a result that is written past the caches
 
 // How many rows ahead of its turn a row is fetched: a few KB of each array.
 int64_t rows_ahead(const RowTable& table) {
-  constexpr int64_t kBytes = 4 * 1024;
+  constexpr int64_t kBytes = 12 * 1024;
   return 1 + kBytes / (1 + table.D * static_cast<int64_t>(itemsize(table.dtype)));
 }
 
@@ -90,8 +91,9 @@ void extend_adam(RowRecord& r, const RowStep& u, const RowRule& rule, bool amsgr
   // Later steps add nothing that fp32 would see.
   if (r.keep[1] * y < kGone * r.origin) r.complete = 1;
   solve(r);
-  if (r.weight[0] + r.weight[1] + r.eps[1] + y < kLargest) return;
-  // Out of fp32's range, as with beta2 = 0: whatever moves goes step by step.
+  if (u.eps == 0) r.least = std::max(r.least, kSmallest);
+  if (r.weight[0] + r.weight[1] + r.eps[1] + y < kLargest && (u.eps == 0 || r.eps[0] > kSmallest)) return;
+  // Products would leave fp32's range, as with beta2 = 0: whatever moves goes step by step.
   r.complete = 1, r.weight[0] = r.weight[1] = 0, r.eps[0] = r.eps[1] = 1;
   r.least = std::numeric_limits<double>::infinity();
 }
@@ -154,6 +156,7 @@ void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
   const int64_t bytes = table.D * static_cast<int64_t>(itemsize(table.dtype)), ahead = rows_ahead(table);
   const auto& kernels = LLMKERN_SELECT(row_optim);
   const auto inside = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(table.V); };
+  const bool stream = N * bytes >= kStreamBytes;
   std::atomic<bool> bad{false};
   parallel_for(N, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -166,7 +169,7 @@ void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
       if (table.applied[row] == table.count)
         std::memcpy(to, static_cast<const char*>(table.param) + row * bytes, bytes);
       else
-        kernels.lookup(table, row, table.applied[row], inside(later) ? later : row, to);
+        kernels.lookup(table, row, table.applied[row], inside(later) ? later : row, stream, to);
     }
   });
   if (bad) throw_index_error();

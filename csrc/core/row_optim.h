@@ -65,7 +65,7 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
 
 // On a row of which `applied` steps have been made. Row `next` is fetched meanwhile.
 struct RowOptimKernels {
-  void (*lookup)(const RowTable& table, int64_t row, int64_t applied, int64_t next, void* out);
+  void (*lookup)(const RowTable& table, int64_t row, int64_t applied, int64_t next, bool stream, void* out);
   void (*catch_up)(const RowTable& table, int64_t row, int64_t applied, int64_t next);
   // Columns [begin, end); the gradient is the sum of rows order[0..n) of values, of which row `later` is fetched.
   // `rule` as made by make_rule.

@@ -57,11 +57,12 @@ class Row {
     least_ = static_cast<S>(r.least);
   }
 
-  void lookup(T* out) const {
+  void lookup(bool stream, T* out) const {
+    stream = stream && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
     columns(0, D_, [&](int64_t i, auto get, auto put) {
       V p, states[kStates + 1];
       load_up_to_date(i, get, p, states);
-      put(out + i, p);
+      stream&& i + L <= D_ ? store_streaming(out + i, p) : put(out + i, p);
     });
   }
 
@@ -149,7 +150,9 @@ class Row {
       V &m = states[0], &v = states[1];
       const V root = sqrt(kStates == 3 ? states[2] : v);
       if (least_ > 0 && any<S>((root < least_) & (m != 0))) return false;
-      const V change = m * (weight_[0] / (root + eps_[0]) + weight_[1] / (root + eps_[1]));
+      // Both nodes over their common denominator: one division.
+      const V near = root + eps_[0], far = root + eps_[1];
+      const V change = m * (weight_[0] * far + weight_[1] * near) / (near * far);
       // Without a past, nothing; 0 / 0 where eps is 0, as in the dense step.
       p = fma(p, splat(keep_[0]), -change), m *= keep_[1], v *= keep_[2];
       return true;
@@ -204,11 +207,11 @@ void visit_table(const RowTable& table, const F& f) {
   });
 }
 
-void lookup(const RowTable& table, int64_t row, int64_t applied, int64_t next, void* out) {
+void lookup(const RowTable& table, int64_t row, int64_t applied, int64_t next, bool stream, void* out) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
     Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
-        .lookup(static_cast<typename Y::T*>(out));
+        .lookup(stream, static_cast<typename Y::T*>(out));
   });
 }
 
