@@ -47,7 +47,7 @@ def row_catch_up(
     without a gradient is stepped with a gradient of zeros, as a dense optimizer does. ``closed`` is of no concern
     here.
     """
-    rows = torch.arange(param.shape[0]) if indices is None else indices.long().unique()
+    rows = torch.arange(param.shape[0], device=param.device) if indices is None else indices.long().unique()
     for u in range(count):
         due = rows[applied[rows] <= u]
         if due.numel():
@@ -78,8 +78,10 @@ def row_step(
     row_catch_up(param, states, applied, history, count, *rule, closed, indices)
     rows, places = indices.long().unique(return_inverse=True)
     wide = torch.promote_types(param.dtype, torch.float32)
-    grad = torch.zeros(rows.numel(), param.shape[1], dtype=wide).index_add(0, places, values.to(wide))
-    _dense(param, states, rows, (grad.to(param.dtype) * grad_scale), step, *rule)
+    grad = torch.zeros(rows.numel(), param.shape[1], dtype=wide, device=param.device).index_add(
+        0, places, values.to(wide)
+    )
+    _dense(param, states, rows, grad.to(param.dtype) * grad_scale, step, *rule)
     recorded = kind == "adam" or step[5] != 0 or (kind == "sgd" and step[2] != 0)
     applied[rows] = count + recorded
     history[count, :6] = torch.tensor(step, dtype=torch.float64)
