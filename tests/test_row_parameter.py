@@ -136,6 +136,37 @@ def test_prepare_takes_the_embeddings_that_can() -> None:
     torch.testing.assert_close(model["plain"].weight.data, dense)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (5, 0), (1, 1)])
+def test_tables_of_nothing(rows: int, columns: int) -> None:
+    module = Embedding(rows, columns, row_grad=True)
+    optimizer = optim.AdamW(module.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(torch.zeros(2 if rows else 0, 3, dtype=torch.int32)).sum().backward()
+        optimizer.step()
+    dense = torch.nn.Embedding(rows, columns)
+    dense.load_state_dict(module.state_dict())
+    assert optimizer.state_dict()["state"][0]["step"] == 3
+    assert torch.equal(module.weight.detach(), dense.weight.detach())
+
+
+def test_optimizers_of_sparse_gradients_step_the_rows_that_come() -> None:
+    rows, sparse = Embedding(V, D, row_grad=True), torch.nn.Embedding(V, D, sparse=True)
+    sparse.load_state_dict(rows.state_dict())
+    exact = optim.Adam(rows.parameters(), lr=0.1), torch.optim.Adam(sparse.parameters(), lr=0.1)
+    lazy = optim.LazyAdam(rows.parameters(), lr=0.1), torch.optim.SparseAdam(sparse.parameters(), lr=0.1)
+    for indices, dout in batches(4):
+        for module, first, second in zip((rows, sparse), exact, lazy, strict=True):
+            module.zero_grad()
+            module(indices).backward(dout.float())
+            grad = module.weight.grad
+            module.weight.grad = grad if module is rows else grad.to_dense()
+            first.step()
+            module.weight.grad = grad
+            second.step()
+    torch.testing.assert_close(rows.weight.detach(), sparse.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_arguments_are_told() -> None:
     with pytest.raises(ValueError, match="row_grad: got 'rows', expected"):
         Embedding(V, D, row_grad="rows")  # type: ignore[arg-type]

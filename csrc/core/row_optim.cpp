@@ -144,7 +144,7 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
       const int64_t begin = D * part / parts / kColumns * kColumns;
       const int64_t end = part + 1 == parts ? D : D * (part + 1) / parts / kColumns * kColumns;
       pieces.push_back({r, begin, end, *total});
-      *total += (n + kUpdate) * (end - begin) / D + 1;
+      *total += (n + kUpdate) * (end - begin) / std::max<int64_t>(1, D) + 1;
     }
   }
   return pieces;

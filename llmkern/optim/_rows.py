@@ -39,10 +39,14 @@ def without(group: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def step(optimizer: Any, group: dict[str, Any], factor: float, scale: bool) -> None:
     """Steps the parameters of ``group`` that have row gradients, times ``factor``; ``scale`` leaves them so."""
+    kind = _kind(optimizer)
+    if kind is None:
+        # SparseAdam and its like: they step rows as they come, which is another optimizer.
+        return
     for p in filter(_has_row_grad, group["params"]):
         grad = p.grad
         backend = dispatch.pick("row_optim", p, options=["row_grad"])
-        states, rule, numbers = _describe(optimizer, group, p)
+        states, rule, numbers = _describe(optimizer, kind, group, p)
         with torch._C.DisableTorchFunctionSubclass():
             values = p.detach()
         table = p.table
@@ -63,11 +67,12 @@ def catch_up(optimizer: torch.optim.Optimizer) -> None:
             p.catch_up()
 
 
-def _describe(optimizer: Any, group: dict[str, Any], p: RowParameter) -> tuple[list[Tensor], RowRule, RowStep]:
+def _describe(
+    optimizer: Any, kind: str, group: dict[str, Any], p: RowParameter
+) -> tuple[list[Tensor], RowRule, RowStep]:
     """The states of ``p``, made if they are missing, the rule and the step that is due, which the state's step
     counts."""
     state = optimizer.state[p]
-    kind = _kind(optimizer)
     decay, nesterov = group["weight_decay"], bool(group.get("nesterov", False))
     if kind == "sgd":
         buffer = state.get("momentum_buffer")
@@ -95,11 +100,11 @@ def _describe(optimizer: Any, group: dict[str, Any], p: RowParameter) -> tuple[l
     return states, RowRule(kind, decoupled, bool(group["maximize"]), nesterov, closed), numbers
 
 
-def _kind(optimizer: Any) -> str:
+def _kind(optimizer: Any) -> str | None:
     for kind, base in (("sgd", torch.optim.SGD), ("adagrad", torch.optim.Adagrad), ("adam", torch.optim.Adam)):
         if isinstance(optimizer, base):
             return kind
-    raise TypeError(f"row parameters are stepped by SGD, Adagrad, Adam and AdamW, not by {type(optimizer).__name__}")
+    return None
 
 
 def _zeros(optimizer: Any, p: Tensor) -> Tensor:
