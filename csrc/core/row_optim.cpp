@@ -150,6 +150,20 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
   return pieces;
 }
 
+// Rows row_of(0) .. row_of(n - 1), which differ.
+template <class F>
+void catch_up(const RowTable& table, int64_t n, const F& row_of) {
+  const int64_t ahead = rows_ahead(table);
+  const auto& kernels = LLMKERN_SELECT(row_optim);
+  parallel_for(n, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = row_of(i);
+      kernels.catch_up(table, row, table.applied[row], row_of(std::min(i + ahead, n - 1)));
+      table.applied[row] = static_cast<int32_t>(table.count);
+    }
+  });
+}
+
 }  // namespace
 
 void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
@@ -176,25 +190,11 @@ void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
 }
 
 void row_catch_up(const RowTable& table, const RowOrder& batch) {
-  const int64_t ahead = rows_ahead(table);
-  const auto& kernels = LLMKERN_SELECT(row_optim);
-  parallel_for(batch.runs(), rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t row = batch.rows()[r];
-      kernels.catch_up(table, row, table.applied[row], batch.rows()[std::min(r + ahead, batch.runs() - 1)]);
-      table.applied[row] = static_cast<int32_t>(table.count);
-    }
-  });
+  catch_up(table, batch.runs(), [&](int64_t r) { return batch.rows()[r]; });
 }
 
 void row_catch_up(const RowTable& table) {
-  const auto& kernels = LLMKERN_SELECT(row_optim);
-  parallel_for(table.V, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      kernels.catch_up(table, row, table.applied[row], row);
-      table.applied[row] = static_cast<int32_t>(table.count);
-    }
-  });
+  catch_up(table, table.V, [](int64_t row) { return row; });
 }
 
 bool row_step(const RowTable& table, const RowStep& step, double grad_scale, const RowOrder& batch,

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "torch/tensor.h"
+#include "torch/indices.h"
 
 namespace llmkern {
 namespace {
@@ -45,14 +45,12 @@ struct Arguments {
   cpu::FusedTable table(const Tensor& t, const Tensor& at, const cpu::FusedEmbedding& op, bool reads,
                         const char* name) const {
     if (reads) require_contiguous(t, name);
-    require_contiguous(at, "indices");
-    const bool is_int64 = at.scalar_type() == ScalarType::Long;
-    require(is_int64 || at.scalar_type() == ScalarType::Int, "indices: expected int32 or int64");
+    const cpu::Indices rows = indices_of(at, "indices");
     const int64_t period = at.numel();
     require(t.dim() == 2 && t.size(1) == op.D && t.scalar_type() == weight.scalar_type() &&
                 (period == 0 ? op.N == 0 : op.N % period == 0),
             std::string(name) + ": expected (rows, D) of weight's dtype, and indices of which N is a multiple");
-    return {reads ? t.const_data_ptr() : nullptr, t.size(0), {at.const_data_ptr(), is_int64}, period};
+    return {reads ? t.const_data_ptr() : nullptr, t.size(0), rows, period};
   }
   const void* row(const Optional& t, const char* name) const {
     if (!t) return nullptr;

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "torch/tensor.h"
+#include "torch/indices.h"
 
 namespace llmkern {
 namespace {
@@ -25,7 +25,6 @@ std::tuple<Tensor, Tensor, Tensor> quantized_embedding_quantize(const Tensor& we
 Tensor quantized_embedding_forward(const Tensor& weight, const Tensor& scale, const Tensor& offset,
                                    const Tensor& indices, int64_t embedding_dim, int64_t bits, ScalarType dtype) {
   require_contiguous(weight, "weight"), require_contiguous(scale, "scale"), require_contiguous(offset, "offset");
-  require_contiguous(indices, "indices");
   check_bits(bits);
   require(weight.dim() == 2 && weight.scalar_type() == ScalarType::Byte && embedding_dim >= 0 &&
               weight.size(1) == (bits == 8 ? embedding_dim : (embedding_dim + 1) / 2),
@@ -34,14 +33,12 @@ Tensor quantized_embedding_forward(const Tensor& weight, const Tensor& scale, co
   require(scale.numel() == V && offset.numel() == V && scale.scalar_type() == ScalarType::Float &&
               offset.scalar_type() == ScalarType::Float,
           "scale, offset: expected float32 (V)");
-  const bool is_int64 = indices.scalar_type() == ScalarType::Long;
-  require(indices.dim() == 1 && (is_int64 || indices.scalar_type() == ScalarType::Int),
-          "indices: expected int32 or int64 (N)");
+  require(indices.dim() == 1, "indices: expected (N)");
   Tensor out = empty(scale, {indices.numel(), embedding_dim}, dtype);
   cpu::quantized_embedding_forward(
       {static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<const float*>(scale.const_data_ptr()),
        static_cast<const float*>(offset.const_data_ptr()), V, embedding_dim, static_cast<int>(bits)},
-      {indices.const_data_ptr(), is_int64}, indices.numel(), dtype_of(dtype), out.mutable_data_ptr());
+      indices_of(indices, "indices"), indices.numel(), dtype_of(dtype), out.mutable_data_ptr());
   return out;
 }
 

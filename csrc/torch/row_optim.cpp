@@ -1,6 +1,6 @@
 #include "core/row_optim.h"
 
-#include "torch/tensor.h"
+#include "torch/indices.h"
 
 namespace llmkern {
 namespace {
@@ -57,11 +57,9 @@ struct Table {
   }
 };
 
-cpu::Indices indices_of(const Tensor& t) {
-  require_contiguous(t, "indices");
-  const bool is_int64 = t.scalar_type() == ScalarType::Long;
-  require(t.dim() == 1 && (is_int64 || t.scalar_type() == ScalarType::Int), "indices: expected int32 or int64 (N)");
-  return {t.const_data_ptr(), is_int64};
+cpu::Indices rows_of(const Tensor& indices) {
+  require(indices.dim() == 1, "indices: expected (N)");
+  return indices_of(indices, "indices");
 }
 
 Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
@@ -71,7 +69,7 @@ Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, co
   require(closed, "row_lookup: expected a closed rule");
   const int64_t N = indices.numel();
   Tensor out = empty(param, {N, table.D});
-  cpu::row_lookup(table, indices_of(indices), N, out.mutable_data_ptr());
+  cpu::row_lookup(table, rows_of(indices), N, out.mutable_data_ptr());
   return out;
 }
 
@@ -81,7 +79,7 @@ void row_catch_up(const Tensor& param, Tensors states, const Tensor& applied, co
   const auto table =
       Table{param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed}.checked();
   if (indices)
-    cpu::row_catch_up(table, cpu::RowOrder(indices_of(*indices), indices->numel(), table.V));
+    cpu::row_catch_up(table, cpu::RowOrder(rows_of(*indices), indices->numel(), table.V));
   else
     cpu::row_catch_up(table);
 }
@@ -97,7 +95,7 @@ bool row_step(const Tensor& param, Tensors states, const Tensor& applied, const 
           "values: expected (N, D) of the parameter's dtype");
   require(step.size() == 6, "step: expected step, lr, two numbers of the rule, eps and weight_decay");
   return cpu::row_step(table, {step[0], step[1], step[2], step[3], step[4], step[5]}, grad_scale,
-                       cpu::RowOrder(indices_of(indices), indices.numel(), table.V), values.const_data_ptr());
+                       cpu::RowOrder(rows_of(indices), indices.numel(), table.V), values.const_data_ptr());
 }
 
 }  // namespace

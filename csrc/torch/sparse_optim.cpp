@@ -3,23 +3,17 @@
 #include <cmath>
 
 #include "core/grad_norm.h"
-#include "torch/tensor.h"
+#include "torch/indices.h"
 
 namespace llmkern {
 namespace {
 
 cpu::RowGradient gradient_of(const Tensor& indices, const Tensor& values, int64_t V) {
-  require_contiguous(indices, "indices"), require_contiguous(values, "values");
-  const bool is_int64 = indices.scalar_type() == ScalarType::Long;
-  require(is_int64 || indices.scalar_type() == ScalarType::Int, "indices: expected int32 or int64");
+  const cpu::Indices rows = indices_of(indices, "indices");
+  require_contiguous(values, "values");
   require(indices.dim() == 1 && values.dim() == 2 && values.size(0) == indices.numel(),
           "sparse step: expected indices (N) and values (N, D)");
-  return {{indices.const_data_ptr(), is_int64},
-          values.const_data_ptr(),
-          indices.numel(),
-          V,
-          values.size(1),
-          dtype_of(values)};
+  return {rows, values.const_data_ptr(), indices.numel(), V, values.size(1), dtype_of(values)};
 }
 
 // States of one dtype: the parameter's, or the one that arithmetic is done in.

@@ -1,20 +1,13 @@
-// Gradients of tables as tensors: dense, or the rows that occur. Indices.
+// Gradients of tables as tensors: dense, or the rows that occur.
 #pragma once
 #include <tuple>
 
-#include "core/indices.h"
 #include "core/row_order.h"
 #include "core/table_gradient.h"
+#include "torch/indices.h"
 #include "torch/tensor.h"
 
 namespace llmkern {
-
-inline cpu::Indices indices_of(const Tensor& t, const char* name) {
-  require_contiguous(t, name);
-  const bool is_int64 = t.scalar_type() == ScalarType::Long;
-  require(is_int64 || t.scalar_type() == ScalarType::Int, std::string(name) + ": expected int32 or int64");
-  return {t.const_data_ptr(), is_int64};
-}
 
 // (V, D), like dout.
 inline Tensor dense_gradient(const Tensor& dout, const cpu::Terms& terms, const cpu::RowOrder& order, int64_t V,
