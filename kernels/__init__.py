@@ -1,8 +1,49 @@
-"""The Triton backend: the same function names, arguments and returns as ``llmkern.native``, on GPU tensors."""
+"""The Triton backend: the same function names, arguments and returns as ``llmkern.native``, on GPU tensors.
+
+Pure: tensors in, tensors out. The modules here import without a GPU; only launching a kernel needs one, or Triton's
+interpreter (``TRITON_INTERPRET=1``, set before the first import), which runs kernels on CPU tensors, slowly.
+"""
 
 from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+# Where each function of the namespace lives; a module is imported, and Triton with it, when it is first needed.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "dropout": ("dropout_forward",),
+}
+
+
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run here, or ``None`` if it can."""
-    return "there is no Triton kernel yet"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
+    return None
+
+
+_HOME = {function: module for module, functions in _MODULES.items() for function in functions}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return function

@@ -29,7 +29,6 @@ BACKENDS = ("native", "triton", "torch", "reference")
 _MODULES = {"native": "llmkern.native", "triton": "llmkern.kernels", "reference": "llmkern.reference"}
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-_GPU_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,12 @@ class Support:
 
 def _cpu(*options: str, **kwargs: Any) -> Support:
     return Support(frozenset({"cpu"}), _FLOATS, frozenset(options), **kwargs)
+
+
+def _gpu(*options: str, **kwargs: Any) -> Support:
+    """Triton: on a GPU, and under its interpreter on the CPU, which `auto` never asks as native code comes first."""
+    devices = {"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"}
+    return Support(frozenset(devices), _FLOATS, frozenset(options), **kwargs)
 
 
 def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
@@ -124,7 +129,7 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS),
     },
     "nll_loss": {},
-    "dropout": {"native": _cpu()},
+    "dropout": {"native": _cpu(), "triton": _gpu()},
     "embedding": {"native": _cpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")},
     "embedding_bag": {
         "native": _cpu(

@@ -6,10 +6,23 @@ of the result's scale. `FLOATS` are the dtypes that every op serves.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+from llmkern import dispatch
+
+# Whether this process runs Triton's kernels on the CPU, and nothing else (tests/test_interpreter.py starts it).
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels(op: str) -> list[str]:
+    """The kernel backends that serve ``op`` here, for tests marked ``kernels``, which loop over them on CPU tensors."""
+    names = ["triton"] if INTERPRETING else ["native"]
+    return [name for name in names if name in dispatch.TABLE[op] and dispatch.unavailable(name) is None]
 
 
 def assert_accurate(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from checks import INTERPRETING
 
 import llmkern
 from llmkern import dispatch
@@ -25,7 +26,22 @@ def _repeatable_and_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=["native", "triton", "torch", "reference"])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under Triton's interpreter only what runs a kernel is of interest: the tests of the ``backend`` fixture and those
+    marked ``kernels``; not those marked ``not_interpreted``."""
+    if not INTERPRETING:
+        return
+    runs = [
+        item
+        for item in items
+        if ("backend" in getattr(item, "fixturenames", ()) or "kernels" in item.keywords)
+        and "not_interpreted" not in item.keywords
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in runs])
+    items[:] = runs
+
+
+@pytest.fixture(params=["triton"] if INTERPRETING else ["native", "triton", "torch", "reference"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once per backend that this machine has. LLMKERN_TEST_REQUIRE=native,... turns a skip into a
     failure, so that a missing build cannot pass for a green run. A module whose ``OP`` names an op is spared the

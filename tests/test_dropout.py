@@ -5,33 +5,35 @@ from __future__ import annotations
 import llmkern.nn.functional as F
 import pytest
 import torch
+from checks import kernels
 
-import llmkern
 import llmkern.nn as nn
 from llmkern import ops, reference
 
-NATIVE = llmkern.dispatch.unavailable("native") is None
+KERNELS = kernels("dropout")
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_dropout_is_the_references(dtype: torch.dtype) -> None:
+def test_dropout_is_the_references(kernel: str, dtype: torch.dtype) -> None:
     x = torch.randn(1003, 7).to(dtype)
     for p in (0.0, 0.3, 1.0):
         for seed in (0, 1, (1 << 62) - 1):
-            got, want = (ops.dropout(x, p, seed, where) for where in ("native", "reference"))
+            got, want = (ops.dropout(x, p, seed, where) for where in (kernel, "reference"))
             assert torch.equal(got, want)
             assert abs((got == 0).double().mean() - p) < 0.02
-    a, b = (ops.dropout(x, 0.5, seed, "native") == 0 for seed in (1, 2))
+    a, b = (ops.dropout(x, 0.5, seed, kernel) == 0 for seed in (1, 2))
     assert 0.45 < (a == b).double().mean() < 0.55
     huge = torch.full((64,), float("inf"))
-    assert set(ops.dropout(huge, 0.5, 3, "native").tolist()) == {0.0, float("inf")}
+    assert set(ops.dropout(huge, 0.5, 3, kernel).tolist()) == {0.0, float("inf")}
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native build")
-def test_dropout_differentiates() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_differentiates(kernel: str) -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    function = lambda x: ops.dropout(x, 0.4, 9, "native")  # noqa: E731
+    function = lambda x: ops.dropout(x, 0.4, 9, kernel)  # noqa: E731
     assert torch.autograd.gradcheck(function, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, x)
 

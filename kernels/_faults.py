@@ -1,0 +1,63 @@
+"""Indices out of range, found by kernels and raised as ``IndexError`` by the host, without waiting for a kernel.
+
+A kernel that finds a bad index leaves it out (it reads and writes nothing for it) and writes its value to a word of
+pinned host memory, which a GPU reaches like its own. The host looks at these words when it launches the next kernel
+and in :func:`llmkern.synchronize`: a read of memory, no call of the driver. So an error is raised by a later call, as
+CUDA's own are, but it is an ordinary exception: the context lives, and no memory was touched outside the tensors.
+Under the interpreter, where kernels are done when a launch returns, the call itself raises.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import interpreting
+
+# One word each. The texts are torch's; {} is the index.
+MESSAGES = (
+    "index out of range in self",
+    "Target {} is out of bounds.",
+)
+EMBEDDING, TARGET = range(len(MESSAGES))
+
+# Not an index of anything: none was found.
+_NONE = -(2**63)
+
+
+@triton.jit
+def report(bad, index, fault_ptr):
+    """Notes one of the ``index`` where ``bad``."""
+    tl.store(fault_ptr + tl.zeros_like(index).to(tl.int64), index.to(tl.int64), mask=bad)
+
+
+@cache
+def _words() -> Tensor:
+    words = torch.full((len(MESSAGES),), _NONE, dtype=torch.int64)
+    return words if interpreting() or not torch.cuda.is_available() else words.pin_memory()
+
+
+@cache
+def word(kind: int) -> Tensor:
+    """The word (1) where a kernel reports faults of this kind: its ``fault_ptr``."""
+    return _words()[kind : kind + 1]
+
+
+def raise_any() -> None:
+    """Raises the fault that a kernel has reported, if one has, and forgets it.
+
+    Raises:
+        IndexError: with torch's own text; on a GPU it says too that an earlier call is meant.
+    """
+    values = _words().numpy()
+    if (values == _NONE).all():
+        return
+    found = [(MESSAGES[i], int(value)) for i, value in enumerate(values) if value != _NONE]
+    values[:] = _NONE
+    text = "; ".join(message.format(value) for message, value in found)
+    later = "" if interpreting() else f" (index {found[0][1]}, in an earlier call: kernels on a GPU run asynchronously)"
+    raise IndexError(text + later)

@@ -1,0 +1,110 @@
+"""How kernels are launched: on the device of their tensors, on its current stream, and in one place that can listen.
+
+A launch is ``launch(kernel, grid, *arguments, **constexprs)``. What it adds to Triton's own ``kernel[grid](...)``:
+
+- an empty grid launches nothing;
+- the device of the first tensor is made the current one;
+- options of the compiler are pinned, not left to a default that changes between versions of Triton;
+- under :func:`recording` launches are noted instead of made, so that tensors may lie on the ``meta`` device: this is
+  how tests learn, without a GPU, which kernels a call launches, in which configuration and on how large a grid;
+- a fault that an earlier kernel found (an index out of range) is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import _faults, interpreting
+
+if interpreting():
+    from . import _interpreter
+
+    _interpreter.install()
+
+
+class Launch(NamedTuple):
+    """One launch: ``arguments`` are the kernel's in order, ``constexprs`` by name, ``options`` the compiler's."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+_record: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collects the launches of a block instead of making them: nothing is computed."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    fp_fusion: bool = True,
+    cooperative: bool = False,
+    **constexprs: Any,
+) -> None:
+    """Launches ``kernel`` on ``grid`` with ``arguments``, the first of which is a tensor.
+
+    Args:
+        fp_fusion: whether a product and a sum may become one rounding. Off where a result must have given bits.
+        cooperative: all programs run at the same time, so that they may wait for one another.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    if cooperative:
+        options["launch_cooperative_grid"] = True
+    if _record is not None:
+        _record.append(Launch(kernel, grid, arguments, constexprs, options))
+        return
+    _faults.raise_any()
+    if 0 in grid:
+        return
+    if interpreting():
+        kernel[grid](*arguments, **constexprs)
+        _faults.raise_any()
+        return
+    with torch.cuda.device(arguments[0].device):
+        kernel[grid](*arguments, **constexprs, **options)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where there is none (recording, interpreting), those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """What sums over this tensor are kept in: fp64 for fp64, else fp32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def acc_type(tensor: Tensor) -> tl.dtype:
+    """:func:`accumulator` as Triton's type, for a kernel's ``ACC``."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,33 @@
+"""Random numbers from a counter: the bits of ``llmkern.reference._random``, in a kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_bits(seed_low, seed_high, index, salt: tl.constexpr):
+    """uint32 for each element of ``index`` (int64, not negative); the seed comes in two halves (see :func:`halves`)."""
+    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+    x = _mix(low * 0x9E3779B1 + seed_low.to(tl.uint32))
+    x = x ^ (high * 0x85EBCA77 + seed_high.to(tl.uint32))
+    return _mix(x + tl.full((), (salt * 0xC2B2AE3D) & 0xFFFFFFFF, tl.uint32))
+
+
+def halves(seed: int) -> tuple[int, int]:
+    """A seed as two numbers of 32 bits, as signed as Triton passes them."""
+    return tuple((half ^ 0x80000000) - 0x80000000 for half in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))  # type: ignore[return-value]
+
+
+def threshold(share: float) -> int:
+    """An element is drawn, with probability ``share``, if its bits, as a 64-bit number, are below this."""
+    product = share * 2.0**32
+    return int(product) + (product != int(product))

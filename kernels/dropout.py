@@ -1,0 +1,39 @@
+"""Dropout whose mask is computed from a seed and an element's index.
+
+Traffic: one read, one write; no mask is stored, and the backward is the same kernel. The hash is 16 instructions an
+element, which hide behind the memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _random
+from ._launch import acc_type, ceil_div, launch
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "limit"])
+def dropout_forward_kernel(
+    x_ptr, y_ptr, seed_low, seed_high, limit, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    x = tl.load(x_ptr + i, mask=inside, other=0.0).to(ACC)
+    bits = _random.random_bits(seed_low, seed_high, i, 0)
+    y = tl.where(bits.to(tl.int64) < limit, 0.0, x * scale)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
+    """x / (1 - p) where an element is kept, else 0, by ``seed`` and its index. ``x`` contiguous."""
+    y = torch.empty_like(x)
+    launch(
+        dropout_forward_kernel, (ceil_div(x.numel(), BLOCK),), x, y, *_random.halves(seed), _random.threshold(p),
+        1 / (1 - p) if p < 1 else 0.0, x.numel(), ACC=acc_type(x), BLOCK=BLOCK,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,195 @@
+"""What every Triton kernel needs on every GPU: registers, spills, shared memory, by compiling it without a GPU.
+
+`python tests/kernel_gate.py` prints the table, `--write` commits it as the budget (`kernel_budgets.csv`). A spill is a
+failure whatever the budget says; so is a kernel that needs a tenth more than its budget.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from kernel_cases import every_case
+from llmkern.kernels import _launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one program may have there.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+BUDGETS = Path(__file__).parent / "kernel_budgets.csv"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+_POINTERS = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+class Usage(NamedTuple):
+    """Of one kernel on one target; ``spills`` in bytes of a thread's stack (NVIDIA) or in registers (AMD)."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+class Unit(NamedTuple):
+    """A kernel with one configuration and the types of its arguments, as Triton specialises it."""
+
+    name: str
+    source: ASTSource
+    options: dict[str, Any]
+
+
+def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
+    """The type of an argument, and whether Triton may take it as divisible by 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, bool):
+        return "u1", False
+    if isinstance(value, int):
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return kind, specialise and value % 16 == 0
+    return "fp32", False
+
+
+def unit(launch: _launch.Launch) -> Unit:
+    """What would be compiled for this launch."""
+    names = launch.kernel.arg_names
+    given = {**dict(zip(names, launch.arguments, strict=False)), **launch.constexprs}
+    signature, constants, divisible, shown = {}, {}, {}, []
+    for position, parameter in enumerate(launch.kernel.params):
+        value = given.get(parameter.name, parameter.default)
+        specialise = not parameter.do_not_specialize
+        one = specialise and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            if parameter.is_constexpr:
+                shown.append(f"{parameter.name}={value}")
+            continue
+        signature[parameter.name], by_16 = _type_of(value, specialise)
+        if by_16:
+            divisible[(position,)] = [["tt.divisibility", 16]]
+    dtypes = [signature[n][1:] for n in names if signature[n].startswith("*")]
+    name = f"{launch.kernel.__name__}({', '.join(dict.fromkeys(dtypes))}) {' '.join(shown)}".strip()
+    name += f" warps={launch.options['num_warps']}"
+    return Unit(name, ASTSource(launch.kernel, signature, constants, divisible), launch.options)
+
+
+def every_unit() -> list[Unit]:
+    """Every kernel and configuration that the cases launch, once."""
+    units: dict[str, Unit] = {}
+    for case in every_case().values():
+        with _launch.recording() as launches:
+            case.run(torch.device("meta"), **case.sizes)
+        for made in map(unit, launches):
+            units.setdefault(made.name, made)
+    return sorted(units.values(), key=lambda u: u.name)
+
+
+def measure(made: Unit, target: str) -> Usage:
+    """Compiles and reads what the assembler says."""
+    options = {k: v for k, v in made.options.items() if k != "launch_cooperative_grid" or target != "gfx942"}
+    compiled = triton.compile(made.source, target=TARGETS[target], options=options)
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        numbers = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
+        return Usage(numbers["vgpr_count"], numbers["vgpr_spill_count"], compiled.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing.stdout)
+    assert found, listing.stdout
+    registers, stack, _, local = map(int, found.groups())
+    return Usage(registers, stack + local, compiled.metadata.shared)
+
+
+_units: list[Unit] = []
+
+
+def _measure(job: tuple[int, str]) -> Usage | str:
+    try:
+        return measure(_units[job[0]], job[1])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def measure_all() -> dict[str, dict[str, Usage | str]]:
+    """Usage of every unit on every target, or what the compiler said; on all cores."""
+    _units[:] = every_unit()
+    jobs = [(i, target) for i in range(len(_units)) for target in TARGETS]
+    # Workers see the units because they are forks: what Triton compiles does not pickle.
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        results = pool.map(_measure, jobs, chunksize=4)
+    table: dict[str, dict[str, Usage | str]] = {}
+    for (i, target), result in zip(jobs, results, strict=True):
+        table.setdefault(_units[i].name, {})[target] = result
+    return table
+
+
+def faults(table: dict[str, dict[str, Usage | str]], budgets: dict[str, dict[str, str]]) -> list[str]:
+    """What is wrong with each unit: it does not compile, spills, or needs more than it may."""
+    wrong = []
+    for name, row in table.items():
+        for target, usage in row.items():
+            if isinstance(usage, str):
+                wrong.append(f"{name} on {target}: {usage}")
+                continue
+            if usage.spills:
+                wrong.append(f"{name} on {target}: spills {usage.spills}")
+            if usage.shared > SHARED[target]:
+                wrong.append(f"{name} on {target}: {usage.shared} bytes of shared memory, there are {SHARED[target]}")
+            if name not in budgets:
+                wrong.append(f"{name}: has no budget; run python tests/kernel_gate.py --write")
+                break
+            registers, shared = map(int, budgets[name][target].split("/"))
+            if usage.registers > max(registers * 1.1, registers + 8) or usage.shared > shared * 1.1:
+                wrong.append(f"{name} on {target}: {usage}, budget {registers} registers and {shared} bytes")
+    return wrong + [f"{name}: has a budget and is not launched" for name in budgets if name not in table]
+
+
+def read_budgets() -> dict[str, dict[str, str]]:
+    with BUDGETS.open(newline="") as file:
+        return {row.pop("kernel"): row for row in csv.DictReader(file)}
+
+
+def write_budgets(table: dict[str, dict[str, Usage | str]]) -> None:
+    """``registers/shared bytes`` of each target."""
+    with BUDGETS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kernel", *TARGETS])
+        for name, row in table.items():
+            writer.writerow([name, *(f"{row[t].registers}/{row[t].shared}" for t in TARGETS)])  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    measured = measure_all()
+    for name, row in measured.items():
+        print(name, *(f"\n    {target}: {usage}" for target, usage in row.items()), sep="")
+    if "--write" in sys.argv:
+        write_budgets(measured)
+    print(*faults(measured, read_budgets()), sep="\n")
