@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,13 +61,16 @@ def make(N: int, V: int, variant: str = "", quick: tuple[str, ...] = ()) -> Case
 
 
 CASES = [
-    make(N, V, variant, quick if variant == "" else ())
-    for N, V, quick in (
-        (4096, 32000, ("forward+backward",)),
-        (1024, 128256, ()),
-        (1280, 10000, ("forward", "forward+backward")),
-    )
-    for variant in ("", "smoothing", "soft", "weight")
+    *(
+        make(N, V, variant, quick if variant == "" else ())
+        for N, V, quick in (
+            (4096, 32000, ("forward+backward",)),
+            (1024, 128256, ()),
+            (1280, 10000, ("forward", "forward+backward")),
+        )
+        for variant in ("", "smoothing", "soft", "weight")
+    ),
+    *(replace(make(N, V), devices=("cuda",), exact=False) for N, V in ((8192, 32000), (4096, 128256))),
 ]
 
 

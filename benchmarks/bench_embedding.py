@@ -5,6 +5,7 @@ gradient also writes the whole table, and a step of Adam reads and writes parame
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,7 @@ CASES = [
     ),
     # A step costs what its batch costs, whatever the size of the table.
     *(make_step(V, 128, 8192, "uniform") for V in (10_000, 100_000, 1_000_000)),
+    *(replace(make(128256, 4096, 16384, kind), devices=("cuda",), exact=False) for kind in ("uniform", "zipf")),
 ]
 
 

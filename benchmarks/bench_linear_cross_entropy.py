@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,14 +65,17 @@ def make(N: int, H: int, V: int, ignored: float = 0.0, quick: tuple[str, ...] = 
 
 
 CASES = [
-    make(N, H, V, ignored, quick if not ignored else ())
-    for N, H, V, quick in (
-        (1024, 512, 32000, ("forward+backward",)),
-        (1024, 1024, 32000, ()),
-        (512, 2048, 128256, ()),
-        (1280, 128, 10000, ("forward", "forward+backward")),
-    )
-    for ignored in (0.0, 0.5)
+    *(
+        make(N, H, V, ignored, quick if not ignored else ())
+        for N, H, V, quick in (
+            (1024, 512, 32000, ("forward+backward",)),
+            (1024, 1024, 32000, ()),
+            (512, 2048, 128256, ()),
+            (1280, 128, 10000, ("forward", "forward+backward")),
+        )
+        for ignored in (0.0, 0.5)
+    ),
+    *(replace(make(N, 4096, 128256), devices=("cuda",), exact=False) for N in (4096, 8192)),
 ]
 
 

@@ -33,6 +33,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     runs = [
         Run(case, phase, dtype)
         for case in metafunc.module.CASES
+        if "cpu" in case.devices
         for dtype in (case.dtypes if full else case.dtypes[:1])
         for phase in (case.phases if full else case.quick)
     ]

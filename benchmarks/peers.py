@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     # By default torch's cuDNN uses TF32 for fp32 and its matmul does not: both, and neither.
     "tf32": {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
     "ieee": {"NVIDIA_TF32_OVERRIDE": "0"},
+    # llmkern's own Triton kernels where `auto` would leave a call to torch.
+    "triton": {"LLMKERN_BACKEND": "triton"},
 }
 # Variants that change no number: a report shows the best of them as one peer.
 PAGES = ("hugepages", "thp")

@@ -94,6 +94,7 @@ class Case:
         exact: whether an fp64 reference of it fits into memory and patience; else torch in fp32 stands in.
         scaling: ``(curve, axis, value)`` of a point on a scaling curve.
         threads: run with this many threads instead of all.
+        devices: where it is of use: some sizes are for a GPU.
     """
 
     op: str
@@ -108,6 +109,7 @@ class Case:
     exact: bool = True
     scaling: tuple[str, str, float] | None = None
     threads: int | None = None
+    devices: tuple[str, ...] = DEVICES
 
     def dtypes_on(self, device: str) -> tuple[str, ...]:
         return (*self.dtypes, "fp16") if device == "cuda" and "bf16" in self.dtypes else self.dtypes
@@ -177,7 +179,7 @@ def select(
     _check(dtypes or (), DTYPES, "dtype")
     _check(phases or (), PHASES, "phase")
     _check([device], DEVICES, "device")
-    cases = [case for case in load_cases() if not ops or case.op in ops]
+    cases = [case for case in load_cases() if device in case.devices and (not ops or case.op in ops)]
     for pattern in patterns or ():
         if not any(fnmatch(case.name, pattern) for case in cases):
             raise UnknownNameError(f"no case matches {pattern!r}; known: {', '.join(case.name for case in cases)}")

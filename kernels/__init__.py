@@ -39,6 +39,13 @@ def unavailable() -> str | None:
     return None
 
 
+def synchronize(device: torch.device | int | None = None) -> None:
+    """Waits for a GPU, and raises what its kernels have found; see ``_faults``."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+    importlib.import_module("._faults", __name__).raise_any()
+
+
 _HOME = {function: module for module, functions in _MODULES.items() for function in functions}
 
 

@@ -27,6 +27,7 @@ EMBEDDING, TARGET = range(len(MESSAGES))
 
 # Not an index of anything: none was found.
 _NONE = -(2**63)
+_CLEAN = [_NONE] * len(MESSAGES)
 
 
 @triton.jit
@@ -53,11 +54,10 @@ def raise_any() -> None:
     Raises:
         IndexError: with torch's own text; on a GPU it says too that an earlier call is meant.
     """
-    values = _words().numpy()
-    if (values == _NONE).all():
+    if (values := _words().tolist()) == _CLEAN:
         return
-    found = [(MESSAGES[i], int(value)) for i, value in enumerate(values) if value != _NONE]
-    values[:] = _NONE
+    found = [(message, value) for message, value in zip(MESSAGES, values, strict=True) if value != _NONE]
+    _words().fill_(_NONE)
     text = "; ".join(message.format(value) for message, value in found)
     later = "" if interpreting() else f" (index {found[0][1]}, in an earlier call: kernels on a GPU run asynchronously)"
     raise IndexError(text + later)

@@ -1,5 +1,8 @@
-"""bfloat16 under Triton's interpreter, which keeps it as bits, truncates where a GPU rounds to the nearest even, and
-multiplies the bits as integers in a dot. Here its conversions are torch's."""
+"""What Triton's interpreter gets wrong, put right.
+
+It keeps bfloat16 as bits, truncates where a GPU rounds to the nearest even, and multiplies the bits as integers in a
+dot: here its conversions are torch's. And up to Triton 3.6 it cannot take a loop's bound from a tensor with NumPy 2.4.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
 
@@ -34,9 +38,16 @@ def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _original_dot(self, *wide, *rest)
 
 
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    _original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+_original_patch = interpreter._patch_lang_tensor
 _original_cast, _original_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
 
 def install() -> None:
-    """Puts the conversions right, in this process."""
+    """Puts these right, in this process."""
+    interpreter._patch_lang_tensor = _patch_tensor
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast, _dot

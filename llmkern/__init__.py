@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["backend", "empty_cache", "explain", "functional", "nn", "numpy", "optim", "quantize_embedding", "reference"]
+__all__ += ["synchronize"]
 
 if TYPE_CHECKING:
     from . import functional, nn, numpy, optim, reference
-    from .dispatch import backend, explain
+    from .dispatch import backend, explain, synchronize
     from .native import empty_cache
     from .nn.quantized_embedding import quantize_embedding
 
@@ -30,6 +31,7 @@ if (_checkout / "pyproject.toml").exists():
 _HOME = {
     "backend": "dispatch",
     "explain": "dispatch",
+    "synchronize": "dispatch",
     "empty_cache": "native",
     "quantize_embedding": "nn.quantized_embedding",
 }

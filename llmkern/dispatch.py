@@ -317,6 +317,24 @@ def shortcut(name: str) -> ModuleType | None:
     return load(name)
 
 
+def synchronize(device: torch.device | int | None = None) -> None:
+    """Waits until a GPU has done what it was given, and raises what its kernels have found.
+
+    A kernel cannot raise: an index out of range is left out, noted, and raised by a later call of any op, or here.
+    Without a GPU there is nothing to wait for.
+
+    Args:
+        device: a CUDA device. Default: the current one.
+
+    Raises:
+        IndexError: for an index or a target that was out of range.
+    """
+    if unavailable("triton") is None:
+        load("triton").synchronize(device)
+    elif torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What ran and why: one :class:`Choice` per op call, in order. ``print`` it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Under Triton's interpreter only what runs a kernel is of interest: the tests of the ``backend`` fixture and those
     marked ``kernels``; not those marked ``not_interpreted``."""
     if not INTERPRETING:
+        for item in items:
+            if "[triton" in item.name or "-triton" in item.name:
+                item.add_marker("gpu")
         return
     runs = [
         item
@@ -54,7 +58,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     op = getattr(request.module, "OP", None)
     if op is not None and name not in ("torch", "reference", *dispatch.TABLE[op]):
         pytest.skip(f"{name}: no kernel for this op yet")
-    with llmkern.backend(name):
+    # On a GPU machine tests that say nothing of a device make their tensors there.
+    on_gpu = name == "triton" and not INTERPRETING
+    with llmkern.backend(name), torch.device("cuda") if on_gpu else nullcontext():
         yield name
 
 
