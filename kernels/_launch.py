@@ -82,7 +82,11 @@ def launch(
         kernel[grid](*arguments, **constexprs)
         _faults.raise_any()
         return
-    with torch.cuda.device(arguments[0].device):
+    device = arguments[0].device
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constexprs, **options)
+        return
+    with torch.cuda.device(device):
         kernel[grid](*arguments, **constexprs, **options)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from kernel_cases import every_case
+from kernel_cases import Case, every_case
 from llmkern.kernels import _launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -63,6 +63,10 @@ class Unit(NamedTuple):
     source: ASTSource
     options: dict[str, Any]
 
+    def specialisation(self) -> str:
+        """By what Triton tells compiled kernels apart."""
+        return f"{self.name} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
+
 
 def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
     """The type of an argument, and whether Triton may take it as divisible by 16."""
@@ -99,13 +103,18 @@ def unit(launch: _launch.Launch) -> Unit:
     return Unit(name, ASTSource(launch.kernel, signature, constants, divisible), launch.options)
 
 
+def units_of(case: Case, **changes: Any) -> list[Unit]:
+    """What a call of the case would compile, at its full size or another."""
+    with _launch.recording() as launches:
+        case.run(torch.device("meta"), **{**case.sizes, **changes})
+    return list(map(unit, launches))
+
+
 def every_unit() -> list[Unit]:
     """Every kernel and configuration that the cases launch, once."""
     units: dict[str, Unit] = {}
     for case in every_case().values():
-        with _launch.recording() as launches:
-            case.run(torch.device("meta"), **case.sizes)
-        for made in map(unit, launches):
+        for made in units_of(case):
             units.setdefault(made.name, made)
     return sorted(units.values(), key=lambda u: u.name)
 

@@ -1,7 +1,7 @@
 """What the Triton kernels promise beyond values, for every op: repeatable bits, CUDA graphs, no synchronisation,
 streams, the compiler, autocast, errors that leave the context alive, and tensors of more than 2^31 elements.
 
-Most of it only a GPU can show (`pytest -m gpu`); what the interpreter can show too is not marked.
+Most of it only a GPU can show (`pytest -m gpu`); what the interpreter can show too is marked `kernels`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import llmkern.functional as LF
 from llmkern import dispatch
 
 DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
-gpu = pytest.mark.gpu
+pytestmark = pytest.mark.gpu
 
 
 class Call(NamedTuple):
@@ -125,7 +125,6 @@ def test_a_bad_index_is_an_error_and_no_more() -> None:
     llmkern.synchronize()
 
 
-@gpu
 @every_call
 def test_no_synchronisation(name: str) -> None:
     inputs = prepared(name)
@@ -138,7 +137,6 @@ def test_no_synchronisation(name: str) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@gpu
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "dropout"])
 def test_under_a_cuda_graph(name: str) -> None:
     """Captured once, replayed on other values."""
@@ -160,7 +158,6 @@ def test_under_a_cuda_graph(name: str) -> None:
     assert all(map(torch.equal, captured, run(name, others)))
 
 
-@gpu
 @every_call
 def test_on_another_stream(name: str) -> None:
     """Inputs that are still being written on that stream when the op is launched there."""
@@ -175,7 +172,6 @@ def test_on_another_stream(name: str) -> None:
     assert all(map(torch.equal, results, expected))
 
 
-@gpu
 @every_call
 def test_compiled(name: str) -> None:
     inputs = prepared(name)
@@ -184,7 +180,6 @@ def test_compiled(name: str) -> None:
         torch.testing.assert_close(torch.compile(function, fullgraph=True)(*inputs), function(*inputs))
 
 
-@gpu
 @every_call
 def test_autocast(name: str) -> None:
     """The dtypes of torch's own function."""
@@ -197,7 +192,6 @@ def test_autocast(name: str) -> None:
     assert all(t.isfinite().all() for t in ours)
 
 
-@gpu
 def test_more_than_2_to_31_elements() -> None:
     V = 32_000
     N = 2**31 // V + 3

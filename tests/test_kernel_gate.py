@@ -17,3 +17,18 @@ def test_no_spill_and_within_budget() -> None:
     import kernel_gate
 
     assert kernel_gate.faults(kernel_gate.measure_all(), kernel_gate.read_budgets()) == []
+
+
+# What changes from call to call: the batch, the time, the numbers of an optimizer's step.
+CHANGES = {"N": 1, "B": 1, "T": 1, "step": 1, "lr": 0.125}
+
+
+def test_nothing_is_compiled_again_for_another_batch() -> None:
+    import kernel_gate
+
+    for name, case in kernel_gate.every_case().items():
+        changes = {key: case.sizes[key] + by for key, by in CHANGES.items() if key in case.sizes}
+        first, second = (
+            {unit.specialisation() for unit in kernel_gate.units_of(case, **sizes)} for sizes in ({}, changes)
+        )
+        assert second <= first, name
