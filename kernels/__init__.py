@@ -15,6 +15,7 @@ import torch
 # Where each function of the namespace lives; a module is imported, and Triton with it, when it is first needed.
 _MODULES: dict[str, tuple[str, ...]] = {
     "dropout": ("dropout_forward",),
+    "embedding": ("embedding_forward", "embedding_backward", "embedding_sparse_backward", "embedding_renorm_"),
 }
 
 

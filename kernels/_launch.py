@@ -112,3 +112,12 @@ def next_power_of_2(n: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def require_rows(op: str, tensor: Tensor, name: str) -> None:
+    """Raises:
+    ValueError: unless ``tensor`` has two dimensions and is contiguous."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: expected {name} of two dimensions, got shape {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: expected a contiguous {name}; call .contiguous()")

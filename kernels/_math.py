@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -28,3 +30,14 @@ def tanh(x):
     near = near * s - 0.3333333333333333
     near = x + x * s * near
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def as_double(bits):
+    """The number whose bits :func:`double_bits` has passed: an argument that is a float comes as fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+def double_bits(x: float) -> int:
+    """A double as an integer argument of a kernel."""
+    return struct.unpack("q", struct.pack("d", x))[0]

@@ -26,7 +26,7 @@ from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
 CHUNK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_rows", "padding_idx"])
 def keys_kernel(indices_ptr, keys_ptr, fault_ptr, N, num_rows, padding_idx, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
@@ -37,7 +37,23 @@ def keys_kernel(indices_ptr, keys_ptr, fault_ptr, N, num_rows, padding_idx, BLOC
     tl.store(keys_ptr + i, key.to(keys_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_rows", "steps"])
+def starts_kernel(keys_ptr, starts_ptr, N, num_rows, steps, BLOCK: tl.constexpr):
+    """Where the keys in order reach each row: a search by halves, ``steps`` of which leave nothing of N."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros_like(row)
+    high = low + N
+    for _ in range(steps):
+        searching = low < high
+        middle = (low + high) // 2
+        key = tl.load(keys_ptr + middle, mask=searching, other=0)
+        below = searching & (key < row)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    tl.store(starts_ptr + row, low, mask=row <= num_rows)
+
+
+@triton.jit(do_not_specialize=["N"])
 def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, BLOCK: tl.constexpr):
     """The start and the row of each run, at its number ``group``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -51,30 +67,42 @@ def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, BLOCK: tl.constexp
 
 
 @triton.jit
-def _sum_rows(
-    values_ptr, scale_ptr, source_ptr, positions_ptr, start, end, columns, D,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+def terms(
+    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, inside, columns, D, ACC: tl.constexpr
 ):  # fmt: skip
-    """sum over i in [start, end) of scale[p] * values[source[p]], p = positions[i]: (BLOCK_D)."""
-    total = tl.zeros((ROWS, BLOCK_D), ACC)
-    for first in range(start, end, ROWS):
-        i = first + tl.arange(0, ROWS)
-        inside = i < end
-        position = tl.load(positions_ptr + i, mask=inside, other=0).to(tl.int64)
-        row = position
-        if source_ptr is not None:
-            row = tl.load(source_ptr + position, mask=inside, other=0).to(tl.int64)
-        mask = inside[:, None] & (columns < D)[None, :]
-        value = tl.load(values_ptr + row[:, None] * D + columns[None, :], mask=mask, other=0.0).to(ACC)
-        if scale_ptr is not None:
-            value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)[:, None]
-        total += value
-    return tl.sum(total, 0)
+    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (rows of i, columns). With ``largest``
+    a term has only the columns whose ``largest[source[p]]`` is p."""
+    position = tl.load(positions_ptr + i, mask=inside, other=0).to(tl.int64)
+    row = position
+    if source_ptr is not None:
+        row = tl.load(source_ptr + position, mask=inside, other=0).to(tl.int64)
+    mask = inside[:, None] & (columns < D)[None, :]
+    at = row[:, None] * D + columns[None, :]
+    value = tl.load(values_ptr + at, mask=mask, other=0.0).to(ACC)
+    if scale_ptr is not None:
+        value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)[:, None]
+    if largest_ptr is not None:
+        chosen = tl.load(largest_ptr + at, mask=mask, other=-1)
+        value = tl.where(chosen == position[:, None], value, 0.0)
+    return value
 
 
 @triton.jit
+def _sum_rows(
+    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, start, end, columns, D,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum of the terms [start, end): (BLOCK_D)."""
+    total = tl.zeros((ROWS, BLOCK_D), ACC)
+    for first in range(start, end, ROWS):
+        i = first + tl.arange(0, ROWS)
+        total += terms(values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, i < end, columns, D, ACC)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["N", "G"])
 def chunk_sums_kernel(
-    values_ptr, scale_ptr, source_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, N, G, D,
+    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, N, G, D,
     ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (2b, j) adds up the first chunk of a long run if one starts among the positions of block b, program
@@ -91,7 +119,7 @@ def chunk_sums_kernel(
         stop = tl.minimum(tl.max(tl.where(here, end, 0), 0), begin + CHUNK)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _sum_rows(
-            values_ptr, scale_ptr, source_ptr, positions_ptr, begin, stop, columns, D,
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, begin, stop, columns, D,
             ACC, ROWS, BLOCK_D,
         )  # fmt: skip
         tl.store(partials_ptr + slot * D + columns, total, mask=columns < D)
@@ -100,19 +128,22 @@ def chunk_sums_kernel(
 @triton.jit
 def run_sum(
     values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, start, end, columns, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, largest_ptr=None,
 ):  # fmt: skip
     """The sum of the run [start, end): of its rows, or of its chunks after ``chunk_sums_kernel``. (BLOCK_D)"""
     if end - start <= CHUNK:
         total = _sum_rows(
-            values_ptr, scale_ptr, source_ptr, positions_ptr, start, end, columns, D,
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, start, end, columns, D,
             ACC, ROWS, BLOCK_D,
         )  # fmt: skip
     else:
-        total = tl.load(partials_ptr + start // CHUNK * 2 * D + columns, mask=columns < D, other=0.0)
-        for begin in range(start + CHUNK, end, CHUNK):
-            slot = begin // CHUNK * 2 + 1
-            total += tl.load(partials_ptr + slot * D + columns, mask=columns < D, other=0.0)
+        sums = tl.zeros((ROWS, BLOCK_D), ACC)
+        for first in range(start, end, CHUNK * ROWS):
+            begin = first + CHUNK * tl.arange(0, ROWS)
+            slot = begin // CHUNK * 2 + (begin > start)
+            mask = (begin < end)[:, None] & (columns < D)[None, :]
+            sums += tl.load(partials_ptr + slot[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        total = tl.sum(sums, 0)
     return total
 
 
@@ -127,54 +158,82 @@ class RowOrder(NamedTuple):
     rows: Tensor | None
 
 
-def _sorted(indices: Tensor, num_rows: int, padding_idx: int) -> tuple[Tensor, Tensor]:
-    """Keys in order and the places where they stood; a key of ``num_rows`` counts for nothing."""
+def key_dtype(num_rows: int) -> torch.dtype:
+    """The smallest that holds a row number, and one past the last for what counts for nothing."""
+    return torch.int32 if num_rows < 2**31 - 1 else torch.int64
+
+
+def row_keys(indices: Tensor, num_rows: int, padding_idx: int) -> Tensor:
+    """(N): the row of each position; ``num_rows`` if it counts for nothing."""
     N = indices.shape[0]
-    keys = torch.empty(N, dtype=torch.int32 if num_rows < 2**31 - 1 else torch.int64, device=indices.device)
+    keys = torch.empty(N, dtype=key_dtype(num_rows), device=indices.device)
     fault = _faults.word(_faults.EMBEDDING)
     launch(keys_kernel, (ceil_div(N, 1024),), indices, keys, fault, N, num_rows, padding_idx, BLOCK=1024)
-    return torch.sort(keys, stable=True)
+    return keys
+
+
+def order_keys_by_row(keys: Tensor, num_rows: int) -> RowOrder:
+    """:func:`order_by_row` of what :func:`row_keys` gives."""
+    N = keys.shape[0]
+    ordered, positions = torch.sort(keys, stable=True)
+    starts = torch.empty(num_rows + 1, dtype=torch.int64, device=keys.device)
+    grid = (ceil_div(num_rows + 1, 256),)
+    launch(starts_kernel, grid, ordered, starts, N, num_rows, N.bit_length(), BLOCK=256)
+    return RowOrder(positions, ordered, starts, None)
+
+
+def order_distinct_keys(keys: Tensor, num_rows: int) -> RowOrder:
+    """:func:`order_distinct` of what :func:`row_keys` gives."""
+    N = keys.shape[0]
+    ordered, positions = torch.sort(keys, stable=True)
+    group = torch.zeros_like(ordered, dtype=torch.int64)
+    torch.cumsum(ordered[1:] != ordered[:-1], 0, out=group[1:])
+    starts, rows = group.new_full((N + 1,), N), ordered.new_full((N,), num_rows)
+    launch(runs_kernel, (ceil_div(N, 1024),), ordered, group, starts, rows, N, BLOCK=1024)
+    return RowOrder(positions, group, starts, rows)
 
 
 def order_by_row(indices: Tensor, num_rows: int, padding_idx: int = -1) -> RowOrder:
     """Every row of the table is a run, most of them empty. ``indices`` (N), contiguous."""
-    keys, positions = _sorted(indices, num_rows, padding_idx)
-    rows = torch.arange(num_rows + 1, dtype=keys.dtype, device=keys.device)
-    return RowOrder(positions, keys, torch.searchsorted(keys, rows), None)
+    return order_keys_by_row(row_keys(indices, num_rows, padding_idx), num_rows)
 
 
 def order_distinct(indices: Tensor, num_rows: int, padding_idx: int = -1) -> RowOrder:
     """Runs of the rows that occur, ascending; G is N, for how many there are is known to the GPU alone: those left over
     are empty, and their row is ``num_rows``. So is that of the last run, if some rows count for nothing."""
-    N = indices.shape[0]
-    keys, positions = _sorted(indices, num_rows, padding_idx)
-    group = torch.zeros_like(keys, dtype=torch.int64)
-    torch.cumsum(keys[1:] != keys[:-1], 0, out=group[1:])
-    starts, rows = group.new_full((N + 1,), N), keys.new_full((N,), num_rows)
-    launch(runs_kernel, (ceil_div(N, 1024),), keys, group, starts, rows, N, BLOCK=1024)
-    return RowOrder(positions, group, starts, rows)
+    return order_distinct_keys(row_keys(indices, num_rows, padding_idx), num_rows)
 
 
 def block_d(D: int) -> int:
-    """Columns that a program takes: at most 512, four rows of which are 16 values a thread."""
-    return min(max(next_power_of_2(D), 16), 512)
+    """Columns that a program takes: at most 512, fewer where that would leave more than an eighth of them idle."""
+    if D <= 128:
+        return max(next_power_of_2(D), 16)
+    return next((block for block in (512, 256) if ceil_div(D, block) * block <= D + D // 8), 128)
 
 
-def chunk_sums(values: Tensor, order: RowOrder, scale: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+def chunk_sums(
+    values: Tensor,
+    order: RowOrder,
+    scale: Tensor | None = None,
+    source: Tensor | None = None,
+    largest: Tensor | None = None,
+) -> Tensor:
     """What :func:`run_sum` needs of long runs: (2 * blocks, D) in fp32 (fp64), most of it never written.
 
     Args:
         values: ``(M, D)``, contiguous.
         scale: ``(N)``, what the row of a position counts for. Default: 1.
         source: ``(N)``, the row of ``values`` that belongs to a position. Default: the position itself.
+        largest: ``(M, D)``, the one position that an element of ``values`` counts for. Default: for all.
     """
     N, D = order.group.shape[0], values.shape[1]
     partials = values.new_empty((2 * ceil_div(N, CHUNK), D), dtype=accumulator(values))
     if N <= CHUNK:
         return partials
+    block = min(block_d(D), 128)
     launch(
-        chunk_sums_kernel, (partials.shape[0], ceil_div(D, block_d(D))), values, scale, source, order.positions,
+        chunk_sums_kernel, (partials.shape[0], ceil_div(D, block)), values, scale, source, largest, order.positions,
         order.group, order.starts, partials, N, order.starts.shape[0] - 1, D,
-        ACC=acc_type(values), CHUNK=CHUNK, ROWS=4, BLOCK_D=block_d(D),
+        ACC=acc_type(values), CHUNK=CHUNK, ROWS=4096 // 128, BLOCK_D=block,
     )  # fmt: skip
     return partials

@@ -130,7 +130,10 @@ TABLE: dict[str, dict[str, Support]] = {
     },
     "nll_loss": {},
     "dropout": {"native": _cpu(), "triton": _gpu()},
-    "embedding": {"native": _cpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")},
+    "embedding": {
+        "native": _cpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+        "triton": _gpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+    },
     "embedding_bag": {
         "native": _cpu(
             *("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean")

@@ -1,0 +1,128 @@
+"""The gradient of a table whose rows were looked up: dense, or the rows that occur.
+
+Each row of the result is written once: the sum of its run, or zeros; there is no memset before and nothing is added to
+memory. What costs time is not the bytes but that some rows are popular, so work is cut by places in the sorted batch:
+a program takes ROWS of them and sums the runs that begin there. Runs of up to SHORT rows it adds up side by side, one
+row of each at a time, so that ROWS rows are in flight though most runs have one or two; longer ones it takes one by
+one, ROWS rows at a time. Runs of more than CHUNK rows come as sums of chunks, so a program reads few rows beyond its
+own. The programs that write zeros follow in the same launch: they keep the memory busy while sums wait for theirs.
+
+Traffic: N * D read once, V * D written once (N of the rows that occur).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import acc_type, ceil_div, launch
+from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, run_sum, terms
+
+# Elements that a program sums at a time, and rows of zeros that it writes for each row that it sums.
+TILE = 4096
+ZEROS = 4
+
+
+@triton.jit
+def _sum_tile(
+    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
+    tile, columns, N, G, D, BY_FREQ: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of ``out`` whose runs begin among the places [tile * ROWS, (tile + 1) * ROWS)."""
+    i = tile * ROWS + tl.arange(0, ROWS)
+    group = tl.load(group_ptr + i, mask=i < N, other=G).to(tl.int64)
+    before = tl.load(group_ptr + i - 1, mask=(i > 0) & (i < N), other=-1).to(tl.int64)
+    begins = (group < G) & (group != before)
+    end = tl.load(starts_ptr + group + 1, mask=begins, other=0)
+    length = tl.where(begins, end - i, 0)
+
+    short = begins & (length <= SHORT)
+    total = tl.zeros((ROWS, BLOCK_D), ACC)
+    for k in range(tl.max(tl.where(short, length, 0), 0)):
+        inside = short & (k < length)
+        total += terms(
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, inside, columns, D, ACC
+        )  # fmt: skip
+    if BY_FREQ:
+        total *= (1.0 / tl.maximum(length, 1).to(ACC))[:, None]
+    mask = short[:, None] & (columns < D)[None, :]
+    tl.store(out_ptr + group[:, None] * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+    long = begins & ~short
+    last = tl.max(tl.where(long, i, -1), 0)
+    begin = last * 0 - 1
+    while begin < last:
+        begin = tl.min(tl.where(long & (i > begin), i, last), 0)
+        row = tl.max(tl.where(i == begin, group, 0), 0)
+        stop = tl.max(tl.where(i == begin, end, 0), 0)
+        sum = run_sum(
+            values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, begin, stop, columns, D,
+            ACC, CHUNK, ROWS, BLOCK_D, largest_ptr,
+        )  # fmt: skip
+        if BY_FREQ:
+            sum *= 1.0 / (stop - begin).to(ACC)
+        tl.store(out_ptr + row * D + columns, sum.to(out_ptr.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["N", "G", "sum_tiles"])
+def table_gradient_kernel(
+    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
+    N, G, D, sum_tiles, column_blocks, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // column_blocks
+    columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    if tile < sum_tiles:
+        _sum_tile(
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
+            tile, columns, N, G, D, BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
+        )  # fmt: skip
+    else:
+        for k in range(ZEROS):
+            row = ((tile - sum_tiles) * ZEROS + k) * ROWS + tl.arange(0, ROWS)
+            start = tl.load(starts_ptr + row, mask=row < G, other=0)
+            end = tl.load(starts_ptr + row + 1, mask=row < G, other=1)
+            mask = (start == end)[:, None] & (columns < D)[None, :]
+            zeros = tl.zeros((ROWS, BLOCK_D), out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row[:, None] * D + columns[None, :], zeros, mask=mask)
+
+
+def table_gradient(
+    values: Tensor,
+    order: RowOrder,
+    num_rows: int,
+    scale: Tensor | None = None,
+    source: Tensor | None = None,
+    largest: Tensor | None = None,
+    by_freq: bool = False,
+) -> Tensor:
+    """(num_rows, D), like ``values``: for each run of ``order`` the sum of its terms, as :func:`chunk_sums` describes
+    them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
+    else all, an empty one giving zeros."""
+    N, D = order.group.shape[0], values.shape[1]
+    partials = chunk_sums(values, order, scale, source, largest)
+    out = values.new_empty((num_rows, D))
+    rows, column_blocks = TILE // block_d(D), ceil_div(D, block_d(D))
+    sum_tiles = ceil_div(N, rows)
+    zero_tiles = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
+    launch(
+        table_gradient_kernel, ((sum_tiles + zero_tiles) * column_blocks,), values, scale, source, largest,
+        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks,
+        BY_FREQ=by_freq, ZEROS=ZEROS, ACC=acc_type(values), CHUNK=CHUNK, SHORT=8, ROWS=rows, BLOCK_D=block_d(D),
+    )  # fmt: skip
+    return out
+
+
+def table_gradient_rows(
+    values: Tensor, order: RowOrder, num_rows: int, scale: Tensor | None = None, source: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows that occur (R), int64, ascending, and their sums (R, D). R is a result: this waits for the GPU."""
+    assert order.rows is not None
+    R = order.rows.shape[0]
+    if not order.rows.is_meta:
+        R = int(torch.count_nonzero(order.rows < num_rows))
+    return order.rows[:R].long(), table_gradient(values, order, R, scale, source)
