@@ -16,6 +16,13 @@ import torch
 _MODULES: dict[str, tuple[str, ...]] = {
     "dropout": ("dropout_forward",),
     "embedding": ("embedding_forward", "embedding_backward", "embedding_sparse_backward", "embedding_renorm_"),
+    "embedding_bag": (
+        "embedding_bag_forward",
+        "embedding_bag_max_forward",
+        "embedding_bag_backward",
+        "embedding_bag_sparse_backward",
+        "embedding_bag_samples_backward",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Indices out of range, found by kernels and raised as ``IndexError`` by the host, without waiting for a kernel.
+"""Indices out of range, found by kernels and raised by the host, mostly as ``IndexError``, without waiting for kernels.
 
 A kernel that finds a bad index leaves it out (it reads and writes nothing for it) and writes its value to a word of
 pinned host memory, which a GPU reaches like its own. The host looks at these words when it launches the next kernel
@@ -22,8 +22,19 @@ from . import interpreting
 MESSAGES = (
     "index out of range in self",
     "Target {} is out of bounds.",
+    "embedding_bag: Expected idx >= 0 && idx < num_embeddings but found idx to be {}",
+    "offsets[0] has to be 0, i.e., the first sequence in the mini-batch has to start from position 0. However, got {}",
+    "offsets[-1] can not be greater than input's length but got offsets[-1] of {}",
+    "embedding_bag: offsets must not decrease, but offsets[{}] does; each says where a bag begins",
 )
-EMBEDDING, TARGET = range(len(MESSAGES))
+EMBEDDING, TARGET, BAG, FIRST_OFFSET, LAST_OFFSET, OFFSET_ORDER = range(len(MESSAGES))
+
+# What is raised, if not an IndexError.
+_ERRORS: dict[int, type[Exception]] = {
+    FIRST_OFFSET: RuntimeError,
+    LAST_OFFSET: RuntimeError,
+    OFFSET_ORDER: ValueError,
+}
 
 # Not an index of anything: none was found.
 _NONE = -(2**63)
@@ -52,12 +63,12 @@ def raise_any() -> None:
     """Raises the fault that a kernel has reported, if one has, and forgets it.
 
     Raises:
-        IndexError: with torch's own text; on a GPU it says too that an earlier call is meant.
+        IndexError: (or another, see above) with torch's own text; on a GPU it says too that an earlier call is meant.
     """
     if (values := _words().tolist()) == _CLEAN:
         return
-    found = [(message, value) for message, value in zip(MESSAGES, values, strict=True) if value != _NONE]
+    found = [(kind, value) for kind, value in enumerate(values) if value != _NONE]
     _words().fill_(_NONE)
-    text = "; ".join(message.format(value) for message, value in found)
+    text = "; ".join(MESSAGES[kind].format(value) for kind, value in found)
     later = "" if interpreting() else f" (index {found[0][1]}, in an earlier call: kernels on a GPU run asynchronously)"
-    raise IndexError(text + later)
+    raise _ERRORS.get(found[0][0], IndexError)(text + later)

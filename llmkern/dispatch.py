@@ -135,9 +135,8 @@ TABLE: dict[str, dict[str, Support]] = {
         "triton": _gpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
     },
     "embedding_bag": {
-        "native": _cpu(
-            *("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean")
-        ),
+        backend: on(*("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean"))
+        for backend, on in (("native", _cpu), ("triton", _gpu))
     },
     "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick)},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},

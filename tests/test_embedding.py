@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,10 +21,10 @@ from torch.testing._internal.common_modules import module_db
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch, reference
+from llmkern import reference
 
 OP = "embedding"
-KERNELS = [name for name in dispatch.TABLE["embedding"] if dispatch.unavailable(name) is None]
+KERNELS = kernels("embedding")
 INDICES = (torch.int64, torch.int32)
 # V, D, N: no columns, one, a vector's tail, several vectors and a tail, one row, more rows than a digit of
 # the radix sort has (2^11), no indices.
@@ -85,6 +85,7 @@ def test_non_finite_rows_keep_their_gradients(backend: str, device: torch.device
             torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_hot_row_does_not_saturate(dtype: torch.dtype) -> None:
     """Where bf16 sums stop at 256 and fp16 sums at 2048, ours go on."""
@@ -108,7 +109,8 @@ def test_views_and_expanded_tensors(backend: str, device: torch.device) -> None:
             assert_accurate(ours[1], expected[1], theirs[1])
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.kernels
+@settings(max_examples=10 if INTERPRETING else 40, deadline=None)
 @given(
     V=st.integers(1, 3000),
     D=st.integers(0, 40),
@@ -143,16 +145,17 @@ def test_index_out_of_range(backend: str, index_dtype: torch.dtype, bad: int) ->
             LF.embedding(indices, weight)
 
 
-@pytest.mark.skipif("native" not in KERNELS, reason="needs the native library")
-def test_backward_kernel_checks_indices_before_it_writes() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_backward_kernel_checks_its_arguments(kernel: str) -> None:
     """autograd never passes such indices down; a caller of the op may."""
     for bad in (-1, 6, 2**40):
         with pytest.raises(IndexError, match="index out of range in self"):
-            torch.ops.llmkern.embedding_backward(torch.randn(3, 4), torch.tensor([0, bad, 1]), 6, -1, False, "native")
+            torch.ops.llmkern.embedding_backward(torch.randn(3, 4), torch.tensor([0, bad, 1]), 6, -1, False, kernel)
     with pytest.raises(ValueError, match="expected dout"):
-        torch.ops.llmkern.embedding_backward(torch.randn(2, 4), torch.zeros(3).long(), 6, -1, False, "native")
+        torch.ops.llmkern.embedding_backward(torch.randn(2, 4), torch.zeros(3).long(), 6, -1, False, kernel)
     with pytest.raises(ValueError, match="contiguous"):
-        torch.ops.llmkern.embedding_forward(torch.randn(4, 6).t(), torch.zeros(3).long(), "native")
+        torch.ops.llmkern.embedding_forward(torch.randn(4, 6).t(), torch.zeros(3).long(), kernel)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +186,9 @@ def test_errors_are_torchs(change: dict[str, Any]) -> None:
 def test_derivatives(backend: str, device: torch.device) -> None:
     weight = torch.randn(5, 3, dtype=torch.double, device=device, requires_grad=True)
     indices = torch.tensor([[0, 3, 3], [4, 3, 0]], device=device)
-    assert gradcheck(lambda w: LF.embedding(indices, w), weight, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(lambda w: LF.embedding(indices, w), weight)
+    fast = {"fast_mode": INTERPRETING}
+    assert gradcheck(lambda w: LF.embedding(indices, w), weight, check_forward_ad=True, check_batched_grad=True, **fast)
+    assert gradgradcheck(lambda w: LF.embedding(indices, w), weight, **fast)
     # With padding or frequency the backward is no derivative of the forward, but has its own.
     for keywords in ({"padding_idx": 3}, {"scale_grad_by_freq": True}):
         if backend == "torch" and "scale_grad_by_freq" in keywords:
@@ -194,8 +198,8 @@ def test_derivatives(backend: str, device: torch.device) -> None:
         def pullback(dout: Tensor, keywords: dict[str, Any] = keywords) -> Tensor:
             return torch.autograd.grad(LF.embedding(indices, weight, **keywords), weight, dout, create_graph=True)[0]
 
-        assert gradcheck(pullback, dout)
-        assert gradgradcheck(pullback, dout)
+        assert gradcheck(pullback, dout, **fast)
+        assert gradgradcheck(pullback, dout, **fast)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

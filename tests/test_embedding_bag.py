@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch.testing._internal.common_methods_invocations import op_db
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch, reference
+from llmkern import reference
 
 OP = "embedding_bag"
-KERNELS = [name for name in dispatch.TABLE["embedding_bag"] if dispatch.unavailable(name) is None]
+KERNELS = kernels("embedding_bag")
 MODES = ("sum", "mean", "max")
 # An empty bag first, in the middle and last; bag 3 repeats a row.
 INDICES, OFFSETS = torch.tensor([1, 4, 1, 5, 0, 0, 2, 1]), torch.tensor([0, 0, 3, 4, 4, 8])
@@ -126,7 +126,8 @@ def test_empty_calls(backend: str, device: torch.device) -> None:
         assert torch.equal(bags, torch.zeros(3, 4, device=device))
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.kernels
+@settings(max_examples=15 if INTERPRETING else 30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     D=st.integers(1, 9),
@@ -163,20 +164,24 @@ def test_derivatives(backend: str, device: torch.device, mode: str) -> None:
 
         weighted = mode == "sum" or (mode == "mean" and ours)
         arguments = (weight, samples) if weighted else (weight,)
-        assert gradcheck(bags, arguments, check_forward_ad=ours, check_batched_grad=ours)
+        fast = {"fast_mode": INTERPRETING}
+        assert gradcheck(bags, arguments, check_forward_ad=ours, check_batched_grad=ours, **fast)
         if not ours:
             continue
-        assert gradgradcheck(bags, arguments)
+        assert gradgradcheck(bags, arguments, **fast)
         if weighted:
-            assert gradgradcheck(lambda s: bags(weight.detach(), s), samples)
-            assert gradgradcheck(lambda w: bags(w, samples.detach()), weight)
+            assert gradgradcheck(lambda s: bags(weight.detach(), s), samples, **fast)
+            assert gradgradcheck(lambda w: bags(w, samples.detach()), weight, **fast)
 
 
-def test_second_derivatives_leave_the_first_alone() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_second_derivatives_leave_the_first_alone(kernel: str) -> None:
     """create_graph takes another way through backward; the gradients are the same."""
     weight, dout = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     for mode in MODES:
-        out = LF.embedding_bag(INDICES, weight, OFFSETS, mode=mode)
+        with llmkern.backend(kernel):
+            out = LF.embedding_bag(INDICES, weight, OFFSETS, mode=mode)
         first = torch.autograd.grad(out, weight, dout, retain_graph=True)[0]
         again = torch.autograd.grad(out, weight, dout, create_graph=True)[0]
         assert again.requires_grad

@@ -47,6 +47,7 @@ def test_max_norm_of_special_tables(backend: str) -> None:
                 torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("bad", [-1, 6, 2**40])
 def test_a_bad_index_changes_nothing(bad: int) -> None:
     for name in ("auto", *KERNELS, "reference"):
@@ -57,14 +58,17 @@ def test_a_bad_index_changes_nothing(bad: int) -> None:
             assert torch.equal(table, before)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_sparse_gradients(dtype: torch.dtype) -> None:
+def test_sparse_gradients(dtype: torch.dtype, kernel: str) -> None:
     """Coalesced, without padding, and the dense gradient's numbers; long runs, too."""
     for V, D, N in (*SIZES, (3, 33, 1000)):
         weight, indices, dout = torch.randn(V, D).to(dtype), torch.randint(V, (N,)), torch.randn(N, D).to(dtype)
         for padding_idx in (None, 0, V - 1):
-            dense = run(LF.embedding, indices, weight, dout, padding_idx=padding_idx)[1]
-            rows = run(LF.embedding, indices, weight, dout, padding_idx=padding_idx, sparse=True)[1]
+            with llmkern.backend(kernel):
+                dense = run(LF.embedding, indices, weight, dout, padding_idx=padding_idx)[1]
+                rows = run(LF.embedding, indices, weight, dout, padding_idx=padding_idx, sparse=True)[1]
             assert rows.is_sparse
             assert rows.is_coalesced()
             expected = sorted(set(indices.tolist()) - {padding_idx})
@@ -75,18 +79,22 @@ def test_sparse_gradients(dtype: torch.dtype) -> None:
         LF.embedding(indices, weight, sparse=True)
 
 
-def test_sparse_gradients_of_modules() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_sparse_gradients_of_modules(kernel: str) -> None:
     """Accumulated, clipped, stepped and differentiated again, as torch's are."""
     indices, table = torch.tensor([[1, 4], [4, 2]]), torch.randn(6, 3, dtype=torch.double)
     results = []
     for nn in (lnn, torch.nn):
         module = nn.Embedding.from_pretrained(table.clone(), freeze=False, sparse=True, padding_idx=2)
         optimizer = torch.optim.SparseAdam(module.parameters(), lr=0.1)
-        for factor in (1, 2):
-            (module(indices) ** 2 * factor).sum().backward()
+        with llmkern.backend(kernel):
+            for factor in (1, 2):
+                (module(indices) ** 2 * factor).sum().backward()
         gradient = module.weight.grad.to_dense()
         optimizer.step()
-        (first,) = torch.autograd.grad(module(indices).sin().sum(), module.weight, create_graph=True)
+        with llmkern.backend(kernel):
+            (first,) = torch.autograd.grad(module(indices).sin().sum(), module.weight, create_graph=True)
         second = torch.autograd.grad((first.to_dense() ** 3).sum(), module.weight)[0].to_dense()
         results.append((gradient, module.weight, first.to_dense(), second))
     for a, b in zip(*results, strict=True):

@@ -97,8 +97,9 @@ def embedding_bag(
     except IndexError as error:
         raise ops.BagIndexError(str(error)) from None
     except RuntimeError:
-        # Offsets that are out of bounds: torch says so in its own words.
-        F.embedding_bag(*as_written)
+        # Offsets that are out of bounds: torch says so in its own words, on a GPU by ending the context.
+        if not input.is_cuda:
+            F.embedding_bag(*as_written)
         raise
 
 

@@ -285,7 +285,7 @@ def _differentiable_sparse(
 ) -> Tensor:
     """Each position is made a row of its own: their gradients are the values."""
     N = indices.shape[0]
-    own = torch.where(indices == options.padding_idx, N, torch.arange(N))
+    own = torch.where(indices == options.padding_idx, N, torch.arange(N, device=indices.device))
     alone = options._replace(num_weights=N + 1, padding_idx=N)
     values = TableGradientFunction.run(dout, samples, own, offsets, alone)[:N]
     return differentiable_sparse_gradient(indices, values, options.num_weights, options.padding_idx)

@@ -19,19 +19,19 @@ def _indices(device: torch.device, V: int, N: int) -> Tensor:
 
 
 def forward(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int) -> None:
-    kernels.embedding_forward(torch.empty(V, D, dtype=dtype, device=device), _indices(device, V, N))
+    kernels.embedding_forward(torch.zeros(V, D, dtype=dtype, device=device), _indices(device, V, N))
 
 
 def backward(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int) -> None:
-    kernels.embedding_backward(torch.empty(N, D, dtype=dtype, device=device), _indices(device, V, N), V, 0, False)
+    kernels.embedding_backward(torch.zeros(N, D, dtype=dtype, device=device), _indices(device, V, N), V, -1, False)
 
 
 def sparse_backward(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int) -> None:
-    kernels.embedding_sparse_backward(torch.empty(N, D, dtype=dtype, device=device), _indices(device, V, N), V, 0)
+    kernels.embedding_sparse_backward(torch.zeros(N, D, dtype=dtype, device=device), _indices(device, V, N), V, 0)
 
 
 def by_freq(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int) -> None:
-    kernels.embedding_backward(torch.empty(N, D, dtype=dtype, device=device), _indices(device, V, N), V, -1, True)
+    kernels.embedding_backward(torch.zeros(N, D, dtype=dtype, device=device), _indices(device, V, N), V, -1, True)
 
 
 def renorm(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int, norm_type: float) -> None:
