@@ -143,7 +143,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
-    "mse_loss": {"native": _cpu()},
+    "mse_loss": {"native": _cpu(), "triton": _gpu()},
     "quantized_embedding": {"native": _cpu("bits")},
     "lstm": {
         "native": _cpu(

@@ -68,8 +68,10 @@ class Unit(NamedTuple):
         return f"{self.name} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
 
 
-def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
+def _type_of(value: Any, specialise: bool) -> tuple[Any, bool]:
     """The type of an argument, and whether Triton may take it as divisible by 16."""
+    if isinstance(value, tuple):
+        return tuple(_type_of(element, False)[0] for element in value), False
     if isinstance(value, torch.Tensor):
         return "*" + _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, bool):
@@ -94,10 +96,12 @@ def unit(launch: _launch.Launch) -> Unit:
             if parameter.is_constexpr:
                 shown.append(f"{parameter.name}={value}")
             continue
-        signature[parameter.name], by_16 = _type_of(value, specialise)
+        type_, by_16 = _type_of(value, specialise)
+        signature[parameter.name] = parameter.annotation_type or type_
         if by_16:
             divisible[(position,)] = [["tt.divisibility", 16]]
-    dtypes = [signature[n][1:] for n in names if signature[n].startswith("*")]
+    types = [t for n in names for t in (signature[n] if isinstance(signature[n], tuple) else (signature[n],))]
+    dtypes = [t[1:] for t in types if t.startswith("*")]
     name = f"{launch.kernel.__name__}({', '.join(dict.fromkeys(dtypes))}) {' '.join(shown)}".strip()
     name += f" warps={launch.options['num_warps']}"
     return Unit(name, ASTSource(launch.kernel, signature, constants, divisible), launch.options)

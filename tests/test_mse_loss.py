@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +23,11 @@ import llmkern.nn as lnn
 from llmkern import dispatch
 
 OP = "mse_loss"
+KERNELS = kernels(OP)
 needs_native = pytest.mark.skipif(dispatch.unavailable("native") is not None, reason="needs the native library")
 REDUCTIONS = ("none", "mean", "sum")
-# A scalar, vector tails, the sum's chunk of 8192 and its neighbours, several chunks with a tail.
-SHAPES = ((), (1,), (7,), (5, 13), (8191,), (2, 4096), (8193,), (3, 11, 1009))
+# A scalar, vector tails, the sums' chunks of 8192 and blocks of 4096 and their neighbours, several with a tail.
+SHAPES = ((), (1,), (7,), (5, 13), (4095,), (4096,), (4097,), (8191,), (2, 4096), (8193,), (3, 11, 1009))
 
 
 def run(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], cotangent: Tensor) -> tuple[Tensor, ...]:
@@ -58,18 +59,20 @@ def test_values_and_gradients(backend: str, device: torch.device, dtype: torch.d
         compare((x.detach(), t.detach().requires_grad_()), reduction)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS or ["reference"])
+@settings(max_examples=10 if INTERPRETING else 25, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), max_size=4),
     order=st.randoms(use_true_random=False),
     reduction=st.sampled_from(REDUCTIONS),
 )
-def test_any_shape_and_stride(shape: list[int], order: object, reduction: str) -> None:
+def test_any_shape_and_stride(kernel: str, shape: list[int], order: object, reduction: str) -> None:
     permutation = list(range(len(shape)))
     order.shuffle(permutation)  # type: ignore[attr-defined]
     x = torch.randn(shape, dtype=torch.double).permute(permutation).requires_grad_()
     t = torch.randn(x.shape, dtype=torch.double)
-    with llmkern.backend("native" if dispatch.unavailable("native") is None else "reference"):
+    with llmkern.backend(kernel):
         if x.numel():
             compare((x, t), reduction)
         torch.testing.assert_close(
@@ -94,13 +97,14 @@ def test_views_and_expanded_tensors(backend: str, device: torch.device) -> None:
     compare((base.requires_grad_(), torch.randn(1, 10, device=device).expand(6, 10)), "sum")
 
 
-@pytest.fixture
-def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry for each call of the backward kernel."""
-    native, calls = dispatch.load("native"), []
-    backward = native.mse_loss_backward
-    monkeypatch.setattr(native, "mse_loss_backward", lambda *args: (calls.append(True), backward(*args))[1])
-    return calls
+@pytest.fixture(params=KERNELS)
+def recomputed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """One entry for each call of the backward kernel; calls go to the kernels."""
+    kernel, calls = dispatch.load(request.param), []
+    backward = kernel.mse_loss_backward
+    monkeypatch.setattr(kernel, "mse_loss_backward", lambda *args: (calls.append(True), backward(*args))[1])
+    with llmkern.backend(request.param):
+        yield calls
 
 
 # What the kernel gets is contiguous; the gradients find their way back.
@@ -112,7 +116,7 @@ LAYOUTS = {
 }
 
 
-@needs_native
+@pytest.mark.kernels
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -139,7 +143,7 @@ def test_gradients_of_the_forward(dtype: torch.dtype, reduction: str, layout: st
                 assert_accurate(a, e, t)
 
 
-@needs_native
+@pytest.mark.kernels
 def test_a_lost_bet(recomputed: list[bool]) -> None:
     x, t = (torch.randn(8193, requires_grad=True) for _ in range(2))
     for cotangent in (torch.tensor(3.0), torch.tensor(float("nan"))):
@@ -154,11 +158,13 @@ def test_a_lost_bet(recomputed: list[bool]) -> None:
     assert len(recomputed) == 4
 
 
-@needs_native
-def test_no_gradient_of_an_operand_that_changed() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_gradient_of_an_operand_that_changed(kernel: str) -> None:
     x = torch.randn(5, requires_grad=True)
     changed = x * 1
-    loss = LF.mse_loss(changed, torch.zeros(5))
+    with llmkern.backend(kernel):
+        loss = LF.mse_loss(changed, torch.zeros(5))
     changed += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -201,6 +207,17 @@ def test_same_bits_for_any_thread_count(count: int) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sum_is_of_partial_sums_in_order(kernel: str) -> None:
+    """The same bits in every run; one fp32 sum, at 4e7 after the first block, would take no notice of the ones."""
+    x = torch.cat([torch.full((4096,), 100.0), torch.ones(50_000)])
+    with llmkern.backend(kernel):
+        first, again = (LF.mse_loss(x, torch.zeros_like(x), reduction="sum") for _ in range(2))
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first.double(), x.double().square().sum(), rtol=1e-6, atol=0)
 
 
 def test_large_sum_is_accurate() -> None:
