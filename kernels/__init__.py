@@ -23,6 +23,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "embedding_bag_sparse_backward",
         "embedding_bag_samples_backward",
     ),
+    "grad_norm": ("grad_norm", "scale_"),
     "mse_loss": ("mse_loss_forward", "mse_loss_backward"),
 }
 

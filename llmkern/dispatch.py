@@ -155,7 +155,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS)},
     "lstm_cell": {"native": _cpu(unless=_cell_is_faster_in_torch)},
     **{f"{mode}_cell": {"native": _cpu()} for mode in ("gru", "rnn_tanh", "rnn_relu")},
-    "grad_norm": {"native": _cpu()},
+    "grad_norm": {"native": _cpu(), "triton": _gpu()},
     "adam": {"native": _cpu("state_dtype")},
     "sgd": {"native": _cpu("state_dtype")},
     "adagrad": {"native": _cpu("state_dtype")},

@@ -68,10 +68,8 @@ class Unit(NamedTuple):
         return f"{self.name} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
 
 
-def _type_of(value: Any, specialise: bool) -> tuple[Any, bool]:
+def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
     """The type of an argument, and whether Triton may take it as divisible by 16."""
-    if isinstance(value, tuple):
-        return tuple(_type_of(element, False)[0] for element in value), False
     if isinstance(value, torch.Tensor):
         return "*" + _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, bool):
@@ -98,10 +96,9 @@ def unit(launch: _launch.Launch) -> Unit:
             continue
         type_, by_16 = _type_of(value, specialise)
         signature[parameter.name] = parameter.annotation_type or type_
-        if by_16:
+        if by_16 and not parameter.do_not_specialize_on_alignment:
             divisible[(position,)] = [["tt.divisibility", 16]]
-    types = [t for n in names for t in (signature[n] if isinstance(signature[n], tuple) else (signature[n],))]
-    dtypes = [t[1:] for t in types if t.startswith("*")]
+    dtypes = [signature[n][1:] for n in names if signature[n].startswith("*")]
     name = f"{launch.kernel.__name__}({', '.join(dict.fromkeys(dtypes))}) {' '.join(shown)}".strip()
     name += f" warps={launch.options['num_warps']}"
     return Unit(name, ASTSource(launch.kernel, signature, constants, divisible), launch.options)

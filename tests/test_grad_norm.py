@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FLOATS
+from checks import FLOATS, INTERPRETING, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import llmkern
-from llmkern import dispatch, optim
+from llmkern import dispatch, optim, reference
 
 OP = "grad_norm"
+KERNELS = kernels(OP)
 NATIVE = dispatch.unavailable("native") is None
 # A scalar, nothing at all, tails of a vector and of four, chunks of 32768 and their neighbours.
 SHAPES = ((), (0,), (7,), (67,), (32767,), (2, 32769))
@@ -69,18 +70,53 @@ def test_every_norm_is_torchs(norm_type: Any) -> None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS or ["reference"])
+@settings(max_examples=10 if INTERPRETING else 30, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 60), max_size=3).map(tuple), max_size=5),
     max_norm=st.floats(0, 100),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
-def test_any_sizes(shapes: Any, max_norm: float, scale: float) -> None:
+def test_any_sizes(kernel: str, shapes: Any, max_norm: float, scale: float) -> None:
     ours, theirs = with_grads(torch.float64, shapes, scale), with_grads(torch.float64, shapes, scale)
-    got, want = optim.clip_grad_norm_(ours, max_norm), torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    with llmkern.backend(kernel):
+        got = optim.clip_grad_norm_(ours, max_norm)
+    want = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     torch.testing.assert_close(got.double(), want.double(), rtol=1e-12, atol=0)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-11, atol=0)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_many_tensors_at_any_address(kernel: str, dtype: torch.dtype) -> None:
+    """More than a launch takes, of every size around a block and a chunk, some not where a vector may begin."""
+    sizes = [1, 0, 4095, 4096, 4097, 8191, 3, 32767, 32768, 32769, 17, 5, 65537, 1, 2, 40000, 7]
+    memory = [torch.randn(n + k % 3).to(dtype) for k, n in enumerate(sizes)]
+    before = [m.clone() for m in memory]
+    tensors, copies = ([m[k % 3 :] for k, m in enumerate(whole)] for whole in (memory, before))
+    functions = dispatch.load(kernel)
+    want = reference.grad_norm(copies)
+    torch.testing.assert_close(functions.grad_norm(tensors), want, rtol=1e-14, atol=0)
+    assert torch.equal(functions.grad_norm(tensors), functions.grad_norm(tensors))
+    # One after the other: what is another tensor's is no element of this one.
+    for t, c in zip(tensors, copies, strict=True):
+        torch.testing.assert_close(functions.grad_norm([t]), reference.grad_norm([c]), rtol=1e-14, atol=0)
+    functions.scale_(tensors, 0.3)
+    reference.scale_(copies, 0.3)
+    assert all(torch.equal(m, b) for m, b in zip(memory, before, strict=True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_list_of_several_dtypes(kernel: str) -> None:
+    tensors = [torch.randn(50).to(FLOATS[k % 4]) for k in range(11)]
+    copies, functions = [t.clone() for t in tensors], dispatch.load(kernel)
+    torch.testing.assert_close(functions.grad_norm(tensors), reference.grad_norm(copies), rtol=1e-14, atol=0)
+    functions.scale_(tensors, 0.7), reference.scale_(copies, 0.7)
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
 @pytest.mark.parametrize("coalesced", [False, True])
@@ -146,13 +182,14 @@ def test_norms_that_are_not_finite(backend: str, value: float) -> None:
         torch.testing.assert_close(p.grad, q.grad, equal_nan=True)
 
 
-def test_squares_that_leave_the_range_of_fp32() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_squares_that_leave_the_range_of_fp32(kernel: str) -> None:
     """torch's norm is infinite then, and its gradients are zero."""
-    if not NATIVE:
-        pytest.skip("the native library is not built")
     (p,) = with_grads(torch.float32, ((50,),), scale=1e25)
     exact = p.grad.double().norm()
-    norm = optim.clip_grad_norm_(p, 1.0)
+    with llmkern.backend(kernel):
+        norm = optim.clip_grad_norm_(p, 1.0)
     torch.testing.assert_close(norm, exact.float())
     torch.testing.assert_close(p.grad.norm(), torch.tensor(1.0))
 
