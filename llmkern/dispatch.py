@@ -144,7 +144,7 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
     "mse_loss": {"native": _cpu(), "triton": _gpu()},
-    "quantized_embedding": {"native": _cpu("bits")},
+    "quantized_embedding": {"native": _cpu("bits"), "triton": _gpu("bits")},
     "lstm": {
         "native": _cpu(
             *("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS),

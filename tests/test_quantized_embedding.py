@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS
+from checks import FLOATS, INTERPRETING, kernels
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch import Tensor
 import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
-from llmkern import dispatch
+from llmkern import dispatch, reference
 
 OP = "quantized_embedding"
-BACKENDS = [name for name in ("native", "reference") if dispatch.unavailable(name) is None]
+BACKENDS = [*kernels(OP), "reference"]
 # Columns: none, one, odd numbers and tails of a vector, several vectors, halves that end where one does (31, 32).
 COLUMNS = (0, 1, 2, 3, 16, 17, 31, 32, 33, 67, 131, 256)
 
@@ -43,11 +43,12 @@ def assert_bound(module: lnn.QuantizedEmbedding, weight: Tensor) -> None:
     assert torch.equal(module.offset, weight.amin(1).float())
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_error_bound(backend: str, bits: int, dtype: torch.dtype) -> None:
-    for D in COLUMNS:
+    for D in COLUMNS[::2] if INTERPRETING else COLUMNS:
         weight = (torch.randn(23, D, dtype=torch.double) * torch.logspace(-3, 3, 23)[:, None]).to(dtype)
         weight[1] += 100
         with llmkern.backend(backend):
@@ -57,7 +58,8 @@ def test_error_bound(backend: str, bits: int, dtype: torch.dtype) -> None:
             assert torch.equal(module(rows), module.dequantize()[rows.long()])
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.kernels
+@settings(max_examples=60 if INTERPRETING else 200, deadline=None)
 @given(
     values=st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=40),
     dtype=st.sampled_from(FLOATS),
@@ -75,13 +77,14 @@ def test_error_bound_for_any_row(values: list[float], dtype: torch.dtype, bits: 
         assert_bound(llmkern.quantize_embedding(row.to(dtype), bits), row.to(dtype))
 
 
-@pytest.mark.skipif(len(BACKENDS) < 2, reason="needs the native library")
+@pytest.mark.kernels
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="needs a kernel")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_backends_agree(bits: int, dtype: torch.dtype) -> None:
     """On the stored table bit for bit; on what it stands for to the rounding of one operation."""
     for D in COLUMNS:
-        weight, results = torch.randn(50, D).to(dtype), []
+        weight, results = torch.randn(9 if INTERPRETING else 50, D).to(dtype), []
         weight[7] = 0.7
         for backend in BACKENDS:
             with llmkern.backend(backend):
@@ -91,6 +94,23 @@ def test_backends_agree(bits: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(results[0][3], results[1][3])
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_around_a_block(backend: str, bits: int) -> None:
+    """Rows of one block of bytes, of a byte less or more, and of several; more rows than one program takes."""
+    for D in (511, 512, 513, 1023, 1024, 1025, 2047, 2049):
+        weight, at = torch.randn(4, D), torch.tensor([3, 0, 0, 2, 1])
+        weight[1, -1], weight[2, 0] = 9, -9
+        stored = reference.quantize_rows(weight, bits)
+        with llmkern.backend(backend):
+            for a, b in zip(LF.quantize_rows(weight, bits), stored, strict=True):
+                assert torch.equal(a, b)
+            got = LF.quantized_embedding(at, *stored, D, bits)
+        torch.testing.assert_close(got, reference.quantized_embedding(*stored, at, D, bits, torch.float32))
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_rows_are_exact(backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -101,6 +121,7 @@ def test_constant_rows_are_exact(backend: str) -> None:
         assert torch.equal(module.dequantize(), weight)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout(backend: str) -> None:
     """As documented: the halves of a row in the halves of its bytes."""
@@ -131,10 +152,11 @@ def test_same_bits_for_any_thread_count() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_is_named(backend: str, bad: float) -> None:
-    for dtype in FLOATS:
+    for dtype in FLOATS[1:3] if INTERPRETING else FLOATS:
         weight = torch.randn(200, 19).to(dtype)
         weight[117, 18] = weight[150, 0] = bad
         with llmkern.backend(backend), pytest.raises(ValueError, match=r"row 117 holds NaN .*\(2 such rows in all\)"):
@@ -143,6 +165,7 @@ def test_a_row_that_is_not_finite_is_named(backend: str, bad: float) -> None:
         llmkern.quantize_embedding(torch.tensor([[1.0, 2.0], [-3e38, 3e38]]))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_index_out_of_range(backend: str) -> None:
     module = llmkern.quantize_embedding(torch.randn(6, 300))
@@ -199,8 +222,9 @@ def test_errors_of_quantising() -> None:
             lnn.QuantizedEmbedding(5, 4, **wrong)
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
-def test_the_op_checks_what_memory_safety_needs() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", kernels(OP))
+def test_the_op_checks_what_memory_safety_needs(kernel: str) -> None:
     forward = torch.ops.llmkern.quantized_embedding_forward
     data, row, at = torch.zeros(6, 4, dtype=torch.uint8), torch.ones(6), torch.tensor([0, 5])
     for arguments in (
@@ -213,7 +237,7 @@ def test_the_op_checks_what_memory_safety_needs() -> None:
         (data, row, row, at, 4, 7),
     ):
         with pytest.raises(ValueError, match=r"expected"):
-            forward(*arguments, torch.float32, "native")
+            forward(*arguments, torch.float32, kernel)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
