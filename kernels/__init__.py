@@ -23,6 +23,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "embedding_bag_sparse_backward",
         "embedding_bag_samples_backward",
     ),
+    "fused_embedding": ("fused_embedding_forward", "fused_embedding_backward"),
     "grad_norm": ("grad_norm", "scale_"),
     "mse_loss": ("mse_loss_forward", "mse_loss_backward"),
     "quantized_embedding": ("quantized_embedding_forward", "quantized_embedding_quantize"),
@@ -63,5 +64,7 @@ _HOME = {function: module for module, functions in _MODULES.items() for function
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = globals()[name] = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    return function
+    module = importlib.import_module(f".{_HOME[name]}", __name__)
+    # All of the module's: a function may have the name of its module, which the import has put into this namespace.
+    globals().update({function: getattr(module, function) for function in _MODULES[_HOME[name]]})
+    return globals()[name]

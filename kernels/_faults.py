@@ -26,8 +26,10 @@ MESSAGES = (
     "offsets[0] has to be 0, i.e., the first sequence in the mini-batch has to start from position 0. However, got {}",
     "offsets[-1] can not be greater than input's length but got offsets[-1] of {}",
     "embedding_bag: offsets must not decrease, but offsets[{}] does; each says where a bag begins",
+    "positions: index out of range in self",
+    "token_types: index out of range in self",
 )
-EMBEDDING, TARGET, BAG, FIRST_OFFSET, LAST_OFFSET, OFFSET_ORDER = range(len(MESSAGES))
+EMBEDDING, TARGET, BAG, FIRST_OFFSET, LAST_OFFSET, OFFSET_ORDER, POSITION, TOKEN_TYPE = range(len(MESSAGES))
 
 # What is raised, if not an IndexError.
 _ERRORS: dict[int, type[Exception]] = {

@@ -28,7 +28,7 @@ ZEROS = 4
 @triton.jit
 def _sum_tile(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    tile, columns, N, G, D, BY_FREQ: tl.constexpr,
+    tile, columns, N, G, D, factor, BY_FREQ: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``out`` whose runs begin among the places [tile * ROWS, (tile + 1) * ROWS)."""
@@ -46,6 +46,7 @@ def _sum_tile(
         total += terms(
             values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, inside, columns, D, ACC
         )  # fmt: skip
+    total *= factor
     if BY_FREQ:
         total *= (1.0 / tl.maximum(length, 1).to(ACC))[:, None]
     mask = short[:, None] & (columns < D)[None, :]
@@ -62,6 +63,7 @@ def _sum_tile(
             values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, begin, stop, columns, D,
             ACC, CHUNK, ROWS, BLOCK_D, largest_ptr,
         )  # fmt: skip
+        sum *= factor
         if BY_FREQ:
             sum *= 1.0 / (stop - begin).to(ACC)
         tl.store(out_ptr + row * D + columns, sum.to(out_ptr.dtype.element_ty), mask=columns < D)
@@ -70,7 +72,7 @@ def _sum_tile(
 @triton.jit(do_not_specialize=["N", "G", "sum_tiles"])
 def table_gradient_kernel(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    N, G, D, sum_tiles, column_blocks, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
+    N, G, D, sum_tiles, column_blocks, factor: tl.float64, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -79,7 +81,7 @@ def table_gradient_kernel(
     if tile < sum_tiles:
         _sum_tile(
             values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-            tile, columns, N, G, D, BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
+            tile, columns, N, G, D, tl.full((), factor, ACC), BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
         )  # fmt: skip
     else:
         for k in range(ZEROS):
@@ -99,9 +101,10 @@ def table_gradient(
     source: Tensor | None = None,
     largest: Tensor | None = None,
     by_freq: bool = False,
+    factor: float = 1.0,
 ) -> Tensor:
-    """(num_rows, D), like ``values``: for each run of ``order`` the sum of its terms, as :func:`chunk_sums` describes
-    them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
+    """(num_rows, D), like ``values``: ``factor`` times, for each run of ``order``, the sum of its terms, as
+    :func:`chunk_sums` describes them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
     else all, an empty one giving zeros."""
     N, D = order.group.shape[0], values.shape[1]
     partials = chunk_sums(values, order, scale, source, largest)
@@ -111,7 +114,7 @@ def table_gradient(
     zero_tiles = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
     launch(
         table_gradient_kernel, ((sum_tiles + zero_tiles) * column_blocks,), values, scale, source, largest,
-        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks,
+        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks, factor,
         BY_FREQ=by_freq, ZEROS=ZEROS, ACC=acc_type(values), CHUNK=CHUNK, SHORT=8, ROWS=rows, BLOCK_D=block_d(D),
     )  # fmt: skip
     return out

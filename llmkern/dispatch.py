@@ -138,7 +138,7 @@ TABLE: dict[str, dict[str, Support]] = {
         backend: on(*("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean"))
         for backend, on in (("native", _cpu), ("triton", _gpu))
     },
-    "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick)},
+    "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick), "triton": _gpu()},
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import kernels
 
 import llmkern
 import llmkern.functional as LF
@@ -74,11 +75,12 @@ def test_positions_out_of_range(backend: str, bad: int) -> None:
         keywords = {name: rows, "position_weight" if name == "positions" else "token_type_weight": table}
         with pytest.raises(IndexError, match="index out of range in self") as error:
             LF.fused_embedding(torch.zeros(200).long(), torch.randn(3, 300), **keywords)
-        assert backend != "native" or str(error.value).startswith(f"{name}: ")
+        assert backend not in dispatch.TABLE[OP] or str(error.value).startswith(f"{name}: ")
 
 
-@pytest.mark.skipif(not NATIVE, reason="needs the native library")
-def test_the_op_checks_what_memory_safety_needs() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", kernels(OP))
+def test_the_op_checks_what_memory_safety_needs(kernel: str) -> None:
     """The functional never passes such arguments down; a caller of the op may."""
     forward, backward = (getattr(torch.ops.llmkern, f"fused_embedding_{phase}") for phase in ("forward", "backward"))
     weight, none, options = torch.randn(6, 4), (None,) * 4, (1.0, "none", 1e-5, 0.0, 0, -1, False)
@@ -87,22 +89,22 @@ def test_the_op_checks_what_memory_safety_needs() -> None:
     for bad in (-1, 6, 2**40):
         wrong = torch.tensor([0, bad, 1])
         with pytest.raises(IndexError, match="index out of range in self"):
-            backward(torch.randn(3, 4), weight, *none, wrong, None, None, stats, *options, wants, "native")
+            backward(torch.randn(3, 4), weight, *none, wrong, None, None, stats, *options, wants, kernel)
     with pytest.raises(ValueError, match="dout: expected"):
-        backward(torch.randn(2, 4), weight, *none, at, None, None, stats, *options, wants, "native")
+        backward(torch.randn(2, 4), weight, *none, at, None, None, stats, *options, wants, kernel)
     normed = (1.0, "layer", 1e-5, 0.0, 0, -1, False)
     with pytest.raises(ValueError, match="stats: expected"):
-        backward(torch.randn(3, 4), weight, *none, at, None, None, stats, *normed, wants, "native")
+        backward(torch.randn(3, 4), weight, *none, at, None, None, stats, *normed, wants, kernel)
     with pytest.raises(ValueError, match="contiguous"):
-        forward(torch.randn(4, 6).t(), *none, at, None, None, *options, "native")
+        forward(torch.randn(4, 6).t(), *none, at, None, None, *options, kernel)
     with pytest.raises(ValueError, match="of which N is a multiple"):
-        forward(weight, weight, None, None, None, at, at[:2], None, *options, "native")
+        forward(weight, weight, None, None, None, at, at[:2], None, *options, kernel)
     with pytest.raises(ValueError, match="expected a table and its indices"):
-        forward(weight, weight, None, None, None, at, None, None, *options, "native")
+        forward(weight, weight, None, None, None, at, None, None, *options, kernel)
     with pytest.raises(ValueError, match=r"norm_bias: expected \(D\)"):
-        forward(weight, None, None, None, torch.ones(3), at, None, None, *options, "native")
+        forward(weight, None, None, None, torch.ones(3), at, None, None, *options, kernel)
     with pytest.raises(ValueError, match="expected norm none, layer or rms"):
-        forward(weight, *none, at, None, None, 1.0, "batch", *options[2:], "native")
+        forward(weight, *none, at, None, None, 1.0, "batch", *options[2:], kernel)
 
 
 def test_module(backend: str) -> None:

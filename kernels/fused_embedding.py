@@ -1,0 +1,238 @@
+"""Token + position + token type, norm and dropout: out = dropout(norm(scale * weight[token] + position + type)).
+
+Traffic. Forward: each row is read once, out is written once; a composition of torch's functions writes and reads N*D
+again for every step. Nothing of that size is kept for the backward but the indices and two numbers a row: the
+normalised row is computed again from the tables, the mask from its seed. A program takes rows of sixteen elements a
+thread, in registers from the first read to the last write; past D = 4096 a row is read again instead, from L1.
+
+Backward: one pass writes the gradient at the sum, N*D, because a norm's gradient needs a whole row before its first
+element is known; then each table adds up its rows of it, by tokens, positions and types. Gradients of the norm's own
+weights are partial sums over shares of the tokens, each in the registers of one program, added in order by a second
+kernel: how many shares there are depends on N alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _faults, _random
+from ._fused_embedding import (
+    fused_embedding_backward_kernel,
+    fused_embedding_forward_kernel,
+    fused_embedding_long_backward_kernel,
+    fused_embedding_long_forward_kernel,
+    fused_embedding_shares_kernel,
+)
+from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
+from ._row_order import RowOrder, order_by_row
+from ._table_gradient import table_gradient
+from .dropout import dropout_forward
+
+# The longest row that is kept in registers.
+LONGEST = 4096
+# Shares of the tokens for the norm's gradients: as many as this, of at least so many tokens.
+SHARES, SHARE_TOKENS = 512, 16
+
+
+class _Call(NamedTuple):
+    """What both phases are called with: the tables, the norm's weights, the rows, and how they are put together."""
+
+    weight: Tensor
+    position_weight: Tensor | None
+    token_type_weight: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    indices: Tensor
+    positions: Tensor | None
+    token_types: Tensor | None
+    scale: float
+    norm: str
+    eps: float
+    p: float
+    seed: int
+
+    @property
+    def tables(self) -> tuple[tuple[str, Tensor | None, Tensor | None], ...]:
+        return (
+            ("weight", self.weight, self.indices),
+            ("position_weight", self.position_weight, self.positions),
+            ("token_type_weight", self.token_type_weight, self.token_types),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """N, D, the rows of each table, and after how many tokens positions and types repeat."""
+        counts = (0 if table is None else table.shape[0] for _, table, _ in self.tables)
+        periods = (1 if at is None else max(at.shape[0], 1) for at in (self.positions, self.token_types))
+        return (self.indices.shape[0], self.weight.shape[1], *counts, *periods)
+
+    @property
+    def rows(self) -> tuple[Tensor | None, ...]:
+        """Indices, and where faults of them are reported."""
+        kinds = (_faults.EMBEDDING, _faults.POSITION, _faults.TOKEN_TYPE)
+        every = (self.indices, self.positions, self.token_types)
+        return (*every, *(None if at is None else _faults.word(k) for k, at in zip(kinds, every, strict=True)))
+
+    @property
+    def dropout(self) -> tuple[int | float | None, ...]:
+        limit = _random.threshold(self.p) if self.p > 0 else None
+        return (*_random.halves(self.seed), limit, 1 / (1 - self.p) if self.p < 1 else 0.0)
+
+    def check(self, reads: bool) -> None:
+        """``reads``: whether the tables' values are looked at, and not their shapes alone."""
+        N, D = self.sizes[:2]
+        if self.norm not in ("none", "layer", "rms"):
+            raise ValueError(f"fused_embedding: expected norm none, layer or rms, got {self.norm}")
+        for name, table, at in self.tables:
+            if (table is None) != (at is None):
+                raise ValueError("fused_embedding: expected a table and its indices, or neither")
+            if table is None or at is None:
+                continue
+            if not at.is_contiguous() or (reads and not table.is_contiguous()):
+                raise ValueError(f"{name}: expected a contiguous tensor")
+            period = at.shape[0]
+            repeats = N == 0 if period == 0 else N % period == 0
+            if table.dim() != 2 or table.shape[1] != D or table.dtype != self.weight.dtype or not repeats:
+                raise ValueError(f"{name}: expected (rows, D) of weight's dtype, and indices of which N is a multiple")
+        for name, row in (("norm_weight", self.norm_weight), ("norm_bias", self.norm_bias)):
+            if row is not None and (row.shape != (D,) or row.dtype != self.weight.dtype or not row.is_contiguous()):
+                raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
+
+
+def _tile(D: int) -> dict[str, int]:
+    """Sixteen elements of a thread: several short rows, or one, by one program."""
+    BLOCK_D = min(max(next_power_of_2(D), 16), LONGEST)
+    return {"ROWS": min(max(2048 // BLOCK_D, 1), 32), "BLOCK_D": BLOCK_D, "num_warps": max(BLOCK_D // 512, 4)}
+
+
+def fused_embedding_forward(
+    weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    indices: Tensor,
+    positions: Tensor | None,
+    token_types: Tensor | None,
+    scale: float,
+    norm: str,
+    eps: float,
+    p: float,
+    seed: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, stats): (N, D), and each row's mean and 1 / deviation, (N, 2), without a norm (0, 2); all contiguous.
+
+    Raises:
+        IndexError: if an index is outside its table; see :mod:`llmkern.kernels._faults`.
+    """
+    call = _Call(
+        weight, position_weight, token_type_weight, norm_weight, norm_bias, indices, positions, token_types,
+        scale, norm, eps, p, seed,
+    )  # fmt: skip
+    call.check(True)
+    N, D = call.sizes[:2]
+    out = weight.new_empty((N, D))
+    stats = weight.new_empty((0 if norm == "none" else N, 2), dtype=accumulator(weight))
+    tile = _tile(min(D, 1024) if norm == "none" else D)
+    long = norm != "none" and D > LONGEST
+    grid = (ceil_div(N, tile["ROWS"]), 1 if long else max(ceil_div(D, tile["BLOCK_D"]), 1))
+    launch(
+        fused_embedding_long_forward_kernel if long else fused_embedding_forward_kernel, grid, out, stats,
+        *call[:5], *call.rows, *call.sizes, scale, eps, *call.dropout, NORM=norm, ACC=acc_type(weight), **tile,
+    )  # fmt: skip
+    return out, stats
+
+
+def _dsum(call: _Call, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tuple[bool, bool]) -> list[Any]:
+    """With a norm: the gradient at the sum, and of the norm's weight and bias; None if it is not wanted."""
+    N, D = call.sizes[:2]
+    tile, acc = _tile(D), acc_type(dout)
+    learns = any(norm_wants)
+    tokens = max(SHARE_TOKENS, ceil_div(N, SHARES)) if learns else tile["ROWS"]
+    shares = ceil_div(N, tokens)
+    dsum = torch.empty_like(dout) if wanted else None
+    partials = [dout.new_empty((shares, D), dtype=accumulator(dout)) if want else None for want in norm_wants]
+    rows, changing = (*call[:4], *call.rows, *call.sizes), call.dropout
+    long = D > LONGEST
+    if long and wanted:
+        launch(
+            fused_embedding_long_backward_kernel, (ceil_div(N, tile["ROWS"]),), dout, stats, dsum, *rows, call.scale,
+            *changing, NORM=call.norm, ACC=acc, **tile,
+        )  # fmt: skip
+    if learns or not long:
+        launch(
+            fused_embedding_backward_kernel, (shares, max(ceil_div(D, tile["BLOCK_D"]), 1)), dout, stats,
+            None if long else dsum, *partials, *rows, tokens, call.scale, *changing, NORM=call.norm, ACC=acc, **tile,
+        )  # fmt: skip
+    results = [dsum]
+    for partial in partials:
+        results.append(None if partial is None else dout.new_empty(D))
+        if partial is not None:
+            launch(
+                fused_embedding_shares_kernel, (ceil_div(D, 32),), partial, results[-1], shares, D,
+                ACC=acc, ROWS=128, BLOCK_D=32, num_warps=8,
+            )  # fmt: skip
+    return results
+
+
+def _order(indices: Tensor, num_rows: int, N: int, padding_idx: int = -1) -> RowOrder:
+    """The order of N tokens by rows that repeat; only one period of them is sorted."""
+    order, period = order_by_row(indices, num_rows, padding_idx), indices.shape[0]
+    if period == N:
+        return order
+    repeats = N // max(period, 1)
+    first = torch.arange(repeats, device=indices.device) * period
+    positions = (order.positions[:, None] + first).flatten()
+    return RowOrder(positions, order.group[:, None].repeat(1, repeats).flatten(), order.starts * repeats, None)
+
+
+def fused_embedding_backward(
+    dout: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    indices: Tensor,
+    positions: Tensor | None,
+    token_types: Tensor | None,
+    stats: Tensor,
+    scale: float,
+    norm: str,
+    eps: float,
+    p: float,
+    seed: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    wants: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of the three tables and of the norm's weight and bias; the k-th is empty unless bit k of ``wants`` is
+    set."""
+    call = _Call(
+        weight, position_weight, token_type_weight, norm_weight, norm_bias, indices, positions, token_types,
+        scale, norm, eps, p, seed,
+    )  # fmt: skip
+    call.check(norm != "none")
+    N, D = call.sizes[:2]
+    if dout.shape != (N, D) or dout.dtype != weight.dtype or not dout.is_contiguous():
+        raise ValueError("dout: expected (N, D) of weight's dtype, contiguous")
+    if norm != "none" and (stats.shape != (N, 2) or stats.dtype != accumulator(weight) or not stats.is_contiguous()):
+        raise ValueError("stats: expected what the forward gave")
+    wanted = [wants >> k & 1 == 1 and t is not None for k, t in enumerate(call[:5])]
+    grads: list[Any] = [None] * 5
+    if norm == "none":
+        dsum = dropout_forward(dout, p, seed) if p > 0 else dout
+    else:
+        dsum, *grads[3:] = _dsum(call, dout, stats, any(wanted[:3]), (wanted[3], wanted[4]))
+    for k, (_, table, at) in enumerate(call.tables):
+        if wanted[k] and table is not None and at is not None:
+            token = k == 0
+            order = _order(at, table.shape[0], N, padding_idx if token else -1)
+            by_freq, factor = (scale_grad_by_freq, scale) if token else (False, 1.0)
+            grads[k] = table_gradient(dsum, order, table.shape[0], by_freq=by_freq, factor=factor)
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
