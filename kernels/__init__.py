@@ -27,6 +27,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "grad_norm": ("grad_norm", "scale_"),
     "mse_loss": ("mse_loss_forward", "mse_loss_backward"),
     "quantized_embedding": ("quantized_embedding_forward", "quantized_embedding_quantize"),
+    "optim": ("advance", "adam_step", "sgd_step", "adagrad_step"),
 }
 
 

@@ -1,0 +1,223 @@
+"""Optimizer steps over many tensors at once: one launch for all that share dtypes and step count.
+
+A program takes 1,024 elements of one tensor. Which, it finds in two tables in device memory: for each block its tensor,
+and for each tensor its addresses. The tables are made on the host and sent without waiting when a pointer changes, and
+kept while none does.
+
+Traffic: parameter, gradient and states read once, all but the gradient written once, in 16-byte pieces: for Adam in
+fp32 28 bytes an element, and 4 bytes of table a block. A block that its tensor does not fill is masked, the others are
+not, for a mask of unknown length would cut the pieces to single elements.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _optim_rules as rules
+from ._launch import acc_type, accumulator, ceil_div, launch
+
+BLOCK = 1024
+# A row of a tensor in the table: its first block, elements, parameter, gradient, three states.
+COLUMNS = 7
+_KEPT = 64
+
+
+@triton.jit
+def _pointer(table_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table_ptr + column).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _step_block(
+    table_ptr, i, mask, scale, numbers,
+    RULE: tl.constexpr, AFTER: tl.constexpr, ACC: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
+    STATES: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    param_ptr = _pointer(table_ptr, 2, PARAM, ALIGNED)
+    grad_ptr = _pointer(table_ptr, 3, PARAM, ALIGNED)
+    s0_ptr, s1_ptr, s2_ptr = None, None, None
+    if STATES > 0:
+        s0_ptr = _pointer(table_ptr, 4, STATE, ALIGNED)
+    if STATES > 1:
+        s1_ptr = _pointer(table_ptr, 5, STATE, ALIGNED)
+    if STATES > 2:
+        s2_ptr = _pointer(table_ptr, 6, STATE, ALIGNED)
+    p = tl.load(param_ptr + i, mask=mask).to(ACC)
+    g = tl.load(grad_ptr + i, mask=mask).to(ACC)
+    s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
+    p, s0, s1, s2 = rules.update(p, g, s0, s1, s2, numbers, RULE)
+    rules.store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2)
+    tl.store(param_ptr + i, p.to(PARAM), mask=mask)
+    if AFTER == "zero":
+        tl.store(grad_ptr + i, tl.zeros_like(p).to(PARAM), mask=mask)
+    if AFTER == "scale":
+        tl.store(grad_ptr + i, (scale * g).to(PARAM), mask=mask)
+
+
+@triton.jit
+def optim_step_kernel(
+    table_ptr, tensor_of_ptr, scale: tl.float64,
+    n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
+    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
+    RULE: tl.constexpr, AFTER: tl.constexpr, ACC: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
+    STATES: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    table_ptr += tl.load(tensor_of_ptr + block) * COLUMNS
+    begin = (block - tl.load(table_ptr)) * BLOCK
+    n = tl.load(table_ptr + 1)
+    numbers = rules.numbers_in(n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+    scale = tl.full((), scale, ACC)
+    i = begin + tl.arange(0, BLOCK)
+    if begin + BLOCK <= n:
+        _step_block(table_ptr, i, None, scale, numbers, RULE, AFTER, ACC, PARAM, STATE, STATES, ALIGNED)
+    else:
+        _step_block(table_ptr, i, i < n, scale, numbers, RULE, AFTER, ACC, PARAM, STATE, STATES, ALIGNED)
+
+
+class _Tables:
+    """What was sent to a device, by what it was made of; the least recently used goes first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Tensor] = OrderedDict()
+
+    def __call__(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        key = (key, device)
+        if key not in self._kept:
+            table = make()
+            if device.type == "cuda":
+                # From pinned memory, which torch keeps until the copy is done, a copy does not wait.
+                table = table.pin_memory()
+            self._kept[key] = table.to(device, non_blocking=True)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+_tables = _Tables()
+
+
+def _tensor_of(sizes: tuple[int, ...]) -> Tensor:
+    """For each block the number of its tensor."""
+    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes])
+    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
+
+
+def _addresses(sizes: tuple[int, ...], pointers: tuple[int, ...]) -> Tensor:
+    """(P, COLUMNS): the table of tensors. ``pointers``: five for each."""
+    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes])
+    first = blocks.cumsum(0) - blocks
+    return torch.cat([first[:, None], torch.tensor(sizes)[:, None], torch.tensor(pointers).view(-1, 5)], 1)
+
+
+def _step_alike(rule: str, numbers: tuple[float, ...], after: str, scale: float, lists: list[list[Tensor]]) -> None:
+    """One launch. ``lists``: parameters, gradients and the rule's states, each of one dtype."""
+    params = lists[0]
+    states = len(lists) - 2
+    sizes = tuple(p.numel() for p in params)
+    pointers = tuple(a for own in zip(*lists, strict=True) for a in (*(t.data_ptr() for t in own), *[0] * (3 - states)))
+    device = params[0].device
+    table = _tables((sizes, pointers), device, lambda: _addresses(sizes, pointers))
+    tensor_of = _tables(sizes, device, lambda: _tensor_of(sizes))
+    launch(
+        optim_step_kernel, (tensor_of.shape[0],), table, tensor_of, scale, *numbers,
+        RULE=rule, AFTER=after, ACC=acc_type(params[0]), PARAM=_type(params[0]), STATE=_type(lists[-1][0]),
+        STATES=states, ALIGNED=all(pointer % 16 == 0 for pointer in pointers), COLUMNS=COLUMNS, BLOCK=BLOCK,
+        fp_fusion=False,
+    )  # fmt: skip
+
+
+def _type(tensor: Tensor) -> tl.dtype:
+    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
+
+
+def _check(name: str, lists: Sequence[list[Tensor]], steps: list[float], after: str) -> None:
+    """That memory is not touched outside tensors; ``lists`` begins with parameters, gradients and states."""
+    if after not in ("keep", "zero", "scale"):
+        raise ValueError(f"after: got {after!r}, expected keep, zero or scale")
+    if any(len(each) != len(lists[0]) for each in (*lists, steps)):
+        raise ValueError(f"{name}: expected as many gradients, states and steps as parameters")
+    for p, grad, *states in zip(*lists, strict=True):
+        types = {state.dtype for state in states}
+        good = len(types) < 2 and types <= {p.dtype, accumulator(p)} and grad.dtype == p.dtype
+        good = good and all(t.numel() == p.numel() and t.is_contiguous() for t in (p, grad, *states))
+        if not good or any(t.device != p.device for t in (grad, *states)):
+            raise ValueError(
+                f"{name}: expected contiguous tensors of the parameter's device and number of elements, gradients of"
+                " its dtype, and states of its dtype or float32 (float64 for float64)"
+            )
+
+
+def _step(
+    rule: str, lists: Sequence[list[Tensor]], steps: list[float], numbers: Callable[[float], tuple[float, ...]],
+    after: str, scale: float,
+) -> None:  # fmt: skip
+    """Steps tensors by kinds: those that share dtypes and step count in one launch."""
+    kinds: dict[Any, list[int]] = {}
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        kinds.setdefault((tensors[0].dtype, tensors[-1].dtype, tensors[0].device, steps[i]), []).append(i)
+    for (*_, step), members in kinds.items():
+        _step_alike(rule, numbers(step), after, scale, [[each[i] for i in members] for each in lists])
+
+
+def advance(steps: list[Tensor]) -> list[float]:
+    """Counts one step more in each, and gives the counts. Tensors on the CPU, as torch keeps them."""
+    torch._foreach_add_(steps, 1)
+    return [float(step) for step in steps]
+
+
+def adam_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[float], lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, decoupled: bool, maximize: bool, grad_scale: float, after: str,
+) -> None:  # fmt: skip
+    """Adam or AdamW in place; ``max_exp_avg_sqs`` is empty without amsgrad. See :mod:`llmkern.reference.optim`."""
+    lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
+    _check("adam_step", lists, steps, after)
+
+    def numbers(step: float) -> tuple[float, ...]:
+        return rules.adam(step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale)
+
+    _step("amsgrad" if max_exp_avg_sqs else "adam", lists, steps, numbers, after, grad_scale)
+
+
+def sgd_step(
+    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], steps: list[float], lr: float,
+    momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, grad_scale: float,
+    after: str,
+) -> None:  # fmt: skip
+    """SGD in place; ``momentum_buffers``, if there are any, are only written by step 1."""
+    lists = [params, grads, *([momentum_buffers] if momentum_buffers else [])]
+    _check("sgd_step", lists, steps, after)
+
+    def numbers(step: float) -> tuple[float, ...]:
+        return rules.sgd(step, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale)
+
+    # All later steps are one kind.
+    kinds = [min(step, 2.0) for step in steps]
+    _step("momentum" if momentum_buffers else "sgd", lists, kinds, numbers, after, grad_scale)
+
+
+def adagrad_step(
+    params: list[Tensor], grads: list[Tensor], sums: list[Tensor], steps: list[float], lr: float, lr_decay: float,
+    weight_decay: float, eps: float, maximize: bool, grad_scale: float, after: str,
+) -> None:  # fmt: skip
+    """Adagrad in place."""
+    lists = [params, grads, sums]
+    _check("adagrad_step", lists, steps, after)
+
+    def numbers(step: float) -> tuple[float, ...]:
+        return rules.adagrad(step, lr, lr_decay, weight_decay, eps, maximize, grad_scale)
+
+    _step("adagrad", lists, steps, numbers, after, grad_scale)
