@@ -160,8 +160,11 @@ TABLE: dict[str, dict[str, Support]] = {
     "sgd": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
     "adagrad": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
     "row_optim": {"native": _cpu("row_grad")},
-    **{f"sparse_{name}": {"native": _cpu("state_dtype")} for name in ("sgd", "adagrad", "adam", "grad_norm")},
-    "rowwise_adagrad": {"native": _cpu("rowwise")},
+    **{
+        f"sparse_{name}": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")}
+        for name in ("sgd", "adagrad", "adam", "grad_norm")
+    },
+    "rowwise_adagrad": {"native": _cpu("rowwise"), "triton": _gpu("rowwise")},
 }
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "quantized_embedding": frozenset({"bits"}),

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from checks import assert_accurate
+from checks import INTERPRETING, assert_accurate
 from torch import Tensor
 
 from llmkern import optim
 
-# A scalar, nothing at all, tails of a vector, a chunk of 32768 and its neighbours.
-SHAPES = ((), (0,), (1,), (7,), (5, 13), (32768,), (32769,), (3, 11, 1009))
+# A scalar, nothing at all, tails of a vector, a chunk of 32768 and its neighbours; of Triton's, a block and its.
+SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (7,), (5, 13))
+SHAPES += ((1023,), (1024,), (1025,)) if INTERPRETING else ((32768,), (32769,), (3, 11, 1009))
 
 # Every option that changes a number, alone and with others.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FLOATS
+from checks import FLOATS, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import OPTIONS, compare, draw, parameters, train, values
@@ -16,6 +16,7 @@ import llmkern
 from llmkern import dispatch, optim, reference
 
 OP = "adam"
+KERNELS = kernels(OP)
 NATIVE = dispatch.unavailable("native") is None
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
 
@@ -155,10 +156,9 @@ def test_nan_and_infinity_come_through(backend: str, name: str) -> None:
     torch.testing.assert_close(run(optim), run(torch.optim), equal_nan=True)
 
 
-@needs_native
-def test_the_native_steps_refuse_what_does_not_fit_together() -> None:
-    from llmkern import native
-
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_refuse_what_does_not_fit_together(kernel: str) -> None:
     last = (1.0, "keep")
     steps = {
         "adam_step": (4, (0.1, 0.9, 0.99, 1e-8, 0.0, False, False, *last)),
@@ -170,7 +170,7 @@ def test_the_native_steps_refuse_what_does_not_fit_together() -> None:
 
         def call(*tensors: Any, counts: Any = (1.0,), name: str = name, numbers: Any = numbers) -> None:
             maxima = [[]] if name == "adam_step" and len(tensors) == 4 else []
-            getattr(native, name)(*map(list, tensors), *maxima, list(counts), *numbers)
+            getattr(dispatch.load(kernel), name)(*map(list, tensors), *maxima, list(counts), *numbers)
 
         good = [[p], [torch.ones(40)], *([torch.zeros(40)] for _ in range(lists - 2))]
         for bad in (short, wide, torch.zeros(80)[::2], torch.zeros(40, dtype=torch.complex64)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +17,7 @@ from llmkern import dispatch, optim, reference
 
 OP = "sparse_adam"
 NATIVE = dispatch.unavailable("native") is None
+KERNELS = kernels("sparse_adam")
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
 # torch's optimizer of the same name steps sparse gradients too, by these options.
 TORCHS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -26,7 +27,9 @@ TORCHS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 ALL = {**TORCHS, "LazyAdam": TORCHS["SparseAdam"], "RowWiseAdagrad": ({"eps": 1e-3}, {"lr": 0.1, "maximize": True})}
 # Columns: one, tails of a vector, more than a thread's grain; a table of several dense dimensions, and of none.
-SHAPES = ((9, 1), (9, 19), (50, 128), (5, 2, 3), (7,), (4, 0))
+SHAPES: tuple[tuple[int, ...], ...] = ((9, 1), (9, 19), (50, 128), (5, 2, 3), (7,), (4, 0))
+if INTERPRETING:
+    SHAPES = ((9, 19), (5, 2, 3), (7,), (4, 0))
 
 
 def table(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -125,13 +128,14 @@ def test_any_sizes(size: tuple[int, int, int], name: str, lr: float, maximize: b
 
 
 def test_a_row_that_most_of_the_batch_shares(backend: str) -> None:
-    """Ten thousand gradients of one row, in bfloat16: torch's sum of them stops growing at 256."""
+    """Thousands of gradients of one row, in bfloat16: torch's sum of them stops growing at 256."""
     if backend == "torch":
         pytest.skip("torch's is wrong")
+    n = 1300 if INTERPRETING else 10007
     p = torch.zeros(5, 19, dtype=torch.bfloat16, requires_grad=True)
     g = torch.Generator().manual_seed(1)
-    indices = torch.where(torch.rand(10007, generator=g) < 0.9, 3, torch.randint(0, 5, (10007,), generator=g))
-    rows = torch.rand(10007, 19, generator=g).bfloat16()
+    indices = torch.where(torch.rand(n, generator=g) < 0.9, 3, torch.randint(0, 5, (n,), generator=g))
+    rows = torch.rand(n, 19, generator=g).bfloat16()
     p.grad = torch.sparse_coo_tensor(indices[None], rows, p.shape, check_invariants=True)
     optim.SGD([p], lr=1.0).step()
     assert_accurate(
@@ -316,10 +320,60 @@ def test_errors() -> None:
         optim.RowWiseAdagrad([p], lr=-1)
 
 
-@needs_native
-def test_the_native_steps_refuse_what_does_not_fit_together() -> None:
-    from llmkern import native
+# Of a table, indices and values: each kernel's step with a state of its own, and what it steps.
+STEPS: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "sparse_sgd_step": (0, (0.1, False, 0.5)),
+    "sparse_adagrad_step": (1, (3.0, 0.1, 0.2, 1e-3, True, 0.5)),
+    "sparse_adam_step": (2, (3.0, 0.1, 0.9, 0.99, 1e-3, False, 0.5)),
+    "rowwise_adagrad_step": (1, (0.1, 1e-3, False, 0.5)),
+}
 
+
+def states_of(name: str, p: Tensor) -> list[Tensor]:
+    like = p[:, 0] if name == "rowwise_adagrad_step" else p
+    return [torch.full_like(like, 0.5) for _ in range(STEPS[name][0])]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", STEPS)
+def test_wide_rows_and_long_runs(kernel: str, name: str) -> None:
+    """Columns around a block of Triton's, and runs around its chunks, in fp64 against the reference; twice the same."""
+    for D in (511, 512, 513):
+        indices = torch.tensor([4] * 129 + [2] * 128 + [0, 5]).repeat(1 if D < 513 else 2)
+        indices = indices[torch.randperm(len(indices))].int()
+        rows = torch.randn(len(indices), D, dtype=torch.float64)
+
+        def run(library: Any, D: int = D, indices: Tensor = indices, rows: Tensor = rows) -> list[Tensor]:
+            p = torch.full((6, D), 2.0, dtype=torch.float64)
+            states = states_of(name, p)
+            getattr(library, name)(p, indices, rows, *states, *STEPS[name][1])
+            return [p, *states]
+
+        got, again, want = run(dispatch.load(kernel)), run(dispatch.load(kernel)), run(reference)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert all(map(torch.equal, got, again))
+        norm = dispatch.load(kernel).sparse_grad_norm(indices, rows, 6)
+        torch.testing.assert_close(norm, reference.sparse_grad_norm(indices, rows, 6), rtol=1e-13, atol=0)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", STEPS)
+def test_an_index_out_of_range_changes_nothing(kernel: str, name: str) -> None:
+    for bad in (6, -1, 2**40):
+        p, rows = torch.ones(6, 5), torch.ones(3, 5)
+        states = states_of(name, p)
+        with pytest.raises(IndexError, match="out of range"):
+            getattr(dispatch.load(kernel), name)(p, torch.tensor([0, bad, 2]), rows, *states, *STEPS[name][1])
+        assert (p == 1).all()
+        assert all((state == 0.5).all() for state in states)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_refuse_what_does_not_fit_together(kernel: str) -> None:
+    steps = dispatch.load(kernel)
     p, indices, rows, states = torch.zeros(6, 5), torch.tensor([0, 1]), torch.ones(2, 5), torch.zeros(6, 5)
     for bad in (
         (p[0], indices, rows, states),
@@ -332,7 +386,7 @@ def test_the_native_steps_refuse_what_does_not_fit_together() -> None:
         (p, indices, rows.t().contiguous().t(), states),
     ):
         with pytest.raises(ValueError, match="expected"):
-            native.sparse_adagrad_step(*bad, 1.0, 0.1, 0.0, 1e-3, False, 1.0)
+            steps.sparse_adagrad_step(*bad, 1.0, 0.1, 0.0, 1e-3, False, 1.0)
     with pytest.raises(ValueError, match="a number for each row"):
-        native.rowwise_adagrad_step(p, indices, rows, states, 0.1, 1e-3, False, 1.0)
+        steps.rowwise_adagrad_step(p, indices, rows, states, 0.1, 1e-3, False, 1.0)
     assert not p.any()
