@@ -61,7 +61,7 @@ def sparse_step_kernel(
 def rowwise_adagrad_kernel(
     param_ptr, sum_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, N, V, D,
     grad_scale: tl.float64, step_size: tl.float64, eps: tl.float64,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes a whole row: if it is wider than a block, its gradients are added up once for the mean of squares
     and once for the step."""
@@ -70,33 +70,26 @@ def rowwise_adagrad_kernel(
     if good:
         scale, speed = tl.full((), grad_scale, ACC), tl.full((), step_size, ACC)
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        first = tl.arange(0, BLOCK_D)
-        g = run_sum(
-            values_ptr, None, None, positions_ptr, partials_ptr, start, end, first, D, ACC, CHUNK, ROWS, BLOCK_D
-        )
-        squares = (scale * g) * (scale * g)
-        for begin in range(BLOCK_D, D, BLOCK_D):
-            x = scale * run_sum(
-                values_ptr, None, None, positions_ptr, partials_ptr, start, end, begin + first, D,
+        g, squares = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
+        for begin in range(0, D, BLOCK_D):
+            g = run_sum(
+                values_ptr, None, None, positions_ptr, partials_ptr, start, end, begin + tl.arange(0, BLOCK_D), D,
                 ACC, CHUNK, ROWS, BLOCK_D,
             )  # fmt: skip
-            squares = tl.fma(x, x, squares)
-        total = tl.load(sum_ptr + row) + rules.divide(tl.sum(squares, 0), tl.full((), D, ACC))
+            squares = tl.fma(scale * g, scale * g, squares)
+        total = tl.load(sum_ptr + row) + tl.sum(squares, 0) / D
         tl.store(sum_ptr + row, total)
         by = rules.divide(speed, rules.root(total) + tl.full((), eps, ACC)) + tl.zeros((BLOCK_D,), ACC)
-        _move(param_ptr + row * D, by, g, first, D)
-        for begin in range(BLOCK_D, D, BLOCK_D):
-            g = run_sum(
-                values_ptr, None, None, positions_ptr, partials_ptr, start, end, begin + first, D,
-                ACC, CHUNK, ROWS, BLOCK_D,
-            )  # fmt: skip
-            _move(param_ptr + row * D, by, g, begin + first, D)
-
-
-@triton.jit
-def _move(param_ptr, by, g, columns, D):
-    p = tl.load(param_ptr + columns, mask=columns < D).to(g.dtype)
-    tl.store(param_ptr + columns, tl.fma(by, g, p).to(param_ptr.dtype.element_ty), mask=columns < D)
+        for begin in range(0, D, BLOCK_D):
+            columns = begin + tl.arange(0, BLOCK_D)
+            if not ONE_BLOCK:
+                g = run_sum(
+                    values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D,
+                    ACC, CHUNK, ROWS, BLOCK_D,
+                )  # fmt: skip
+            i = row * D + columns
+            p = tl.fma(by, g, tl.load(param_ptr + i, mask=columns < D).to(ACC))
+            tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -199,10 +192,12 @@ def rowwise_adagrad_step(
     if N == 0:
         return
     order, partials = _ordered(indices, values, V)
+    one_block = block_d(D) >= D
     launch(
         rowwise_adagrad_kernel, (N,), param, sum, values, order.positions, order.group, order.starts, order.rows,
         partials, N, V, D, grad_scale, lr * (grad_scale if maximize else -grad_scale), eps,
-        ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), fp_fusion=False,
+        ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), ONE_BLOCK=one_block,
+        num_warps=4 if one_block else 8, fp_fusion=False,
     )  # fmt: skip
 
 

@@ -59,6 +59,9 @@ CASES = {
     "rowwise adagrad": _case("rowwise", FP32, FP32)._replace(
         small={"rule": "rowwise", "dtype": FP32, "state": FP32, "V": 600, "D": 512, "N": 200}
     ),
+    "rowwise adagrad, wide": Case(
+        step, {"rule": "rowwise", "dtype": BF16, "state": FP32, "V": 1_000_000, "D": 2048, "N": 8192}
+    ),
     "norm": Case(
         norm,
         {"dtype": FP32, "V": 1_000_000, "D": 128, "N": 8192},
