@@ -28,6 +28,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "mse_loss": ("mse_loss_forward", "mse_loss_backward"),
     "quantized_embedding": ("quantized_embedding_forward", "quantized_embedding_quantize"),
     "optim": ("advance", "adam_step", "sgd_step", "adagrad_step"),
+    "row_optim": ("row_lookup", "row_catch_up", "row_step"),
     "sparse_optim": (
         *("sparse_sgd_step", "sparse_adagrad_step", "sparse_adam_step", "rowwise_adagrad_step", "sparse_grad_norm"),
     ),

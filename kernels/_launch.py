@@ -106,6 +106,11 @@ def acc_type(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
+def triton_type(tensor: Tensor) -> tl.dtype:
+    """The dtype of a tensor as Triton's type."""
+    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 

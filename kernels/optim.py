@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _optim_rules as rules
-from ._launch import acc_type, accumulator, ceil_div, launch
+from ._launch import acc_type, accumulator, ceil_div, launch, triton_type
 
 BLOCK = 1024
 # A row of a tensor in the table: its first block, elements, parameter, gradient, three states.
@@ -132,14 +132,10 @@ def _step_alike(rule: str, numbers: tuple[float, ...], after: str, scale: float,
     tensor_of = _tables(sizes, device, lambda: _tensor_of(sizes))
     launch(
         optim_step_kernel, (tensor_of.shape[0],), table, tensor_of, scale, *numbers,
-        RULE=rule, AFTER=after, ACC=acc_type(params[0]), PARAM=_type(params[0]), STATE=_type(lists[-1][0]),
+        RULE=rule, AFTER=after, ACC=acc_type(params[0]), PARAM=triton_type(params[0]), STATE=triton_type(lists[-1][0]),
         STATES=states, ALIGNED=all(pointer % 16 == 0 for pointer in pointers), COLUMNS=COLUMNS, BLOCK=BLOCK,
         fp_fusion=False,
     )  # fmt: skip
-
-
-def _type(tensor: Tensor) -> tl.dtype:
-    return getattr(tl, str(tensor.dtype).removeprefix("torch."))
 
 
 def _check(name: str, lists: Sequence[list[Tensor]], steps: list[float], after: str) -> None:

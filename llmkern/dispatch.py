@@ -159,7 +159,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "adam": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
     "sgd": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
     "adagrad": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
-    "row_optim": {"native": _cpu("row_grad")},
+    "row_optim": {"native": _cpu("row_grad"), "triton": _gpu("row_grad")},
     **{
         f"sparse_{name}": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")}
         for name in ("sgd", "adagrad", "adam", "grad_norm")

@@ -67,7 +67,7 @@ class RowTable:
     def __init__(self, param: Tensor, states: list[Tensor], rule: RowRule, backend: str) -> None:
         self.param, self.states, self.rule, self.backend = param, states, rule, backend
         self.applied = torch.zeros(param.shape[0], dtype=torch.int32, device=param.device)
-        self.history = torch.empty(CAPACITY, _RECORD, dtype=torch.float64)
+        self.history = torch.empty(CAPACITY, _RECORD, dtype=torch.float64, device=param.device)
         self.count = 0
         self.eps: float | None = None
 
