@@ -155,12 +155,12 @@ def row_step_kernel(
         mask = columns < D
         i = row * D + columns
         PARAM: tl.constexpr = param_ptr.dtype.element_ty
-        p = tl.load(param_ptr + i, mask=mask).to(ACC)
-        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
         g = run_sum(
             values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D
         )
+        p = tl.load(param_ptr + i, mask=mask).to(ACC)
+        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
         p, s0, s1, s2 = _up_to_date(
             p, s0, s1, s2, mask, history_ptr, tl.load(applied_ptr + row), count, RULE, CLOSED, PARAM, STATE
         )
@@ -303,6 +303,12 @@ def _warps(D: int) -> int:
     return max(1, block_d(D) // 128)
 
 
+def _step_warps(table: _Table) -> int:
+    """Replay adds up runs in the order of the dense gradient, which four warps fix; beside a closed form three states
+    of a wide row are too many for them."""
+    return 8 if table.closed and len(table.states) == 3 and block_d(table.param.shape[1]) > 256 else 4
+
+
 def _checked_indices(indices: Tensor) -> Tensor:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
         raise ValueError("indices: expected contiguous int32 or int64 (N)")
@@ -371,7 +377,7 @@ def row_step(
         launch(
             row_step_kernel, table.grid(N), *table.pointers(), values, order.positions, group, order.starts, rows,
             chunk_sums(values, order), N, V, D, count, *table.numbers(step, grad_scale),
-            **table.constants(), CHUNK=CHUNK, ROWS=ROWS,
+            **table.constants(), CHUNK=CHUNK, ROWS=ROWS, num_warps=_step_warps(table),
         )  # fmt: skip
         table.mark(rows, group, count + recorded)
     if recorded:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from checks import assert_accurate
+from checks import INTERPRETING, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_tables import D, V, batches, embedding, results, train
 from torch import Tensor
 
 import llmkern
-from llmkern import dispatch, optim
+from llmkern import dispatch, optim, reference
 from llmkern.nn import Embedding
 from llmkern.ops import row_optim as ops_row_optim
 
+OP = "row_optim"
+KERNELS = kernels(OP)
 NATIVE = dispatch.unavailable("native") is None
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 1e-2}),
@@ -37,16 +40,19 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+# Steps of a training. A row that waits for all of them waits long enough for the closed form to be one.
+STEPS = 5 if INTERPRETING else 60
+
+
+@pytest.fixture
+def backend(backend: str) -> str:
     """torch has no such thing."""
-    if (reason := dispatch.unavailable(request.param)) is not None:
-        pytest.skip(reason)
-    with llmkern.backend(request.param):
-        yield request.param
+    if backend == "torch":
+        pytest.skip("torch has no row gradients")
+    return backend
 
 
-def run(name: str, library: Any, dtype: torch.dtype, rows: Any = False, steps: int = 60) -> list[Tensor]:
+def run(name: str, library: Any, dtype: torch.dtype, rows: Any = False, steps: int = STEPS) -> list[Tensor]:
     module = embedding(dtype, rows)
     kind, options = OPTIMIZERS[name]
     optimizer = getattr(library, kind)(module.parameters(), **options)
@@ -63,26 +69,30 @@ def test_it_is_the_dense_optimizer(backend: str, name: str) -> None:
             assert_accurate(got, want.double(), theirs)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native library is not built")
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_replay_has_the_bits_of_the_dense_optimizer(name: str, dtype: torch.dtype) -> None:
+def test_replay_has_the_bits_of_the_dense_optimizer(kernel: str, name: str, dtype: torch.dtype) -> None:
     kind, options = OPTIMIZERS[name]
+    if INTERPRETING and dtype != torch.float32 and name not in ("adam", "nesterov"):
+        pytest.skip("the same kernels, slowly")
     # In float16 the default of 1e-8 is 0.
     if dtype == torch.float16 and "eps" in getattr(torch.optim, kind)([torch.zeros(1)]).defaults:
         options = {"eps": 1e-3} | options
     dense, rows = Embedding(V, D, dtype=dtype), Embedding(V, D, dtype=dtype, row_grad="replay")
     rows.load_state_dict(dense.state_dict())
     optimizers = [getattr(optim, kind)(module.parameters(), **options) for module in (dense, rows)]
-    with llmkern.backend("native"):
+    with llmkern.backend(kernel):
         for module, optimizer in zip((dense, rows), optimizers, strict=True):
-            train(module, optimizer, batches(60))
+            train(module, optimizer, batches(STEPS))
     for want, got in zip(results(dense, optimizers[0]), results(rows, optimizers[1]), strict=True):
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native library is not built")
-def test_a_hot_row_has_the_bits_of_the_dense_gradient() -> None:
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_hot_row_has_the_bits_of_the_dense_gradient(kernel: str) -> None:
     """300 lookups of one row are added up in chunks, in both."""
     dense, rows = Embedding(V, D), Embedding(V, D, row_grad="replay")
     rows.load_state_dict(dense.state_dict())
@@ -91,8 +101,9 @@ def test_a_hot_row_has_the_bits_of_the_dense_gradient() -> None:
         g = torch.Generator().manual_seed(0)
         for n in (300, 129, 128):
             optimizer.zero_grad()
-            module(torch.full((n,), 5)).backward(torch.randn(n, D, generator=g))
-            optimizer.step()
+            with llmkern.backend(kernel):
+                module(torch.full((n,), 5)).backward(torch.randn(n, D, generator=g))
+                optimizer.step()
     assert torch.equal(rows.weight.detach(), dense.weight.detach())
 
 
@@ -347,3 +358,102 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
     for one, many in zip(training(1), training(3), strict=True):
         assert torch.equal(one, many)
+
+
+# Kind, decoupled and numbers of a step, and how many states.
+KINDS: dict[str, tuple[str, bool, int, list[float]]] = {
+    "adam": ("adam", False, 2, [1e-2, 0.9, 0.99, 1e-8, 0.0]),
+    "adamw": ("adam", True, 2, [1e-2, 0.6, 0.95, 1e-4, 0.1]),
+    "amsgrad": ("adam", True, 3, [1e-2, 0.9, 0.99, 1e-8, 0.1]),
+    "momentum": ("sgd", False, 1, [1e-2, 0.9, 0.1, 0.0, 0.1]),
+    "sgd": ("sgd", False, 0, [1e-2, 0.0, 0.0, 0.0, 0.1]),
+}
+
+
+class Books:
+    """A table whose row 0 is stepped while the others wait."""
+
+    def __init__(self, name: str, dtype: torch.dtype, closed: bool) -> None:
+        kind, decoupled, states, self.numbers = KINDS[name]
+        g = torch.Generator().manual_seed(3)
+        self.param = torch.randn(4, 530, generator=g).to(dtype)
+        self.states = [torch.rand(4, 530, generator=g).to(dtype) for _ in range(states)]
+        if states == 3:
+            self.states[2] = torch.maximum(*self.states[1:])
+        self.applied = torch.zeros(4, dtype=torch.int32)
+        self.history = torch.full((400, 31), float("nan"), dtype=torch.float64)
+        self.count, self.rule = 0, (kind, decoupled, False, False, closed)
+
+    def table(self) -> tuple[Any, ...]:
+        return self.param, self.states, self.applied, self.history, self.count, *self.rule
+
+    def step(self, library: Any, indices: list[int]) -> None:
+        t = self.count + 1.0
+        lr, *others = self.numbers
+        dout = torch.ones(len(indices), 530, dtype=self.param.dtype)
+        numbers = [t, lr * (1.5 + math.sin(t)), *others]
+        self.count += library.row_step(*self.table(), torch.tensor(indices), dout, numbers, 1.0)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.param, *self.states]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_long_wait_and_a_wide_row(kernel: str, name: str) -> None:
+    """Many steps at once, in closed form, against as many in fp64: lookups, and rows that are brought up to date alone
+    and with all others."""
+    library, n = dispatch.load(kernel), 20 if INTERPRETING and name != "adamw" else 130
+    ours, right = Books(name, torch.float32, True), Books(name, torch.float32, False)
+    right.param, right.states = right.param.double(), [state.double() for state in right.states]
+    for _ in range(n):
+        ours.step(library, [0])
+        right.step(reference, [0])
+    rows = torch.tensor([3, 0, 1, 3], dtype=torch.int32)
+    got, want = library.row_lookup(*ours.table(), rows), reference.row_lookup(*right.table(), rows)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    library.row_catch_up(*ours.table(), rows)
+    assert ours.applied.tolist() == [n, n, 0, n]
+    assert torch.equal(ours.param[rows.long()], got)
+    library.row_catch_up(*ours.table(), None)
+    reference.row_catch_up(*right.table(), None)
+    for a, b in zip(ours.tensors(), right.tensors(), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel == "triton"])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_bad_index_that_is_told_later_leaves_nothing(
+    kernel: str, name: str, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host hears of it when the next kernels are on their way: the step must not have been made."""
+    from llmkern.kernels import _faults
+
+    if name == "adam" and not closed:
+        pytest.skip("as adamw")
+    library = dispatch.load(kernel)
+    ours, right = Books(name, torch.float32, closed), Books(name, torch.float32, closed)
+    for books in (ours, right):
+        books.step(library, [0, 1])
+        books.step(library, [0])
+    tensors, applied = [t.clone() for t in ours.tensors()], ours.applied.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(_faults, "raise_any", lambda: None)
+        ours.step(library, [2, 4, 0])
+    with pytest.raises(IndexError, match="out of range"):
+        _faults.raise_any()
+    assert all(map(torch.equal, ours.tensors(), tensors))
+    assert torch.equal(ours.applied, applied)
+    # The others go on as if it had not been; but for its number, which is the next step's too.
+    ours.step(library, [1])
+    numbers = ours.history[ours.count - 1, :6].tolist()
+    dout = torch.ones(1, 530)
+    right.count += library.row_step(*right.table(), torch.tensor([1]), dout, numbers, 1.0)
+    for books in (ours, right):
+        library.row_catch_up(*books.table(), None)
+    torch.testing.assert_close(ours.tensors(), right.tensors(), rtol=2e-6, atol=1e-6)
+    if not closed:
+        assert all(map(torch.equal, ours.tensors(), right.tensors()))
