@@ -14,6 +14,8 @@ import torch
 
 # Where each function of the namespace lives; a module is imported, and Triton with it, when it is first needed.
 _MODULES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("cross_entropy_forward", "cross_entropy_forward_", "cross_entropy_backward"),
+    "linear_cross_entropy": ("linear_cross_entropy_forward", "linear_cross_entropy_backward"),
     "dropout": ("dropout_forward",),
     "embedding": ("embedding_forward", "embedding_backward", "embedding_sparse_backward", "embedding_renorm_"),
     "embedding_bag": (

@@ -29,6 +29,9 @@ def tanh(x):
     near = near * s + 0.13333333333333333
     near = near * s - 0.3333333333333333
     near = x + x * s * near
+    if x.dtype == tl.float64:
+        # Lambert's continued fraction.
+        near = x / (1.0 + s / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / 13.0))))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
 
 

@@ -127,6 +127,7 @@ _TORCHS_STEPS = (
 TABLE: dict[str, dict[str, Support]] = {
     "cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS),
+        "triton": _gpu(*_LOSS_OPTIONS),
     },
     "nll_loss": {},
     "dropout": {"native": _cpu(), "triton": _gpu()},
@@ -142,6 +143,7 @@ TABLE: dict[str, dict[str, Support]] = {
     "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
+        "triton": _gpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
     },
     "mse_loss": {"native": _cpu(), "triton": _gpu()},
     "quantized_embedding": {"native": _cpu("bits"), "triton": _gpu("bits")},

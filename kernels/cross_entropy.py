@@ -1,0 +1,347 @@
+"""Cross-entropy from logits: outputs of each row and, if asked for, its gradient, in one pass over the logits.
+
+Traffic: one read and one write of the logits; without a gradient one read. torch makes eight or nine passes. Three
+ways:
+
+- A row of up to 16,384 classes is held in registers between its sums and its gradient. Of small rows a program takes
+  several; classes that lie apart (N, V, D) are the same tile with its strides exchanged.
+- A longer one is read twice by one program, the second time from the L2 cache. So no more rows may be under way than
+  fit there: programs are as many as the GPU runs at once, and each takes one row after the other. The second pass goes
+  backwards, so that what was read last, and is most certainly still there, is read first.
+- Of few long rows each is cut into slices, which many programs take (`_softmax_slabs`).
+
+Rows that are ignored are not read. A target out of range makes its row an ignored one and is reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _faults
+from ._launch import acc_type, accumulator, ceil_div, launch, multiprocessors, next_power_of_2
+from ._softmax_rows import (
+    Cotangents,
+    Loss,
+    Outputs,
+    accumulate,
+    convert_options,
+    finish,
+    merge_lanes,
+    read_logits,
+    read_shares,
+    read_target,
+    start,
+    write_gradient,
+)
+from ._softmax_slabs import Slabs
+
+
+@triton.jit
+def _rows_of(item, N, V, D, groups, LANES: tl.constexpr, APART: tl.constexpr):
+    """Of the rows that a program takes: their numbers, where their first logits are, and which exist."""
+    lane = tl.arange(0, LANES)
+    if APART:
+        n, d = item // groups, item % groups * LANES + lane
+        row, origin, inside = n * D + d, n * V * D + d, d < D
+    else:
+        row = item * LANES + lane
+        origin, inside = row * V, row < N
+    return row, origin, inside
+
+
+@triton.jit(do_not_specialize=["N", "groups", "ignore_index"])
+def cross_entropy_tile_kernel(
+    x_ptr, target_ptr, probabilities_ptr, weight_ptr, dloss_ptr, dlse_ptr, dentropy_ptr,
+    loss_ptr, lse_ptr, entropy_ptr, argmax_ptr, dx_ptr, dprobabilities_ptr, fault_ptr, blocked_ptr,
+    N, V, D, groups, ignore_index,
+    keep: tl.float64, rest: tl.float64, z_loss: tl.float64, softcap: tl.float64, scale: tl.float64,
+    APART: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R whole rows, in registers."""
+    HARD: tl.constexpr = target_ptr is not None
+    SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
+    ENTROPY: tl.constexpr = (entropy_ptr is not None) or (dentropy_ptr is not None)
+    options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
+    row, origin, inside = _rows_of(tl.program_id(0).to(tl.int64), N, V, D, groups, BLOCK_R, APART)
+    y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
+    z_y = tl.zeros((BLOCK_R,), ACC)
+    if HARD:
+        # Before the gradient, which may lie where x does, and before the barrier of the sums.
+        z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
+    v = tl.arange(0, BLOCK_V)[None, :]
+    at = origin[:, None] + v.to(tl.int64) * D
+    fits = inside[:, None] & (v < V)
+    mask = fits & counts[:, None]
+    z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
+    u = 0.0
+    if SHARES:
+        u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
+    state = accumulate(start(BLOCK_R, ACC), z, u, v, mask, SHARES, ENTROPY, argmax_ptr is not None)
+    factors = finish(
+        state, z_y, w_y, row, counts, inside, options,
+        dloss_ptr, dlse_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr, argmax_ptr,
+        CAP, HARD, SHARES, ENTROPY, ACC,
+    )  # fmt: skip
+    if blocked_ptr is not None:
+        fits = fits & (v < tl.where(tl.load(blocked_ptr) != 0, 0, V))
+    write_gradient(
+        dx_ptr, dprobabilities_ptr, weight_ptr, at, at, v, y, z, u, factors, counts, fits, mask, options,
+        CAP, HARD, SHARES, ENTROPY, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "items", "groups", "ignore_index"])
+def cross_entropy_loop_kernel(
+    x_ptr, target_ptr, probabilities_ptr, weight_ptr, dloss_ptr, dlse_ptr, dentropy_ptr,
+    loss_ptr, lse_ptr, entropy_ptr, argmax_ptr, dx_ptr, dprobabilities_ptr, fault_ptr, blocked_ptr,
+    N, V, D, items, groups, ignore_index,
+    keep: tl.float64, rest: tl.float64, z_loss: tl.float64, softcap: tl.float64, scale: tl.float64,
+    APART: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    """One item after the other: a row whose lanes meet at the end, or (APART) LANES rows."""
+    HARD: tl.constexpr = target_ptr is not None
+    SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
+    ENTROPY: tl.constexpr = (entropy_ptr is not None) or (dentropy_ptr is not None)
+    ARGMAX: tl.constexpr = argmax_ptr is not None
+    GRADIENT: tl.constexpr = (dx_ptr is not None) or (dprobabilities_ptr is not None)
+    ROWS: tl.constexpr = LANES if APART else 1
+    STEP: tl.constexpr = ELEMENTS if APART else LANES * ELEMENTS
+    options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
+    places = tl.arange(0, ELEMENTS)[None, :]
+    if not APART:
+        places += tl.arange(0, LANES)[:, None] * ELEMENTS
+    writable = V
+    if blocked_ptr is not None:
+        writable = tl.where(tl.load(blocked_ptr) != 0, 0, V)
+    for item in range(tl.program_id(0).to(tl.int64), items, tl.num_programs(0)):
+        row, origin, inside = _rows_of(item, N, V, D, groups, ROWS, APART)
+        y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
+        z_y = tl.zeros((ROWS,), ACC)
+        if HARD:
+            # Before the gradient, which may lie where x does, and before the barrier of the sums.
+            z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
+        state = start(LANES, ACC)
+        for first in range(0, V, STEP):
+            v = first + places
+            mask = (v < V) & counts[:, None]
+            at = origin[:, None] + v.to(tl.int64) * D
+            policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
+            z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, policy)
+            u = 0.0
+            if SHARES:
+                u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
+            state = accumulate(state, z, u, v, mask, SHARES, ENTROPY, ARGMAX)
+        if not APART:
+            state = merge_lanes(state, ACC, SHARES, ENTROPY, ARGMAX)
+        factors = finish(
+            state, z_y, w_y, row, counts, inside, options,
+            dloss_ptr, dlse_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr, argmax_ptr,
+            CAP, HARD, SHARES, ENTROPY, ACC,
+        )  # fmt: skip
+        if GRADIENT:
+            steps = tl.cdiv(V, STEP)
+            for back in range(steps):
+                v = (steps - 1 - back) * STEP + places
+                mask = (v < V) & counts[:, None]
+                at = origin[:, None] + v.to(tl.int64) * D
+                z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
+                u = 0.0
+                if SHARES:
+                    u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
+                write_gradient(
+                    dx_ptr, dprobabilities_ptr, weight_ptr, at, at, v, y, z, u, factors, counts,
+                    (v < writable) & inside[:, None], mask, options, CAP, HARD, SHARES, ENTROPY, ACC,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "V", "ignore_index"])
+def cross_entropy_check_kernel(target_ptr, blocked_ptr, fault_ptr, N, V, ignore_index, BLOCK: tl.constexpr):
+    """``blocked`` becomes 1 if a target is out of range."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(target_ptr + row, mask=row < N, other=0)
+    bad = (row < N) & (y != ignore_index) & ((y < 0) | (y >= V))
+    _faults.report(bad, y, fault_ptr)
+    tl.store(blocked_ptr + tl.zeros_like(row), tl.full((BLOCK,), 1, tl.int32), mask=bad)
+
+
+def _tile(V: int, apart: bool, wide: bool, held: bool, heavy: bool) -> tuple[int, int, int] | None:
+    """Rows, classes and warps of a tile: at most 64 elements a thread, so that two programs fit into a multiprocessor's
+    registers. ``held``: shares are in registers too; ``heavy``: more than the plain loss; ``wide``: fp64. None if a row
+    is too long to be held."""
+    most = 16384 >> held >> 2 * wide
+    classes = max(next_power_of_2(V), 16)
+    rows = min(max(4096 // classes, 16 if apart else 1), 64)
+    if rows * classes > most:
+        return None
+    return rows, classes, min(max((rows * classes << heavy) // 2048, 4), 16)
+
+
+def _loop(row_bytes: int, gradient: bool) -> tuple[int, int]:
+    """Warps, and programs a multiprocessor. With a gradient, half a row of each program waits in the L2 cache for its
+    second read, on average."""
+    if row_bytes <= 128 << 10 or not gradient:
+        return 8, 4
+    return 16, 2 if row_bytes <= 256 << 10 else 1
+
+
+def _is_split(rows: int, V: int, apart: bool, device: torch.device) -> bool:
+    """Whether programs of whole rows would leave half of the GPU or more without work."""
+    return not apart and rows <= multiprocessors(device) // 2 and V > 16384
+
+
+def compute(
+    logits: Tensor,
+    loss: Loss,
+    outputs: Outputs,
+    cotangents: Cotangents,
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    blocked: Tensor | None = None,
+) -> None:
+    """Logits (N, V) or (N, V, D), contiguous; what is None is not wanted. ``dlogits`` may be the logits."""
+    (N, V), D = logits.shape[:2], logits.shape[2] if logits.dim() == 3 else 1
+    apart, rows = D > 1, N * D
+    if _is_split(rows, V, apart, logits.device):
+        entropy = outputs.entropy is not None or cotangents.entropy is not None
+        slabs = Slabs(loss, logits, N, [V], entropy, outputs.argmax is not None)
+        slabs.read(logits, 0)
+        slabs.combine(cotangents, outputs)
+        if dlogits is not None or dtarget is not None:
+            slabs.gradient(logits, dlogits, 0, dtarget, blocked)
+        return
+    constants: dict[str, Any] = {
+        "APART": apart, "CAP": loss.softcap != 0, "SMOOTH": loss.label_smoothing != 0, "ACC": acc_type(logits)
+    }  # fmt: skip
+    pointers = (
+        logits, loss.indices, loss.probabilities, loss.weight, *cotangents, *outputs, dlogits, dtarget,
+        _faults.word(_faults.TARGET), blocked,
+    )  # fmt: skip
+    held = loss.soft or (loss.label_smoothing != 0 and loss.weight is not None)
+    beside = (outputs.entropy, outputs.argmax, cotangents.entropy)
+    heavy = loss.shares or loss.softcap != 0 or any(t is not None for t in beside)
+    if tile := _tile(V, apart, logits.dtype == torch.float64, held, heavy):
+        BLOCK_R, BLOCK_V, num_warps = tile
+        groups = ceil_div(D, BLOCK_R)
+        launch(
+            cross_entropy_tile_kernel, (N * groups if apart else ceil_div(N, BLOCK_R),), *pointers,
+            N, V, D, groups, loss.ignore_index, *loss.options,
+            **constants, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V, num_warps=num_warps,
+        )  # fmt: skip
+        return
+    gradient = dlogits is not None or dtarget is not None
+    num_warps, programs = (4, 8) if apart else _loop(V * logits.element_size(), gradient)
+    LANES, ELEMENTS = (64, 32) if apart else ((64 >> heavy) * num_warps, 8)
+    groups = ceil_div(D, LANES)
+    items = N * groups
+    grid = (min(items, programs * multiprocessors(logits.device)),)
+    launch(
+        cross_entropy_loop_kernel, grid, *pointers, N, V, D, items, groups, loss.ignore_index, *loss.options,
+        **constants, LANES=LANES, ELEMENTS=ELEMENTS, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def _check(logits: Tensor, loss: Loss, cotangents: Cotangents) -> None:
+    rows = logits.numel() // logits.shape[1]
+    if loss.target.numel() != (logits.numel() if loss.soft else rows):
+        raise ValueError("cross_entropy: expected a target for every row, or probabilities of the logits' shape")
+    for t in cotangents:
+        if t is not None and (t.numel() != rows or t.dtype != accumulator(logits)):
+            raise ValueError("cross_entropy: expected a cotangent for every row, float32 (float64 for float64)")
+
+
+def _rows_like(logits: Tensor, entropy: bool, argmax: bool) -> Outputs:
+    return Outputs.empty(logits, (logits.shape[0], *logits.shape[2:]), entropy, argmax)
+
+
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if t is None else t
+
+
+def cross_entropy_forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dloss: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    entropy: bool,
+    argmax: bool,
+    need_logits: bool,
+    need_target: bool,
+) -> tuple[Tensor, ...]:
+    """loss, lse, entropy and argmax of each row of ``logits`` (N, V) or (N, V, D), and the gradients of the logits and
+    of probabilities for ``dloss``; what is not wanted is empty. Everything contiguous."""
+    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    cotangents = Cotangents(dloss)
+    _check(logits, loss, cotangents)
+    outputs = _rows_like(logits, entropy, argmax)
+    dlogits = torch.empty_like(logits) if need_logits else None
+    dtarget = torch.empty_like(target) if need_target else None
+    compute(logits, loss, outputs, cotangents, dlogits, dtarget)
+    return *outputs.filled(), _or_empty(dlogits, logits), _or_empty(dtarget, target)
+
+
+def cross_entropy_forward_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dloss: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    entropy: bool,
+    argmax: bool,
+    need_target: bool,
+) -> tuple[Tensor, ...]:
+    """As :func:`cross_entropy_forward`; the gradient takes the place of the logits, unless a target is out of range."""
+    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    cotangents = Cotangents(dloss)
+    _check(logits, loss, cotangents)
+    outputs = _rows_like(logits, entropy, argmax)
+    dtarget = torch.empty_like(target) if need_target else None
+    blocked = None
+    if not loss.soft:
+        blocked = torch.zeros(1, dtype=torch.int32, device=logits.device)
+        launch(
+            cross_entropy_check_kernel, (ceil_div(target.numel(), 1024),), target, blocked,
+            _faults.word(_faults.TARGET), target.numel(), loss.V, ignore_index, BLOCK=1024,
+        )  # fmt: skip
+    compute(logits, loss, outputs, cotangents, logits, dtarget, blocked)
+    return *outputs.filled(), _or_empty(dtarget, target)
+
+
+def cross_entropy_backward(
+    dloss: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    need_logits: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the logits and of probabilities; what is not wanted is empty."""
+    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    cotangents = Cotangents(dloss, dlse, dentropy)
+    _check(logits, loss, cotangents)
+    dlogits = torch.empty_like(logits) if need_logits else None
+    dtarget = torch.empty_like(target) if need_target else None
+    compute(logits, loss, Outputs(), cotangents, dlogits, dtarget)
+    return _or_empty(dlogits, logits), _or_empty(dtarget, target)
