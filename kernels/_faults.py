@@ -51,8 +51,10 @@ def report(bad, index, fault_ptr):
 
 @cache
 def _words() -> Tensor:
-    words = torch.full((len(MESSAGES),), _NONE, dtype=torch.int64)
-    return words if interpreting() or not torch.cuda.is_available() else words.pin_memory()
+    # Whatever mode or default device the first call finds.
+    with torch.inference_mode(False):
+        words = torch.full((len(MESSAGES),), _NONE, dtype=torch.int64, device="cpu")
+        return words if interpreting() or not torch.cuda.is_available() else words.pin_memory()
 
 
 @cache

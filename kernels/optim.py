@@ -110,15 +110,15 @@ _tables = _Tables()
 
 def _tensor_of(sizes: tuple[int, ...]) -> Tensor:
     """For each block the number of its tensor."""
-    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes])
-    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
+    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes], device="cpu")
+    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), blocks)
 
 
 def _addresses(sizes: tuple[int, ...], pointers: tuple[int, ...]) -> Tensor:
     """(P, COLUMNS): the table of tensors. ``pointers``: five for each."""
-    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes])
-    first = blocks.cumsum(0) - blocks
-    return torch.cat([first[:, None], torch.tensor(sizes)[:, None], torch.tensor(pointers).view(-1, 5)], 1)
+    own, addresses = torch.tensor(sizes, device="cpu"), torch.tensor(pointers, device="cpu")
+    blocks = torch.tensor([ceil_div(n, BLOCK) for n in sizes], device="cpu")
+    return torch.cat([(blocks.cumsum(0) - blocks)[:, None], own[:, None], addresses.view(-1, 5)], 1)
 
 
 def _step_alike(rule: str, numbers: tuple[float, ...], after: str, scale: float, lists: list[list[Tensor]]) -> None:
