@@ -16,7 +16,8 @@ from torch import Tensor
 
 import llmkern
 import llmkern.functional as LF
-from llmkern import dispatch
+import llmkern.nn as lnn
+from llmkern import dispatch, optim
 
 DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
 pytestmark = pytest.mark.gpu
@@ -28,6 +29,18 @@ class Call(NamedTuple):
     op: str
     inputs: Callable[[], list[Tensor]]
     function: Callable[..., Tensor]
+
+
+def recurrent(name: str, **options: bool) -> Call:
+    """A layer of 9 units on 5 steps of 3 sequences of 7 numbers; its weights are inputs."""
+    module = getattr(lnn, name)(7, 9, **options)
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), x)[0]
+
+    shapes = [(5, 3, 7), *(tuple(p.shape) for p in module.parameters())]
+    return Call(name.lower(), lambda: [torch.randn(shape) * 0.5 for shape in shapes], function)
 
 
 # 67 columns: more than one vector and no multiple of any; rows repeat, so that gradients are sums.
@@ -52,6 +65,10 @@ CALLS = {
         LF.linear_cross_entropy,
     ),
     "mse_loss": Call("mse_loss", lambda: [torch.randn(33, 67), torch.randn(33, 67)], LF.mse_loss),
+    "lstm": recurrent("LSTM"),
+    "lstm, both directions": recurrent("LSTM", bidirectional=True),
+    "gru": recurrent("GRU"),
+    "slstm": recurrent("sLSTM"),
     "dropout": Call("dropout", lambda: [torch.randn(33, 67)], lambda x: LF.dropout(x, 0.3)),
 }
 
@@ -103,6 +120,53 @@ def test_repeatable(name: str) -> None:
     first = run(name, inputs)
     for _ in range(2):
         assert all(map(torch.equal, first, run(name, inputs)))
+
+
+STEPS = {
+    "Adam": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.1},
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    "Adagrad": {"lr": 0.1},
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", STEPS)
+def test_dense_steps(name: str) -> None:
+    """Three steps on tensors of several sizes, clipped, against torch's own."""
+    results = []
+    for ns in (optim, torch.optim):
+        torch.manual_seed(5)
+        params = [torch.randn(size).to(DEVICE).requires_grad_() for size in (1, 1023, 1025, 5000)]
+        optimizer = getattr(ns, name)(params, **STEPS[name])
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape).to(DEVICE)
+            clip = torch.nn.utils.clip_grad_norm_ if ns is torch.optim else lnn.utils.clip_grad_norm_
+            clip(params, 20.0)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", STEPS)
+def test_row_steps(name: str) -> None:
+    """A table whose rows wait is the one that dense steps give."""
+    torch.manual_seed(5)
+    weight, batches = torch.randn(50, 67), torch.randint(50, (4, 20))
+    tables = []
+    for row_grad in (True, False):
+        table = lnn.Embedding(50, 67, _weight=weight.clone(), row_grad=row_grad).to(DEVICE)
+        options = {k: v for k, v in STEPS[name].items() if k != "weight_decay"}
+        optimizer = getattr(optim, name)(table.parameters(), **options)
+        for batch in batches.to(DEVICE):
+            optimizer.zero_grad()
+            table(batch).square().sum().backward()
+            optimizer.step()
+        tables.append(table.weight.detach().clone())
+    torch.testing.assert_close(*tables, rtol=1e-4, atol=1e-5)
 
 
 def waited(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
