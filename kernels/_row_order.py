@@ -83,7 +83,7 @@ def terms(
         value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)[:, None]
     if largest_ptr is not None:
         chosen = tl.load(largest_ptr + at, mask=mask, other=-1)
-        value = tl.where(chosen == position[:, None], value, 0.0)
+        value = tl.where(chosen == position.to(tl.int32)[:, None], value, 0.0)
     return value
 
 
@@ -103,24 +103,25 @@ def _sum_rows(
 @triton.jit(do_not_specialize=["N", "G"])
 def chunk_sums_kernel(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, N, G, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Program (2b, j) adds up the first chunk of a long run if one starts among the positions of block b, program
-    (2b + 1, j) a later chunk: there is at most one of each, as their starts are CHUNK apart."""
+    (2b + 1, j) a later chunk: there is at most one of each, as their starts are CHUNK apart. The run of the first holds
+    the last position of the block, that of the other the first."""
+    D = D // UNIT * UNIT
     slot = tl.program_id(0).to(tl.int64)
-    i = slot // 2 * CHUNK + tl.arange(0, CHUNK)
-    group = tl.load(group_ptr + i, mask=i < N, other=G).to(tl.int64)
-    known = group < G
-    start = tl.load(starts_ptr + group, mask=known, other=0).to(tl.int64)
-    end = tl.load(starts_ptr + group + 1, mask=known, other=0).to(tl.int64)
-    here = known & (end - start > CHUNK) & ((i - start) % CHUNK == 0) & ((i > start) == (slot % 2 == 1))
-    begin = tl.max(tl.where(here, i, -1), 0)
-    if begin >= 0:
-        stop = tl.minimum(tl.max(tl.where(here, end, 0), 0), begin + CHUNK)
+    block = slot // 2 * CHUNK
+    later = slot % 2
+    probe = block + (CHUNK - 1) * (1 - later)
+    group = tl.load(group_ptr + probe, mask=probe < N, other=G).to(tl.int64)
+    start = tl.load(starts_ptr + group, mask=group < G, other=0).to(tl.int64)
+    end = tl.load(starts_ptr + group + 1, mask=group < G, other=0).to(tl.int64)
+    begin = start + later * tl.cdiv(block - start, CHUNK) * CHUNK
+    if (end - start > CHUNK) & (begin >= block) & (begin < end) & (begin >= start + later):
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = _sum_rows(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, begin, stop, columns, D,
-            ACC, ROWS, BLOCK_D,
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, begin, tl.minimum(begin + CHUNK, end),
+            columns, D, ACC, ROWS, BLOCK_D,
         )  # fmt: skip
         tl.store(partials_ptr + slot * D + columns, total, mask=columns < D)
 
@@ -211,6 +212,20 @@ def block_d(D: int) -> int:
     return next((block for block in (512, 256) if ceil_div(D, block) * block <= D + D // 8), 128)
 
 
+def unit_d(D: int) -> int:
+    """The power of two, at most 16, that divides D: a kernel that computes ``D // UNIT * UNIT`` lets the compiler know,
+    and rows are read in vectors of as many elements. It knows by itself that an argument is a multiple of 16."""
+    return D & -D if 0 < D & -D < 16 else 16
+
+
+def tile(D: int, itemsize: int, tile_bytes: int, row_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a tile of at most so many bytes; a smaller one where loads are of less than 16 bytes each, as
+    a thread's share is to be a few loads."""
+    block = min(block_d(D), row_bytes // itemsize)
+    elements = tile_bytes * min(unit_d(D) * itemsize, 16) // 16 // itemsize
+    return min(max(elements // block, 1), 64), block
+
+
 def chunk_sums(
     values: Tensor,
     order: RowOrder,
@@ -230,10 +245,10 @@ def chunk_sums(
     partials = values.new_empty((2 * ceil_div(N, CHUNK), D), dtype=accumulator(values))
     if N <= CHUNK:
         return partials
-    block = min(block_d(D), 128)
+    rows, block = tile(D, values.itemsize, 16384, 512)
     launch(
         chunk_sums_kernel, (partials.shape[0], ceil_div(D, block)), values, scale, source, largest, order.positions,
         order.group, order.starts, partials, N, order.starts.shape[0] - 1, D,
-        ACC=acc_type(values), CHUNK=CHUNK, ROWS=4096 // 128, BLOCK_D=block,
+        ACC=acc_type(values), CHUNK=CHUNK, ROWS=rows, BLOCK_D=block, UNIT=unit_d(D),
     )  # fmt: skip
     return partials

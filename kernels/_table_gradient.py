@@ -18,52 +18,51 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import acc_type, ceil_div, launch
-from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, run_sum, terms
+from ._row_order import CHUNK, RowOrder, chunk_sums, run_sum, terms, tile, unit_d
 
-# Elements that a program sums at a time, and rows of zeros that it writes for each row that it sums.
-TILE = 4096
+# How many times as many rows a program writes if they are zeros.
 ZEROS = 4
 
 
 @triton.jit
 def _sum_tile(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    tile, columns, N, G, D, factor, BY_FREQ: tl.constexpr,
+    tile, columns, N, G, D, BY_FREQ: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``out`` whose runs begin among the places [tile * ROWS, (tile + 1) * ROWS)."""
-    i = tile * ROWS + tl.arange(0, ROWS)
+    place = tl.arange(0, ROWS)
+    i = tile * ROWS + place
     group = tl.load(group_ptr + i, mask=i < N, other=G).to(tl.int64)
     before = tl.load(group_ptr + i - 1, mask=(i > 0) & (i < N), other=-1).to(tl.int64)
     begins = (group < G) & (group != before)
     end = tl.load(starts_ptr + group + 1, mask=begins, other=0)
-    length = tl.where(begins, end - i, 0)
+    # Of a run that is not short it is enough to know that: fewer registers are held.
+    length = tl.where(begins, tl.minimum(end - i, SHORT + 1), 0).to(tl.int32)
 
-    short = begins & (length <= SHORT)
+    short = length <= SHORT
     total = tl.zeros((ROWS, BLOCK_D), ACC)
     for k in range(tl.max(tl.where(short, length, 0), 0)):
         inside = short & (k < length)
         total += terms(
             values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, inside, columns, D, ACC
         )  # fmt: skip
-    total *= factor
     if BY_FREQ:
         total *= (1.0 / tl.maximum(length, 1).to(ACC))[:, None]
-    mask = short[:, None] & (columns < D)[None, :]
+    mask = (short & (length > 0))[:, None] & (columns < D)[None, :]
     tl.store(out_ptr + group[:, None] * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
-    long = begins & ~short
-    last = tl.max(tl.where(long, i, -1), 0)
-    begin = last * 0 - 1
-    while begin < last:
-        begin = tl.min(tl.where(long & (i > begin), i, last), 0)
-        row = tl.max(tl.where(i == begin, group, 0), 0)
-        stop = tl.max(tl.where(i == begin, end, 0), 0)
+    last = tl.max(tl.where(short, -1, place), 0)
+    at = last * 0 - 1
+    while at < last:
+        at = tl.min(tl.where(short | (place <= at), ROWS, place), 0)
+        begin = tile * ROWS + at
+        row = tl.load(group_ptr + begin).to(tl.int64)
+        stop = tl.load(starts_ptr + row + 1)
         sum = run_sum(
             values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, begin, stop, columns, D,
             ACC, CHUNK, ROWS, BLOCK_D, largest_ptr,
         )  # fmt: skip
-        sum *= factor
         if BY_FREQ:
             sum *= 1.0 / (stop - begin).to(ACC)
         tl.store(out_ptr + row * D + columns, sum.to(out_ptr.dtype.element_ty), mask=columns < D)
@@ -72,16 +71,18 @@ def _sum_tile(
 @triton.jit(do_not_specialize=["N", "G", "sum_tiles"])
 def table_gradient_kernel(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    N, G, D, sum_tiles, column_blocks, factor: tl.float64, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
+    N, G, D, sum_tiles, column_blocks, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
     ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // column_blocks
+    D = D // UNIT * UNIT
+    program = tl.program_id(0)
+    tile = (program // column_blocks).to(tl.int64)
     columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     if tile < sum_tiles:
         _sum_tile(
             values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-            tile, columns, N, G, D, tl.full((), factor, ACC), BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
+            tile, columns, N, G, D, BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
         )  # fmt: skip
     else:
         for k in range(ZEROS):
@@ -101,21 +102,23 @@ def table_gradient(
     source: Tensor | None = None,
     largest: Tensor | None = None,
     by_freq: bool = False,
-    factor: float = 1.0,
 ) -> Tensor:
-    """(num_rows, D), like ``values``: ``factor`` times, for each run of ``order``, the sum of its terms, as
-    :func:`chunk_sums` describes them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
+    """(num_rows, D), like ``values``: for each run of ``order`` the sum of its terms, as :func:`chunk_sums` describes
+    them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
     else all, an empty one giving zeros."""
     N, D = order.group.shape[0], values.shape[1]
     partials = chunk_sums(values, order, scale, source, largest)
     out = values.new_empty((num_rows, D))
-    rows, column_blocks = TILE // block_d(D), ceil_div(D, block_d(D))
+    # Few columns: the rows of a run come one after the other, and all programs of it are done the sooner.
+    rows, block = tile(D, values.itemsize, 8192, 512)
+    column_blocks = ceil_div(D, block)
     sum_tiles = ceil_div(N, rows)
     zero_tiles = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
     launch(
         table_gradient_kernel, ((sum_tiles + zero_tiles) * column_blocks,), values, scale, source, largest,
-        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks, factor,
-        BY_FREQ=by_freq, ZEROS=ZEROS, ACC=acc_type(values), CHUNK=CHUNK, SHORT=8, ROWS=rows, BLOCK_D=block_d(D),
+        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks,
+        BY_FREQ=by_freq, ZEROS=ZEROS, ACC=acc_type(values), CHUNK=CHUNK, SHORT=8, ROWS=rows, BLOCK_D=block,
+        UNIT=unit_d(D),
     )  # fmt: skip
     return out
 

@@ -16,23 +16,23 @@ from torch import Tensor
 from . import _faults
 from ._launch import acc_type, ceil_div, launch, require_rows
 from ._math import as_double, double_bits
-from ._row_order import block_d, order_by_row, order_distinct
+from ._row_order import block_d, order_by_row, order_distinct, tile, unit_d
 from ._table_gradient import table_gradient, table_gradient_rows
 
 
 @triton.jit(do_not_specialize=["N", "V"])
 def embedding_forward_kernel(
     weight_ptr, indices_ptr, out_ptr, fault_ptr, N, V, D, column_blocks,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    block = program % column_blocks
-    n = program // column_blocks * ROWS + tl.arange(0, ROWS)
+    D = D // UNIT * UNIT
+    program = tl.program_id(0)
+    n = (program // column_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = n < N
     row = tl.load(indices_ptr + n, mask=inside, other=0).to(tl.int64)
     good = (row >= 0) & (row < V)
     _faults.report(inside & ~good, row, fault_ptr)
-    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     known = (columns < D)[None, :]
     mask = (inside & good)[:, None] & known
     x = tl.load(weight_ptr + row[:, None] * D + columns[None, :], mask=mask, other=0.0)
@@ -105,10 +105,11 @@ def embedding_forward(weight: Tensor, indices: Tensor) -> Tensor:
 
     out = weight.new_empty((N, D))
 
-    rows, column_blocks = 16384 // (block_d(D) * weight.itemsize), ceil_div(D, block_d(D))
+    rows, block = tile(D, weight.itemsize, 16384, 4096)
+    column_blocks = ceil_div(D, block)
     launch(
         embedding_forward_kernel, (ceil_div(N, rows) * column_blocks,), weight, indices, out,
-        _faults.word(_faults.EMBEDDING), N, V, D, column_blocks, ROWS=rows, BLOCK_D=block_d(D),
+        _faults.word(_faults.EMBEDDING), N, V, D, column_blocks, ROWS=rows, BLOCK_D=block, UNIT=unit_d(D),
     )  # fmt: skip
     return out
 

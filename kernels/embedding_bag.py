@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _faults
 from ._launch import acc_type, accumulator, ceil_div, launch, require_rows
-from ._row_order import block_d, key_dtype, order_distinct_keys, order_keys_by_row
+from ._row_order import key_dtype, order_distinct_keys, order_keys_by_row, tile, unit_d
 from ._table_gradient import table_gradient, table_gradient_rows
 
 
@@ -55,10 +55,11 @@ def _rows(indices_ptr, fault_ptr, i, end, V, padding_idx):
 @triton.jit(do_not_specialize=["N", "B", "span", "V", "padding_idx"])
 def embedding_bag_forward_kernel(
     weight_ptr, samples_ptr, indices_ptr, offsets_ptr, out_ptr, fault_ptr, N, B, span, V, D, padding_idx, column_blocks,
-    MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEAN: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    b = program // column_blocks
+    D = D // UNIT * UNIT
+    program = tl.program_id(0)
+    b = (program // column_blocks).to(tl.int64)
     columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = _bag(offsets_ptr, fault_ptr, b, N, B, span)
     total = tl.zeros((ROWS, BLOCK_D), ACC)
@@ -81,11 +82,12 @@ def embedding_bag_forward_kernel(
 @triton.jit(do_not_specialize=["N", "B", "span", "V", "padding_idx"])
 def embedding_bag_max_forward_kernel(
     weight_ptr, indices_ptr, offsets_ptr, out_ptr, largest_ptr, fault_ptr, N, B, span, V, D, padding_idx, column_blocks,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A NaN counts for nothing, unless it leads: then nothing is larger."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // column_blocks
+    D = D // UNIT * UNIT
+    program = tl.program_id(0)
+    b = (program // column_blocks).to(tl.int64)
     columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = _bag(offsets_ptr, fault_ptr, b, N, B, span)
     none = begin * 0 + N
@@ -161,8 +163,9 @@ def embedding_bag_terms_kernel(
 @triton.jit(do_not_specialize=["N", "V"])
 def embedding_bag_samples_backward_kernel(
     dout_ptr, weight_ptr, keys_ptr, bag_ptr, scale_ptr, dsamples_ptr, N, V, D,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    D = D // UNIT * UNIT
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = tl.load(keys_ptr + i, mask=i < N, other=V).to(tl.int64)
     present = row < V
@@ -196,11 +199,6 @@ def _check_samples(samples: Tensor | None, indices: Tensor, like: Tensor) -> Non
         raise ValueError("embedding_bag: expected per_sample_weights (N) of the dtype of weight")
 
 
-def _block(D: int) -> int:
-    """Columns of a bag that a program takes: few, so that bags, however few and long, are many programs."""
-    return min(block_d(D), 128)
-
-
 def embedding_bag_forward(
     weight: Tensor,
     samples: Tensor | None,
@@ -220,11 +218,12 @@ def embedding_bag_forward(
 
     out = weight.new_empty((num_bags, D))
 
-    block = _block(D)
+    # Few columns and one warp: bags, however few and long, are many programs.
+    rows, block = tile(D, weight.itemsize, 1024 * weight.itemsize, 512)
     launch(
         embedding_bag_forward_kernel, (num_bags * ceil_div(D, block),), weight, samples, indices, offsets, out,
         _faults.word(_faults.BAG), N, num_bags, span, V, D, padding_idx, ceil_div(D, block),
-        MEAN=mean, ACC=acc_type(weight), ROWS=1024 // block, BLOCK_D=block, num_warps=1,
+        MEAN=mean, ACC=acc_type(weight), ROWS=rows, BLOCK_D=block, UNIT=unit_d(D), num_warps=1,
     )  # fmt: skip
     return out
 
@@ -248,11 +247,12 @@ def embedding_bag_max_forward(
     out = weight.new_empty((num_bags, D))
     largest = weight.new_empty((num_bags, D), dtype=torch.int32)
 
-    block = _block(D)
+    # Few columns and one warp: bags, however few and long, are many programs.
+    rows, block = tile(D, weight.itemsize, 1024 * weight.itemsize, 512)
     launch(
         embedding_bag_max_forward_kernel, (num_bags * ceil_div(D, block),), weight, indices, offsets, out, largest,
         _faults.word(_faults.BAG), N, num_bags, span, V, D, padding_idx, ceil_div(D, block),
-        ACC=acc_type(weight), ROWS=1024 // block, BLOCK_D=block, num_warps=1,
+        ACC=acc_type(weight), ROWS=rows, BLOCK_D=block, UNIT=unit_d(D), num_warps=1,
     )  # fmt: skip
     return out, largest
 
@@ -348,9 +348,9 @@ def embedding_bag_samples_backward(
 
     dsamples = dout.new_empty(N)
 
-    block = block_d(D)
+    rows, block = tile(D, weight.itemsize, 8192, 512)
     launch(
-        embedding_bag_samples_backward_kernel, (ceil_div(N, 2048 // block),), dout, weight, keys, bag, scale, dsamples,
-        N, V, D, ACC=acc_type(dout), ROWS=2048 // block, BLOCK_D=block,
+        embedding_bag_samples_backward_kernel, (ceil_div(N, rows),), dout, weight, keys, bag, scale, dsamples,
+        N, V, D, ACC=acc_type(dout), ROWS=rows, BLOCK_D=block, UNIT=unit_d(D),
     )  # fmt: skip
     return dsamples
