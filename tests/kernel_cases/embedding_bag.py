@@ -58,20 +58,27 @@ CASES: dict[str, Case] = {}
 for dtype in (torch.float32, torch.bfloat16):
     sizes, small = {"dtype": dtype, **SIZES}, {"dtype": dtype, **SMALL}
     CASES[f"forward {dtype}"] = Case(forward, sizes, small, lambda dtype, V, D, B, N: (N + B) * D * dtype.itemsize)
-    # Each term of a sum is a row of dout, read anew, mostly from a cache: the bytes of memory are (B + V) * D.
+    # Each term of a sum is a row of dout, read anew, mostly from a cache: the bytes of memory are (B + V) * D. What is
+    # above are indices, some 100 bytes a position: half of them in the search for its bag, which a cache serves.
     CASES[f"backward {dtype}"] = Case(
-        backward, sizes, small, lambda dtype, V, D, B, N: (N + V) * D * dtype.itemsize, allowed=1.15
+        backward,
+        sizes,
+        small,
+        lambda dtype, V, D, B, N: (N + V) * D * dtype.itemsize,
+        allowed=1.25 if dtype == torch.float32 else 1.45,
     )
 dtype = torch.float32
 sizes, small = {"dtype": dtype, **SIZES}, {"dtype": dtype, **SMALL}
 CASES["weighted mean"] = Case(weighted_mean, sizes)
 CASES["weighted mean backward"] = Case(weighted_mean_backward, sizes)
-CASES["max forward"] = Case(
-    largest, sizes, small, lambda dtype, V, D, B, N: (N + B) * D * dtype.itemsize + 4 * B * D
-)  # fmt: skip
+CASES["max forward"] = Case(largest, sizes, small, lambda dtype, V, D, B, N: (N + B) * D * dtype.itemsize + 4 * B * D)
 CASES["max backward"] = Case(
-    max_backward, sizes, small, lambda dtype, V, D, B, N: (N + V) * D * dtype.itemsize + 4 * N * D
-)  # fmt: skip
+    max_backward,
+    sizes,
+    small,
+    lambda dtype, V, D, B, N: (N + V) * D * dtype.itemsize + 4 * N * D,
+    allowed=1.15,
+)
 CASES["samples backward"] = Case(
-    samples_backward, sizes, small, lambda dtype, V, D, B, N: 2 * N * D * dtype.itemsize
-)  # fmt: skip
+    samples_backward, sizes, small, lambda dtype, V, D, B, N: 2 * N * D * dtype.itemsize, allowed=1.15
+)
