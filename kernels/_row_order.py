@@ -54,16 +54,27 @@ def starts_kernel(keys_ptr, starts_ptr, N, num_rows, steps, BLOCK: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["N"])
-def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, BLOCK: tl.constexpr):
-    """The start and the row of each run, at its number ``group``."""
+def changes_kernel(keys_ptr, changes_ptr, N, BLOCK: tl.constexpr):
+    """1 where a run begins, but the first: their sums are the numbers of the runs."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + i, mask=i < N, other=0)
+    before = tl.load(keys_ptr + i - 1, mask=(i > 0) & (i < N), other=0)
+    tl.store(changes_ptr + i, ((i > 0) & (key != before)).to(tl.int32), mask=i < N)
+
+
+@triton.jit(do_not_specialize=["N", "num_rows"])
+def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, num_rows, BLOCK: tl.constexpr):
+    """The start and the row of each run, at its number ``group``; N and ``num_rows`` at numbers that are none's."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < N
-    key = tl.load(keys_ptr + i, mask=inside)
-    before = tl.load(keys_ptr + i - 1, mask=inside & (i > 0), other=-1)
-    first = inside & (key != before)
-    group = tl.load(group_ptr + i, mask=first, other=0)
+    group = tl.load(group_ptr + i, mask=inside, other=0)
+    before = tl.load(group_ptr + i - 1, mask=inside & (i > 0), other=-1)
+    first = inside & (group != before)
     tl.store(starts_ptr + group, i, mask=first)
-    tl.store(rows_ptr + group, key, mask=first)
+    tl.store(rows_ptr + group, tl.load(keys_ptr + i, mask=first, other=0), mask=first)
+    left_over = i > tl.load(group_ptr + N - 1)
+    tl.store(starts_ptr + i, tl.zeros_like(i) + N, mask=left_over & (i <= N))
+    tl.store(rows_ptr + i, (tl.zeros_like(i) + num_rows).to(rows_ptr.dtype.element_ty), mask=left_over & inside)
 
 
 @triton.jit
@@ -187,10 +198,12 @@ def order_distinct_keys(keys: Tensor, num_rows: int) -> RowOrder:
     """:func:`order_distinct` of what :func:`row_keys` gives."""
     N = keys.shape[0]
     ordered, positions = torch.sort(keys, stable=True)
-    group = torch.zeros_like(ordered, dtype=torch.int64)
-    torch.cumsum(ordered[1:] != ordered[:-1], 0, out=group[1:])
-    starts, rows = group.new_full((N + 1,), N), ordered.new_full((N,), num_rows)
-    launch(runs_kernel, (ceil_div(N, 1024),), ordered, group, starts, rows, N, BLOCK=1024)
+    if N == 0:
+        return RowOrder(positions, positions, positions.new_zeros(1), ordered)
+    changes, starts, rows = torch.empty_like(ordered), positions.new_empty(N + 1), torch.empty_like(ordered)
+    launch(changes_kernel, (ceil_div(N, 512),), ordered, changes, N, BLOCK=512)
+    group = torch.cumsum(changes, 0)
+    launch(runs_kernel, (ceil_div(N + 1, 512),), ordered, group, starts, rows, N, num_rows, BLOCK=512)
     return RowOrder(positions, group, starts, rows)
 
 
