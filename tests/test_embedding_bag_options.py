@@ -49,21 +49,23 @@ def test_frequency_divides_by_the_right_count(backend: str, mode: str) -> None:
     torch.testing.assert_close(ours[1], plain[1] / counts)
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_derivatives_by_frequency(backend: str, device: torch.device, mode: str) -> None:
-    """The backward is no derivative of the forward, but has its own."""
+@pytest.mark.parametrize(("mode", "last"), [("sum", False), ("mean", False), ("sum", True)])
+def test_derivatives_by_frequency(backend: str, device: torch.device, mode: str, last: bool) -> None:
+    """The backward is no derivative of the forward, but has its own; what lies behind the last offset has no part."""
     if backend == "torch":
         pytest.skip("torch has none")
     weight = torch.randn(6, 3, dtype=torch.double, device=device, requires_grad=True)
     samples = torch.randn(8, dtype=torch.double, device=device, requires_grad=True)
-    dout = torch.randn(6, 3, dtype=torch.double, device=device, requires_grad=True)
+    offsets = torch.tensor([0, 2, 5]) if last else OFFSETS
+    dout = torch.randn(len(offsets) - last, 3, dtype=torch.double, device=device, requires_grad=True)
 
     def pullback(dout: Tensor, samples: Tensor) -> Tensor:
         out = LF.embedding_bag(
-            *(INDICES.to(device), weight, OFFSETS.to(device)),
+            *(INDICES.to(device), weight, offsets.to(device)),
             mode=mode,
             per_sample_weights=samples,
             scale_grad_by_freq=True,
+            include_last_offset=last,
         )
         return torch.autograd.grad(out, weight, dout, create_graph=True)[0]
 

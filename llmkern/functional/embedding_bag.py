@@ -74,8 +74,8 @@ def embedding_bag(
     indices, num_bags = input.reshape(-1).contiguous(), input.shape[0]
     if offsets is not None:
         offsets, num_bags = offsets.contiguous(), offsets.shape[0] - include_last_offset
-        if scale_grad_by_freq and include_last_offset:
-            # What lies behind the last bag does not count.
+        if scale_grad_by_freq and include_last_offset and backend == "reference":
+            # What lies behind the last bag does not count; kernels know.
             indices = indices[: int(offsets[-1])]
             per_sample_weights = None if per_sample_weights is None else per_sample_weights[: len(indices)]
     try:

@@ -186,7 +186,12 @@ def _frequency(
     """What a row's gradient is multiplied by (N), if by frequency, and a call whose derivatives do not do it again."""
     if not options.scale_grad_by_freq:
         return None, (indices, offsets, options)
-    scale = reference.embedding_row_scale(indices, options.num_weights, -1, True, like).squeeze(-1)
+    counted = indices
+    if options.include_last_offset and offsets is not None:
+        # What lies behind the last bag counts for another row.
+        position = torch.arange(indices.shape[0], device=indices.device)
+        counted = torch.where(position < offsets[-1], indices, options.num_weights)
+    scale = reference.embedding_row_scale(counted, options.num_weights + 1, -1, True, like).squeeze(-1)
     return scale, (indices, offsets, options._replace(scale_grad_by_freq=False))
 
 
