@@ -12,25 +12,41 @@ _CHANGING = ["N", "position_period", "type_period", "seed_low", "seed_high", "li
 
 
 @triton.jit
-def _rows(table, n, inside, d, D, ACC: tl.constexpr):
-    """Rows of a table for the tokens ``n``: (ROWS, BLOCK_D), zeros outside. ``table``: (table, indices, fault, number
-    of rows, after how many tokens the indices repeat or None)."""
-    weight_ptr, indices_ptr, fault_ptr, num_rows, period = table
-    at = n if period is None else n % period
-    row = tl.load(indices_ptr + at, mask=inside, other=0).to(tl.int64)
-    good = inside & (row >= 0) & (row < num_rows)
-    _faults.report(inside & ~good, row, fault_ptr)
-    mask = good[:, None] & (d < D)[None, :]
-    return tl.load(weight_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
+def _index(table, n, inside):
+    """The rows of the tokens ``n``. ``table``: (table, indices, fault, number of rows, after how many tokens the
+    indices repeat or None)."""
+    at = n if table[4] is None else n % table[4]
+    return tl.load(table[1] + at, mask=inside, other=0).to(tl.int64)
+
+
+@triton.jit
+def _rows(table, index, inside, d, D, ACC: tl.constexpr):
+    """(ROWS, BLOCK_D), zeros outside the table and its columns."""
+    mask = (inside & (index >= 0) & (index < table[3]))[:, None] & (d < D)[None, :]
+    return tl.load(table[0] + index[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _report(table, index, inside):
+    _faults.report(inside & ((index < 0) | (index >= table[3])), index, table[2])
 
 
 @triton.jit
 def _sum(tokens, positions, types, scale, n, inside, d, D, ACC: tl.constexpr):
-    s = _rows(tokens, n, inside, d, D, ACC) * tl.full((), scale, ACC)
+    """scale * token + position + type. Loads keep their order in a program: first all indices, then all rows, so that
+    as many as possible are in flight."""
+    token = _index(tokens, n, inside)
+    position = token if positions[0] is None else _index(positions, n, inside)
+    type_ = token if types[0] is None else _index(types, n, inside)
+    s = _rows(tokens, token, inside, d, D, ACC) * tl.full((), scale, ACC)
     if positions[0] is not None:
-        s += _rows(positions, n, inside, d, D, ACC)
+        s += _rows(positions, position, inside, d, D, ACC)
     if types[0] is not None:
-        s += _rows(types, n, inside, d, D, ACC)
+        s += _rows(types, type_, inside, d, D, ACC)
+        _report(types, type_, inside)
+    if positions[0] is not None:
+        _report(positions, position, inside)
+    _report(tokens, token, inside)
     return s
 
 
@@ -128,9 +144,9 @@ def fused_embedding_long_forward_kernel(
 def _normal_and_dy(tokens, positions, types, scale, dropout, dout_ptr, mean, rstd, n, inside, d, D, ACC: tl.constexpr):
     """The normalised rows and the gradients at what the norm gave; zeros outside."""
     mask = inside[:, None] & (d < D)[None, :]
+    dy = tl.load(dout_ptr + n[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
     s = _sum(tokens, positions, types, scale, n, inside, d, D, ACC)
     x = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
-    dy = tl.load(dout_ptr + n[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
     return x, _dropped(dy, n, d, D, dropout)
 
 

@@ -2,8 +2,8 @@
 
 Traffic. Forward: each row is read once, out is written once; a composition of torch's functions writes and reads N*D
 again for every step. Nothing of that size is kept for the backward but the indices and two numbers a row: the
-normalised row is computed again from the tables, the mask from its seed. A program takes rows of sixteen elements a
-thread, in registers from the first read to the last write; past D = 4096 a row is read again instead, from L1.
+normalised row is computed again from the tables, the mask from its seed. A program keeps whole rows in registers from
+the first read to the last write; past D = 4096 a row is read again instead, from L1.
 
 Backward: one pass writes the gradient at the sum, N*D, because a norm's gradient needs a whole row before its first
 element is known; then each table adds up its rows of it, by tokens, positions and types. Gradients of the norm's own
@@ -102,10 +102,11 @@ class _Call(NamedTuple):
                 raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
 
 
-def _tile(D: int) -> dict[str, int]:
-    """Sixteen elements of a thread: several short rows, or one, by one program."""
-    BLOCK_D = min(max(next_power_of_2(D), 16), LONGEST)
-    return {"ROWS": min(max(2048 // BLOCK_D, 1), 32), "BLOCK_D": BLOCK_D, "num_warps": max(BLOCK_D // 512, 4)}
+def _tile(D: int, elements: int) -> dict[str, int]:
+    """Several short rows, or one, by one program: so many elements of a thread, whose registers limit them."""
+    BLOCK_D, threads = min(max(next_power_of_2(D), 16), LONGEST), 128
+    rows = min(max(threads * elements // BLOCK_D, 1), 32)
+    return {"ROWS": rows, "BLOCK_D": BLOCK_D, "num_warps": max(BLOCK_D // elements, threads) // 32}
 
 
 def fused_embedding_forward(
@@ -138,7 +139,7 @@ def fused_embedding_forward(
     N, D = call.sizes[:2]
     out = weight.new_empty((N, D))
     stats = weight.new_empty((0 if norm == "none" else N, 2), dtype=accumulator(weight))
-    tile = _tile(min(D, 1024) if norm == "none" else D)
+    tile = _tile(min(D, 1024) if norm == "none" else D, 16)
     long = norm != "none" and D > LONGEST
     grid = (ceil_div(N, tile["ROWS"]), 1 if long else max(ceil_div(D, tile["BLOCK_D"]), 1))
     launch(
@@ -151,7 +152,7 @@ def fused_embedding_forward(
 def _dsum(call: _Call, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tuple[bool, bool]) -> list[Any]:
     """With a norm: the gradient at the sum, and of the norm's weight and bias; None if it is not wanted."""
     N, D = call.sizes[:2]
-    tile, acc = _tile(D), acc_type(dout)
+    tile, acc = _tile(D, 8), acc_type(dout)
     learns = any(norm_wants)
     tokens = max(SHARE_TOKENS, ceil_div(N, SHARES)) if learns else tile["ROWS"]
     shares = ceil_div(N, tokens)
