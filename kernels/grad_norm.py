@@ -85,17 +85,20 @@ def _scale_block(ptr, i, mask, factor):
 def grad_norm_scale_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr,
     n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int64, n4: tl.int64, n5: tl.int64, n6: tl.int64, n7: tl.int64,
-    factor: tl.float64, ACC: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    factor_ptr, ACC: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensors = (x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr)
     ptr, begin, end = _own_chunk(tensors, (n0, n1, n2, n3, n4, n5, n6, n7), ALIGNED, CHUNK)
     whole = begin + (end - begin) // BLOCK * BLOCK
-    by = tl.full((), factor, ACC)
-    for at in range(begin, whole, BLOCK):
-        _scale_block(ptr, at + tl.arange(0, BLOCK), None, by)
-    if whole < end:
-        i = whole + tl.arange(0, BLOCK)
-        _scale_block(ptr, i, i < end, by)
+    factor = tl.load(factor_ptr)
+    # Gradients that are short enough are not touched.
+    if factor != 1.0:
+        by = factor.to(ACC)
+        for at in range(begin, whole, BLOCK):
+            _scale_block(ptr, at + tl.arange(0, BLOCK), None, by)
+        if whole < end:
+            i = whole + tl.arange(0, BLOCK)
+            _scale_block(ptr, i, i < end, by)
 
 
 class _Group(NamedTuple):
@@ -137,8 +140,10 @@ def grad_norm(tensors: list[Tensor]) -> Tensor:
     return norm
 
 
-def scale_(tensors: list[Tensor], factor: float) -> None:
-    """Each tensor times ``factor``, in place: multiplied in fp32 (fp64 for fp64), rounded once."""
+def scale_(tensors: list[Tensor], factor: float | Tensor) -> None:
+    """Each tensor times ``factor``, in place: multiplied in fp32 (fp64 for fp64), rounded once. A factor that is a
+    float64 scalar on the tensors' device stays there; if it is 1, nothing is read."""
     for group in _groups(tensors):
-        acc = acc_type(group.arguments[0])
-        launch(grad_norm_scale_kernel, (group.chunks,), *group.arguments, factor, ACC=acc, **group.options)
+        first = group.arguments[0]
+        by = factor if isinstance(factor, Tensor) else first.new_full((), factor, dtype=torch.float64)
+        launch(grad_norm_scale_kernel, (group.chunks,), *group.arguments, by, ACC=acc_type(first), **group.options)

@@ -104,8 +104,9 @@ def test_many_tensors_at_any_address(kernel: str, dtype: torch.dtype) -> None:
     # One after the other: what is another tensor's is no element of this one.
     for t, c in zip(tensors, copies, strict=True):
         torch.testing.assert_close(functions.grad_norm([t]), reference.grad_norm([c]), rtol=1e-14, atol=0)
-    functions.scale_(tensors, 0.3)
-    reference.scale_(copies, 0.3)
+    for factor in (0.3, torch.tensor(0.7, dtype=torch.float64), torch.ones((), dtype=torch.float64)):
+        functions.scale_(tensors, factor)
+        reference.scale_(copies, factor)
     assert all(torch.equal(m, b) for m, b in zip(memory, before, strict=True))
 
 

@@ -63,20 +63,20 @@ def clip_grad_norm_(
             "`error_if_nonfinite=False`"
         )
     factor = clip_factor(norm, max_norm)
-    if factor != 1:
+    # The host knows its own numbers; for one on a GPU nobody waits: the kernels look whether it is 1.
+    if factor.device.type != "cpu" or factor != 1:
         for backend, members in kinds:
             values = [grad._values() if grad.is_sparse else grad for grad in members]
             if backend == "torch":
-                torch._foreach_mul_(values, factor)
+                torch._foreach_mul_(values, factor.to(values[0].device))
             else:
-                ops.scale_(values, factor, backend)
+                ops.scale_(values, factor.to(values[0].device), backend)
     return norm.to(reduce(torch.promote_types, (grad.dtype for grad in grads)))
 
 
-def clip_factor(norm: Tensor, max_norm: float) -> float:
-    """What gradients of this norm are multiplied by; NaN for NaN, as in torch."""
-    factor = float(max_norm) / (norm.item() + 1e-6)
-    return min(factor, 1.0) if factor == factor else factor
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are multiplied by, a float64 scalar beside it; NaN for NaN, as in torch."""
+    return (float(max_norm) / (norm.double() + 1e-6)).clamp(max=1.0)
 
 
 def by_backend(grads: list[Tensor], norm_type: float = 2.0) -> list[tuple[str, list[Tensor]]]:

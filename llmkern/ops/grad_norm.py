@@ -12,11 +12,11 @@ grad_norm = define(
     lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
 )
 
-_scale = define("scale_(Tensor(a!)[] tensors, float factor, str backend) -> ()", lambda *args: None)
+_scale = define("scale_(Tensor(a!)[] tensors, Tensor factor, str backend) -> ()", lambda *args: None)
 
 
-def scale_(tensors: list[Tensor], factor: float, backend: str) -> None:
-    """Each tensor times ``factor``, in place. Call it without grad."""
+def scale_(tensors: list[Tensor], factor: Tensor, backend: str) -> None:
+    """Each tensor times ``factor``, a float64 scalar beside them, in place. Call it without grad."""
     _scale(tensors, factor, backend)
     # A kernel writes behind autograd's back: a graph that still needs the old values must notice.
     torch.autograd.graph.increment_version(tensors)

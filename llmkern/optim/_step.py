@@ -148,7 +148,7 @@ class Step(torch.optim.Optimizer):
             return 1.0
         norm = total_norm(by_backend(grads))
         self.grad_norm = norm if scale is None else norm / scale.to(norm)
-        return clip_factor(self.grad_norm, self.max_grad_norm)
+        return float(clip_factor(self.grad_norm, self.max_grad_norm))
 
     def _collect(self, group: dict[str, Any]) -> list[list[Any]]:
         """Parameters with a gradient, their gradients, states and, where there are, step counts: torch's lists."""

@@ -11,8 +11,8 @@ def grad_norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
 
 
-def scale_(tensors: list[Tensor], factor: float) -> None:
+def scale_(tensors: list[Tensor], factor: float | Tensor) -> None:
     """Each tensor times ``factor``, in place: multiplied in fp32 (fp64 for fp64), rounded once."""
     for tensor in tensors:
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        tensor.copy_(tensor.to(wide) * factor)
+        tensor.copy_(tensor.to(wide) * float(factor))
