@@ -232,8 +232,9 @@ def fused_embedding_backward(
         dsum, *grads[3:] = _dsum(call, dout, stats, any(wanted[:3]), (wanted[3], wanted[4]))
     for k, (_, table, at) in enumerate(call.tables):
         if wanted[k] and table is not None and at is not None:
-            token = k == 0
-            order = _order(at, table.shape[0], N, padding_idx if token else -1)
-            by_freq, factor = (scale_grad_by_freq, scale) if token else (False, 1.0)
-            grads[k] = table_gradient(dsum, order, table.shape[0], by_freq=by_freq, factor=factor)
+            token, num_rows = k == 0, table.shape[0]
+            order = _order(at, num_rows, N, padding_idx if token else -1)
+            # What the row of a token counts for.
+            by = dsum.new_full((N,), scale, dtype=accumulator(dsum)) if token and scale != 1 else None
+            grads[k] = table_gradient(dsum, order, num_rows, by, by_freq=token and scale_grad_by_freq)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
