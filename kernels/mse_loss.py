@@ -2,7 +2,7 @@
 
 Traffic. Sum: reads 2N. Elementwise: reads 2N, writes N. Backward: reads 2N (3N with elementwise g), writes N for each
 gradient that is wanted. The sum writes the gradients in its own pass, which saves the 2N that a backward would read
-again: a bet on the gradient that the sum will get, which ops/mse_loss.py settles.
+again: a bet on the gradient that the sum will get. If another comes, a kernel that finds it out writes them anew.
 
 A program takes one block, sixteen elements a thread, so that eight loads of 16 bytes are in flight. The sum of a
 block is one partial in fp32 (fp64 for fp64); one program adds the partials in order, in fp64.
@@ -91,6 +91,21 @@ def _gradient_block(
 
 
 @triton.jit(do_not_specialize=["n"])
+def mse_loss_settle_kernel(
+    dloss_ptr, scale_ptr, input_ptr, target_ptr, dinput_ptr, dtarget_ptr, n: tl.int64,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The backward of the sum, unless it was done for what came."""
+    if tl.load(dloss_ptr) != tl.load(scale_ptr):
+        block = tl.program_id(0).to(tl.int64)
+        i = block * BLOCK + tl.arange(0, BLOCK)
+        if (block + 1) * BLOCK <= n:
+            _gradient_block(dloss_ptr, input_ptr, target_ptr, dinput_ptr, dtarget_ptr, i, None, True, ACC)
+        else:
+            _gradient_block(dloss_ptr, input_ptr, target_ptr, dinput_ptr, dtarget_ptr, i, i < n, True, ACC)
+
+
+@triton.jit(do_not_specialize=["n"])
 def mse_loss_backward_kernel(
     dloss_ptr, input_ptr, target_ptr, dinput_ptr, dtarget_ptr, n: tl.int64,
     REDUCE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,3 +174,17 @@ def mse_loss_backward(
             REDUCE=reduce, ACC=acc_type(input), BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return dinput, dtarget
+
+
+def mse_loss_settle_(
+    dloss: Tensor, scale: Tensor, input: Tensor, target: Tensor, dinput: Tensor, dtarget: Tensor
+) -> None:
+    """Makes gradients that the forward gave for ``scale`` those for ``dloss``, in place, if it is another; empty ones
+    stay empty. The GPU looks, and nobody waits for it."""
+    _check(input, target, {"dloss": dloss, "scale": scale})
+    given = [gradient if gradient.numel() else None for gradient in (dinput, dtarget)]
+    if any(gradient is not None for gradient in given):
+        launch(
+            mse_loss_settle_kernel, (ceil_div(input.numel(), BLOCK),), dloss, scale, input, target, *given,
+            input.numel(), ACC=acc_type(input), BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip

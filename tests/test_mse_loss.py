@@ -146,16 +146,21 @@ def test_gradients_of_the_forward(dtype: torch.dtype, reduction: str, layout: st
 @pytest.mark.kernels
 def test_a_lost_bet(recomputed: list[bool]) -> None:
     x, t = (torch.randn(8193, requires_grad=True) for _ in range(2))
-    for cotangent in (torch.tensor(3.0), torch.tensor(float("nan"))):
-        for a, e in zip(run(LF.mse_loss, (x, t), cotangent), run(F.mse_loss, (x, t), cotangent), strict=True):
-            torch.testing.assert_close(a, e, equal_nan=True)
-    assert len(recomputed) == 2
+    # A kernel may find out by itself, and write the same gradients anew.
+    settles = hasattr(dispatch.load(*KERNELS), "mse_loss_settle_")
+    for reduction in ("mean", "sum"):
+        for cotangent in (torch.tensor(3.0), torch.tensor(float("nan"))):
+            ours, theirs = (run(partial(f, reduction=reduction), (x, t), cotangent) for f in (LF.mse_loss, F.mse_loss))
+            for a, e in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, e, equal_nan=True)
+    assert len(recomputed) == (0 if settles else 4)
+    recomputed.clear()
     dx = torch.autograd.grad(LF.mse_loss(x, t), x, create_graph=True)[0]
-    assert len(recomputed) == 3
+    assert len(recomputed) == 1
     torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], torch.full_like(x, 2 / 8193))
     dead = LF.mse_loss(x * 1, t)
     torch.autograd.grad(dead * 0 + x.sum(), x)
-    assert len(recomputed) == 4
+    assert len(recomputed) == 2 - settles
 
 
 @pytest.mark.kernels

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ._autograd import KernelFunction, differentiating, won
+from .. import dispatch, reference
+from ._autograd import KernelFunction, differentiating, plain_backward
 from ._library import define
 
 
@@ -37,6 +37,20 @@ mse_loss_backward = define(
 )
 
 
+def _settled(
+    bet: tuple[Tensor, Tensor], dloss: Tensor, scale: Tensor, input: Tensor, target: Tensor, backend: str
+) -> bool:
+    """Whether the forward's gradients may be handed out. A GPU's kernel compares what came with the bet, and puts them
+    right if it was lost: the host would have to wait for the number."""
+    if not plain_backward():
+        return False
+    settle = getattr(dispatch.load(backend), "mse_loss_settle_", None)
+    if settle is None:
+        return torch.equal(dloss, scale)
+    settle(dloss, scale, input, target, *bet)
+    return True
+
+
 def _twice_dot(a: Tensor, b: Tensor, reduce: bool) -> Tensor:
     """2 * a * b: each, or their sum in the accumulation dtype."""
     product = 2 * a.to(_sum_dtype(a)) * b
@@ -48,7 +62,7 @@ class MseLossFunction(KernelFunction):
 
     ``scale`` is a bet on the gradient of the sum, and dinput and dtarget what that gradient gives. Where the bet is
     right, the backward returns them and no operand is read again; where it is wrong (the loss was scaled, say), or
-    they were given away already (a second backward), they are recomputed.
+    they were given away already (a second backward), they are computed anew.
     """
 
     @staticmethod
@@ -82,7 +96,7 @@ class MseLossFunction(KernelFunction):
         bet, ctx.bet = ctx.bet, None
         if dloss is None:
             return (None,) * 7
-        if bet is None or not won(dloss, ctx.scale):
+        if bet is None or not _settled(bet, dloss, ctx.scale, input, target, ctx.backend):
             bet = None
             bet = MseLossBackwardFunction.run(
                 dloss.contiguous(), input, target, ctx.reduce, need_input, need_target, ctx.backend
