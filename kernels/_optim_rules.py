@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # States of each rule, in order. Adam: exp_avg, exp_avg_sq, and for amsgrad max_exp_avg_sq. Momentum: its buffer, which
 # the first step only writes. Adagrad: the sum of squares. Sparse Adam: exp_avg, exp_avg_sq.
@@ -39,8 +40,11 @@ def root(x):
 
 
 @triton.jit
-def numbers_in(n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC: tl.constexpr):
-    """A rule's numbers, given in fp64, as the tuple that ``update`` takes."""
+def numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC: tl.constexpr):
+    """A rule's numbers, given in fp64, as the tuple that ``update`` takes. The first is for gradients, and so is the
+    scalar at ``factor_ptr``, if there is one."""
+    if factor_ptr is not None:
+        n0 = tl.load(factor_ptr) * n0
     return (
         tl.full((), n0, ACC), tl.full((), n1, ACC), tl.full((), n2, ACC), tl.full((), n3, ACC), tl.full((), n4, ACC),
         tl.full((), n5, ACC), tl.full((), n6, ACC), tl.full((), n7, ACC), tl.full((), n8, ACC),
@@ -134,6 +138,11 @@ def store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2):
         tl.store(s1_ptr + i, s1.to(s1_ptr.dtype.element_ty), mask=mask)
     if s2_ptr is not None:
         tl.store(s2_ptr + i, s2.to(s2_ptr.dtype.element_ty), mask=mask)
+
+
+def factored(grad_scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """What gradients are multiplied by as a tensor that kernels read, or None, and as a number besides."""
+    return (grad_scale.double(), 1.0) if isinstance(grad_scale, Tensor) else (None, grad_scale)
 
 
 def _nine(*numbers: float) -> tuple[float, ...]:

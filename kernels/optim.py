@@ -66,7 +66,7 @@ def _step_block(
 
 @triton.jit
 def optim_step_kernel(
-    table_ptr, tensor_of_ptr, scale: tl.float64,
+    table_ptr, tensor_of_ptr, factor_ptr, scale: tl.float64,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
     n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
     RULE: tl.constexpr, AFTER: tl.constexpr, ACC: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
@@ -76,7 +76,9 @@ def optim_step_kernel(
     table_ptr += tl.load(tensor_of_ptr + block) * COLUMNS
     begin = (block - tl.load(table_ptr)) * BLOCK
     n = tl.load(table_ptr + 1)
-    numbers = rules.numbers_in(n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+    numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+    if factor_ptr is not None:
+        scale = tl.load(factor_ptr) * scale
     scale = tl.full((), scale, ACC)
     i = begin + tl.arange(0, BLOCK)
     if begin + BLOCK <= n:
@@ -121,7 +123,9 @@ def _addresses(sizes: tuple[int, ...], pointers: tuple[int, ...]) -> Tensor:
     return torch.cat([(blocks.cumsum(0) - blocks)[:, None], own[:, None], addresses.view(-1, 5)], 1)
 
 
-def _step_alike(rule: str, numbers: tuple[float, ...], after: str, scale: float, lists: list[list[Tensor]]) -> None:
+def _step_alike(
+    rule: str, numbers: tuple[float, ...], after: str, factor: Tensor | None, scale: float, lists: list[list[Tensor]]
+) -> None:
     """One launch. ``lists``: parameters, gradients and the rule's states, each of one dtype."""
     params = lists[0]
     states = len(lists) - 2
@@ -131,7 +135,7 @@ def _step_alike(rule: str, numbers: tuple[float, ...], after: str, scale: float,
     table = _tables((sizes, pointers), device, lambda: _addresses(sizes, pointers))
     tensor_of = _tables(sizes, device, lambda: _tensor_of(sizes))
     launch(
-        optim_step_kernel, (tensor_of.shape[0],), table, tensor_of, scale, *numbers,
+        optim_step_kernel, (tensor_of.shape[0],), table, tensor_of, factor, scale, *numbers,
         RULE=rule, AFTER=after, ACC=acc_type(params[0]), PARAM=triton_type(params[0]), STATE=triton_type(lists[-1][0]),
         STATES=states, ALIGNED=all(pointer % 16 == 0 for pointer in pointers), COLUMNS=COLUMNS, BLOCK=BLOCK,
         fp_fusion=False,
@@ -156,15 +160,16 @@ def _check(name: str, lists: Sequence[list[Tensor]], steps: list[float], after: 
 
 
 def _step(
-    rule: str, lists: Sequence[list[Tensor]], steps: list[float], numbers: Callable[[float], tuple[float, ...]],
-    after: str, scale: float,
+    rule: str, lists: Sequence[list[Tensor]], steps: list[float],
+    numbers: Callable[[float, float], tuple[float, ...]], after: str, grad_scale: float | Tensor,
 ) -> None:  # fmt: skip
     """Steps tensors by kinds: those that share dtypes and step count in one launch."""
+    factor, scale = rules.factored(grad_scale)
     kinds: dict[Any, list[int]] = {}
     for i, tensors in enumerate(zip(*lists, strict=True)):
         kinds.setdefault((tensors[0].dtype, tensors[-1].dtype, tensors[0].device, steps[i]), []).append(i)
     for (*_, step), members in kinds.items():
-        _step_alike(rule, numbers(step), after, scale, [[each[i] for i in members] for each in lists])
+        _step_alike(rule, numbers(step, scale), after, factor, scale, [[each[i] for i in members] for each in lists])
 
 
 def advance(steps: list[Tensor]) -> list[float]:
@@ -176,29 +181,29 @@ def advance(steps: list[Tensor]) -> list[float]:
 def adam_step(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor], steps: list[float], lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, decoupled: bool, maximize: bool, grad_scale: float, after: str,
+    weight_decay: float, decoupled: bool, maximize: bool, grad_scale: float | Tensor, after: str,
 ) -> None:  # fmt: skip
     """Adam or AdamW in place; ``max_exp_avg_sqs`` is empty without amsgrad. See :mod:`llmkern.reference.optim`."""
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
     _check("adam_step", lists, steps, after)
 
-    def numbers(step: float) -> tuple[float, ...]:
-        return rules.adam(step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale)
+    def numbers(step: float, scale: float) -> tuple[float, ...]:
+        return rules.adam(step, lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale)
 
     _step("amsgrad" if max_exp_avg_sqs else "adam", lists, steps, numbers, after, grad_scale)
 
 
 def sgd_step(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], steps: list[float], lr: float,
-    momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, grad_scale: float,
+    momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, grad_scale: float | Tensor,
     after: str,
 ) -> None:  # fmt: skip
     """SGD in place; ``momentum_buffers``, if there are any, are only written by step 1."""
     lists = [params, grads, *([momentum_buffers] if momentum_buffers else [])]
     _check("sgd_step", lists, steps, after)
 
-    def numbers(step: float) -> tuple[float, ...]:
-        return rules.sgd(step, lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale)
+    def numbers(step: float, scale: float) -> tuple[float, ...]:
+        return rules.sgd(step, lr, momentum, dampening, weight_decay, nesterov, maximize, scale)
 
     # All later steps are one kind.
     kinds = [min(step, 2.0) for step in steps]
@@ -207,13 +212,13 @@ def sgd_step(
 
 def adagrad_step(
     params: list[Tensor], grads: list[Tensor], sums: list[Tensor], steps: list[float], lr: float, lr_decay: float,
-    weight_decay: float, eps: float, maximize: bool, grad_scale: float, after: str,
+    weight_decay: float, eps: float, maximize: bool, grad_scale: float | Tensor, after: str,
 ) -> None:  # fmt: skip
     """Adagrad in place."""
     lists = [params, grads, sums]
     _check("adagrad_step", lists, steps, after)
 
-    def numbers(step: float) -> tuple[float, ...]:
-        return rules.adagrad(step, lr, lr_decay, weight_decay, eps, maximize, grad_scale)
+    def numbers(step: float, scale: float) -> tuple[float, ...]:
+        return rules.adagrad(step, lr, lr_decay, weight_decay, eps, maximize, scale)
 
     _step("adagrad", lists, steps, numbers, after, grad_scale)

@@ -142,7 +142,7 @@ def row_catch_up_kernel(
 @triton.jit(do_not_specialize=["N", "count"])
 def row_step_kernel(
     param_ptr, s0_ptr, s1_ptr, s2_ptr, applied_ptr, history_ptr, values_ptr,
-    positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, N, V, D, count,
+    positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr, N, V, D, count,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
     n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
     RULE: tl.constexpr, CLOSED: tl.constexpr, ACC: tl.constexpr, STATE: tl.constexpr,
@@ -164,7 +164,7 @@ def row_step_kernel(
         p, s0, s1, s2 = _up_to_date(
             p, s0, s1, s2, mask, history_ptr, tl.load(applied_ptr + row), count, RULE, CLOSED, PARAM, STATE
         )
-        numbers = rules.numbers_in(n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
         # The dense gradient has the parameter's dtype.
         p, s0, s1, s2 = rules.update(p, g.to(PARAM).to(ACC), s0, s1, s2, numbers, RULE)
         rules.store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2)
@@ -357,7 +357,7 @@ def row_catch_up(
 def row_step(
     param: Tensor, states: list[Tensor], applied: Tensor, history: Tensor, count: int, kind: str, decoupled: bool,
     maximize: bool, nesterov: bool, closed: bool, indices: Tensor, values: Tensor, step: list[float],
-    grad_scale: float,
+    grad_scale: float | Tensor,
 ) -> bool:  # fmt: skip
     """One step on a gradient that is ``grad_scale`` times the sum of ``values`` (N, D) by ``indices`` (N). Says whether
     the step changes rows that have no gradient; it is then on record, as ``history[count]``."""
@@ -371,12 +371,13 @@ def row_step(
     recorded = kind == "adam" or step[5] != 0 or (kind == "sgd" and step[2] != 0)
     rows = group = None
     if N:
+        factor, scale = rules.factored(grad_scale)
         order = order_distinct(indices, V)
         rows, group = order.rows, order.group
         assert rows is not None
         launch(
             row_step_kernel, table.grid(N), *table.pointers(), values, order.positions, group, order.starts, rows,
-            chunk_sums(values, order), N, V, D, count, *table.numbers(step, grad_scale),
+            chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
             **table.constants(), CHUNK=CHUNK, ROWS=ROWS, num_warps=_step_warps(table),
         )  # fmt: skip
         table.mark(rows, group, count + recorded)

@@ -34,7 +34,8 @@ def row_of_run(rows_ptr, group_ptr, run, N, V):
 
 @triton.jit(do_not_specialize=["N"])
 def sparse_step_kernel(
-    param_ptr, s0_ptr, s1_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, N, V, D,
+    param_ptr, s0_ptr, s1_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr,
+    N, V, D,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
     n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
     RULE: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -42,7 +43,7 @@ def sparse_step_kernel(
     run = tl.program_id(0).to(tl.int64)
     row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
     if good:
-        numbers = rules.numbers_in(n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = columns < D
         i = row * D + columns
@@ -59,8 +60,8 @@ def sparse_step_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def rowwise_adagrad_kernel(
-    param_ptr, sum_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, N, V, D,
-    grad_scale: tl.float64, step_size: tl.float64, eps: tl.float64,
+    param_ptr, sum_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr,
+    N, V, D, grad_scale: tl.float64, step_size: tl.float64, eps: tl.float64,
     ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes a whole row: if it is wider than a block, its gradients are added up once for the mean of squares
@@ -68,6 +69,8 @@ def rowwise_adagrad_kernel(
     run = tl.program_id(0).to(tl.int64)
     row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
     if good:
+        if factor_ptr is not None:
+            grad_scale, step_size = tl.load(factor_ptr) * grad_scale, tl.load(factor_ptr) * step_size
         scale, speed = tl.full((), grad_scale, ACC), tl.full((), step_size, ACC)
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
         g, squares = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
@@ -142,8 +145,9 @@ def _ordered(indices: Tensor, values: Tensor, V: int) -> tuple[RowOrder, Tensor]
 
 
 def _step(
-    rule: str, param: Tensor, indices: Tensor, values: Tensor, states: list[Tensor], numbers: tuple[float, ...]
-) -> None:
+    rule: str, param: Tensor, indices: Tensor, values: Tensor, states: list[Tensor], factor: Tensor | None,
+    numbers: tuple[float, ...],
+) -> None:  # fmt: skip
     _check(param, indices, values, *states)
     N, (V, D) = indices.shape[0], param.shape
     if N == 0:
@@ -151,40 +155,43 @@ def _step(
     order, partials = _ordered(indices, values, V)
     launch(
         sparse_step_kernel, (N, ceil_div(D, block_d(D))), param, *states, *[None] * (2 - len(states)), values,
-        order.positions, order.group, order.starts, order.rows, partials, N, V, D, *numbers,
+        order.positions, order.group, order.starts, order.rows, partials, factor, N, V, D, *numbers,
         RULE=rule, ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), fp_fusion=False,
     )  # fmt: skip
 
 
 def sparse_sgd_step(
-    param: Tensor, indices: Tensor, values: Tensor, lr: float, maximize: bool, grad_scale: float
+    param: Tensor, indices: Tensor, values: Tensor, lr: float, maximize: bool, grad_scale: float | Tensor
 ) -> None:
     """p = p - lr g on the rows ``indices`` (N), whose gradients are the sums of ``values`` (N, D), in place."""
-    numbers = rules.sgd(1, lr, 0, 0, 0, False, maximize, grad_scale)
-    _step("sgd", param, indices, values, [], numbers)
+    factor, scale = rules.factored(grad_scale)
+    numbers = rules.sgd(1, lr, 0, 0, 0, False, maximize, scale)
+    _step("sgd", param, indices, values, [], factor, numbers)
 
 
 def sparse_adagrad_step(
     param: Tensor, indices: Tensor, values: Tensor, sum: Tensor, step: float, lr: float, lr_decay: float, eps: float,
-    maximize: bool, grad_scale: float,
+    maximize: bool, grad_scale: float | Tensor,
 ) -> None:  # fmt: skip
     """Adagrad, in place. See :mod:`llmkern.reference.sparse_optim`."""
-    numbers = rules.adagrad(step, lr, lr_decay, 0, eps, maximize, grad_scale)
-    _step("adagrad", param, indices, values, [sum], numbers)
+    factor, scale = rules.factored(grad_scale)
+    numbers = rules.adagrad(step, lr, lr_decay, 0, eps, maximize, scale)
+    _step("adagrad", param, indices, values, [sum], factor, numbers)
 
 
 def sparse_adam_step(
     param: Tensor, indices: Tensor, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: float, lr: float,
-    beta1: float, beta2: float, eps: float, maximize: bool, grad_scale: float,
+    beta1: float, beta2: float, eps: float, maximize: bool, grad_scale: float | Tensor,
 ) -> None:  # fmt: skip
     """torch's SparseAdam, in place."""
-    numbers = rules.sparse_adam(step, lr, beta1, beta2, eps, maximize, grad_scale)
-    _step("sparse_adam", param, indices, values, [exp_avg, exp_avg_sq], numbers)
+    factor, scale = rules.factored(grad_scale)
+    numbers = rules.sparse_adam(step, lr, beta1, beta2, eps, maximize, scale)
+    _step("sparse_adam", param, indices, values, [exp_avg, exp_avg_sq], factor, numbers)
 
 
 def rowwise_adagrad_step(
     param: Tensor, indices: Tensor, values: Tensor, sum: Tensor, lr: float, eps: float, maximize: bool,
-    grad_scale: float,
+    grad_scale: float | Tensor,
 ) -> None:  # fmt: skip
     """Adagrad with one accumulator a row, ``sum`` (V), in place."""
     _check(param, indices, values, sum, numel=param.shape[0])
@@ -193,9 +200,10 @@ def rowwise_adagrad_step(
         return
     order, partials = _ordered(indices, values, V)
     one_block = block_d(D) >= D
+    factor, scale = rules.factored(grad_scale)
     launch(
         rowwise_adagrad_kernel, (N,), param, sum, values, order.positions, order.group, order.starts, order.rows,
-        partials, N, V, D, grad_scale, lr * (grad_scale if maximize else -grad_scale), eps,
+        partials, factor, N, V, D, scale, lr * (scale if maximize else -scale), eps,
         ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), ONE_BLOCK=one_block,
         num_warps=4 if one_block else 8, fp_fusion=False,
     )  # fmt: skip

@@ -19,15 +19,30 @@ _library = torch.library.Library("llmkern", "DEF")
 def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``llmkern::<schema>``; ``fake(*args)`` gives empty results of the right shapes, without the backend.
 
-    Returns the callable op. The schema must end in ``str backend``.
+    Returns the callable op. The schema must end in ``str backend``; an overload has its op's implementation.
     """
     name = schema[: schema.index("(")]
+    function, _, overload = name.partition(".")
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
-        return getattr(dispatch.load(backend), name)(*arguments)
+        return getattr(dispatch.load(backend), function)(*arguments)
 
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
-    return getattr(torch.ops.llmkern, name).default
+    return getattr(getattr(torch.ops.llmkern, function), overload or "default")
+
+
+def define_scaled(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`define` of a step with a ``float grad_scale``, which may also be given as a scalar tensor: one on a GPU
+    goes to the kernels as it is, and nothing waits for its value."""
+    by_number = define(schema, fake)
+    by_tensor = define(schema.replace("(", ".Tensor(", 1).replace("float grad_scale", "Tensor grad_scale"), fake)
+
+    def run(*args: Any) -> Any:
+        # Where no other tensor stands.
+        scaled = any(isinstance(arg, torch.Tensor) for arg in args[-3:])
+        return (by_tensor if scaled else by_number)(*args)
+
+    return run

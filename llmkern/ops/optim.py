@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import define
+from ._library import define, define_scaled
 
 _advance = define("advance(Tensor(a!)[] steps, str backend) -> float[]", lambda steps: [float(step) for step in steps])
 
 _NUMBERS = "bool maximize, float grad_scale, str after, str backend) -> ()"
 
-_adam_step = define(
+_adam_step = define_scaled(
     "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
     " Tensor(e!)[] max_exp_avg_sqs, float[] steps, float lr, float beta1, float beta2, float eps,"
     f" float weight_decay, bool decoupled, {_NUMBERS}",
     lambda *args: None,
 )
-_sgd_step = define(
+_sgd_step = define_scaled(
     "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, float[] steps, float lr,"
     f" float momentum, float dampening, float weight_decay, bool nesterov, {_NUMBERS}",
     lambda *args: None,
 )
-_adagrad_step = define(
+_adagrad_step = define_scaled(
     "adagrad_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] sums, float[] steps, float lr, float lr_decay,"
     f" float weight_decay, float eps, {_NUMBERS}",
     lambda *args: None,

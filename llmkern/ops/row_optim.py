@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
-from ._library import define
+from ._library import define, define_scaled
 from .embedding import embedding
 
 _TABLE = "int count, str kind, bool decoupled, bool maximize, bool nesterov, bool closed"
@@ -29,7 +29,7 @@ _catch_up = define(
     f" {_TABLE}, Tensor? indices, str backend) -> ()",
     lambda *args: None,
 )
-_step = define(
+_step = define_scaled(
     "row_step(Tensor(a!) param, Tensor(b!)[] states, Tensor(c!) applied, Tensor(d!) history,"
     f" {_TABLE}, Tensor indices, Tensor values, float[] step, float grad_scale, str backend) -> bool",
     lambda *args: True,
@@ -94,7 +94,7 @@ class RowTable:
             self.applied.zero_()
             self.count = 0
 
-    def step(self, indices: Tensor, values: Tensor, step: RowStep, grad_scale: float = 1.0) -> None:
+    def step(self, indices: Tensor, values: Tensor, step: RowStep, grad_scale: float | Tensor = 1.0) -> None:
         """One step on the gradient with ``values`` (N, D) at rows ``indices`` (N), which may repeat, and none
         elsewhere."""
         if self.count == CAPACITY - 1 or (self.eps != step.eps and self.count):

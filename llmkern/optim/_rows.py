@@ -7,6 +7,7 @@ pending on them is made up for before anybody reads them through ``state_dict``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def without(group: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def step(optimizer: Any, group: dict[str, Any], factor: float, scale: bool) -> None:
-    """Steps the parameters of ``group`` that have row gradients, times ``factor``; ``scale`` leaves them so."""
+def step(
+    optimizer: Any, group: dict[str, Any], factor_on: Callable[[torch.device], float | Tensor], scale: bool
+) -> None:
+    """Steps the parameters of ``group`` that have row gradients, times a factor; ``scale`` leaves them so."""
     kind = _kind(optimizer)
     if kind is None:
         # SparseAdam and its like: they step rows as they come, which is another optimizer.
@@ -54,6 +57,7 @@ def step(optimizer: Any, group: dict[str, Any], factor: float, scale: bool) -> N
             # Also where another optimizer had it: that one's steps are made first.
             p.catch_up()
             table = p.table = RowTable(values, states, rule, backend)
+        factor = factor_on(p.device)
         table.step(grad._indices()[0], grad._values().contiguous(), numbers, factor)
         torch.autograd.graph.increment_version(values)
         if scale:
@@ -89,6 +93,8 @@ def _describe(
         for name in names:
             if name not in state:
                 state[name] = _zeros(optimizer, p)
+        # Which torch keeps beside the parameters for `fused`, where reading it would wait.
+        state["step"] = state["step"].cpu()
         state["step"] += 1
         states = [state[name] for name in names]
         first, second = (group["lr_decay"], 0.0) if kind == "adagrad" else map(float, group["betas"])

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,35 +19,40 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
-from ..functional.grad_norm import by_backend, clip_factor, total_norm
+from ..functional.grad_norm import by_backend, total_norm
 from . import _rows
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What a step does besides: ``clip`` is a factor for the gradients; the tensors are GradScaler's."""
+    """What a step does besides: ``clip`` is a factor for the gradients, in float64; the tensors are GradScaler's."""
 
-    clip: float = 1.0
+    clip: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     zero_grad: bool = False
 
-    @property
-    def factor(self) -> float:
-        return self.clip if self.grad_scale is None else self.clip / self.grad_scale.item()
+    def factor(self, device: torch.device) -> float | Tensor:
+        """What gradients on this device are multiplied by. A tensor stays there: nobody waits for its value."""
+        if self.grad_scale is None:
+            return 1.0 if self.clip is None else self.clip.to(device)
+        scale = self.grad_scale.to(device).double()
+        return 1 / scale if self.clip is None else self.clip.to(device) / scale
 
     @property
     def after(self) -> str:
         """What becomes of the gradients. torch's fused steps leave them unscaled, too."""
         return "zero" if self.zero_grad else "keep" if self.grad_scale is None else "scale"
 
-    @property
+    @cached_property
     def skipped(self) -> bool:
+        """Waits for the GPU, once a step, as GradScaler itself does for optimizers that are not ``fused``: the counts
+        of steps, which a skipped one leaves alone, are on the host."""
         return self.found_inf is not None and bool(self.found_inf)
 
     def clipped(self, grads: list[Tensor]) -> list[Tensor]:
         """For a step that cannot fold: the gradients themselves stay as they are."""
-        return grads if self.clip == 1 else [grad * self.clip for grad in grads]
+        return grads if self.clip is None else [grad * self.clip.to(grad.device) for grad in grads]
 
 
 class Step(torch.optim.Optimizer):
@@ -142,13 +148,13 @@ class Step(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def _clip(self, scale: Tensor | None) -> float:
+    def _clip(self, scale: Tensor | None) -> Tensor | None:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.max_grad_norm is None or not grads:
-            return 1.0
+            return None
         norm = total_norm(by_backend(grads))
         self.grad_norm = norm if scale is None else norm / scale.to(norm)
-        return float(clip_factor(self.grad_norm, self.max_grad_norm))
+        return clip_factor(self.grad_norm, self.max_grad_norm)
 
     def _collect(self, group: dict[str, Any]) -> list[list[Any]]:
         """Parameters with a gradient, their gradients, states and, where there are, step counts: torch's lists."""
@@ -181,6 +187,7 @@ class Step(torch.optim.Optimizer):
         params, grads = lists[:2]
         tensors = [*params, *grads, *(t for state in lists[2 : self._counts] for t in state if t is not None)]
         backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors))
+        self._place_counts(group, lists, backend)
         if backend == "torch":
             self._torch_step(group, lists, folded)
         elif not folded.skipped:
@@ -195,14 +202,27 @@ class Step(torch.optim.Optimizer):
         options = [*_options(group, tensors), *(key for key in ("momentum", "weight_decay") if group.get(key))]
         options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
         backend = dispatch.pick(self._rows_op, p, values, options=options)
+        self._place_counts(group, lists, backend)
         if backend == "torch":
             self._torch_step(group, lists, folded)
         elif not folded.skipped:
             width = math.prod(p.shape[1:])
             rows = (p.view(len(p), width), grad._indices()[0], values.view(len(values), width))
-            self._rows_step(group, rows, lists, folded.factor, backend)
+            factor = folded.factor(p.device)
+            self._rows_step(group, rows, lists, factor, backend)
             if folded.after == "scale":
-                values.mul_(folded.factor)
+                values.mul_(factor)
+
+    def _place_counts(self, group: dict[str, Any], lists: list[list[Any]], backend: str) -> None:
+        """Step counts are on the host, where kernels need them. torch has those of ``capturable`` and ``fused`` beside
+        the parameters, and makes and loads them there."""
+        if self._counts is None or lists[0][0].device.type == "cpu":
+            return
+        beside = backend == "torch" and (group.get("capturable") or group.get("fused"))
+        for i, (p, step) in enumerate(zip(lists[0], lists[self._counts], strict=True)):
+            home = p.device if beside else torch.device("cpu")
+            if step.device != home:
+                lists[self._counts][i] = self.state[p]["step"] = step.to(home)
 
     def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
         raise NotImplementedError
@@ -212,7 +232,7 @@ class Step(torch.optim.Optimizer):
         group: dict[str, Any],
         rows: tuple[Tensor, Tensor, Tensor],
         lists: list[list[Any]],
-        factor: float,
+        factor: float | Tensor,
         backend: str,
     ) -> None:
         """``rows``: parameter (V, D), indices (N) and values (N, D)."""

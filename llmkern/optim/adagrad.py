@@ -32,11 +32,12 @@ class Adagrad(Step, torch.optim.Adagrad):
     def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
         *tensors, steps = lists
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "weight_decay", "eps"))
-        ops.adagrad_step(
-            *tensors, ops.advance(steps, backend), *numbers, group["maximize"], folded.factor, folded.after, backend
-        )
+        last = folded.factor(lists[0][0].device), folded.after, backend
+        ops.adagrad_step(*tensors, ops.advance(steps, backend), *numbers, group["maximize"], *last)
 
-    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+    def _rows_step(
+        self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
+    ) -> None:
         (state_sum,), steps = lists[2:]
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "eps"))
         state_sum = state_sum.view(rows[0].shape)

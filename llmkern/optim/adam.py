@@ -34,7 +34,8 @@ class _AdamStep(Step):
         *tensors, steps = lists
         numbers = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
         flags = (group.get("decoupled_weight_decay", False), group["maximize"])
-        ops.adam_step(*tensors, ops.advance(steps, backend), *numbers, *flags, folded.factor, folded.after, backend)
+        last = folded.factor(lists[0][0].device), folded.after, backend
+        ops.adam_step(*tensors, ops.advance(steps, backend), *numbers, *flags, *last)
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

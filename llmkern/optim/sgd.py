@@ -31,9 +31,12 @@ class SGD(Step, torch.optim.SGD):
                 buffers[i] = self.state[p]["momentum_buffer"] = torch.empty_like(p, dtype=self._state_dtype_of(p))
         numbers = (float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay"))
         flags = (group["nesterov"], group["maximize"])
-        ops.sgd_step(params, grads, buffers, steps, *numbers, *flags, folded.factor, folded.after, backend)
+        last = folded.factor(params[0].device), folded.after, backend
+        ops.sgd_step(params, grads, buffers, steps, *numbers, *flags, *last)
 
-    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+    def _rows_step(
+        self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
+    ) -> None:
         ops.sparse_sgd_step(*rows, float(group["lr"]), group["maximize"], factor, backend)
 
     def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:

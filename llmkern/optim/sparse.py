@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.optim
+from torch import Tensor
 from torch.optim._functional import sparse_adam
 
 from .. import ops
@@ -35,7 +36,9 @@ class SparseAdam(Step, torch.optim.SparseAdam):
         states = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq")]
         return [params, [p.grad for p in params], *states]
 
-    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+    def _rows_step(
+        self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
+    ) -> None:
         state = self.state[lists[0][0]]
         state["step"] += 1
         averages = (state[key].view(rows[0].shape) for key in ("exp_avg", "exp_avg_sq"))
@@ -121,7 +124,9 @@ class RowWiseAdagrad(Step, torch.optim.Optimizer):
                 self.state[p]["sum"] = torch.full(p.shape[:1], start, dtype=dtype, device=p.device)
         return [params, [p.grad for p in params]]
 
-    def _rows_step(self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float, backend: str) -> None:
+    def _rows_step(
+        self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
+    ) -> None:
         state_sum = self.state[lists[0][0]]["sum"]
         numbers = (float(group["lr"]), group["eps"])
         ops.rowwise_adagrad_step(*rows, state_sum, *numbers, group["maximize"], factor, backend)

@@ -15,7 +15,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
-def _gradient(grad: Tensor, p: Tensor, decay: float, maximize: bool, grad_scale: float, after: str) -> Tensor:
+def _gradient(grad: Tensor, p: Tensor, decay: float, maximize: bool, grad_scale: float | Tensor, after: str) -> Tensor:
     g = _wide(grad) * grad_scale
     if after != "keep":
         grad.copy_(g if after == "scale" else torch.zeros_like(g))
@@ -43,7 +43,7 @@ def adam_step(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     after: str = "keep",
 ) -> None:
     """Adam (arXiv 1412.6980, algorithm 1), or with ``decoupled`` AdamW (arXiv 1711.05101), in place.
@@ -81,7 +81,7 @@ def sgd_step(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     after: str = "keep",
 ) -> None:
     """Stochastic gradient descent, in place, with g the gradient plus ``weight_decay`` * p:
@@ -111,7 +111,7 @@ def adagrad_step(
     weight_decay: float,
     eps: float,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     after: str = "keep",
 ) -> None:
     """Adagrad (Duchi et al., JMLR 12, 2011), in place, with g the gradient plus ``weight_decay`` * p and t the step:

@@ -70,7 +70,7 @@ def row_step(
     indices: Tensor,
     values: Tensor,
     step: list[float],
-    grad_scale: float,
+    grad_scale: float | Tensor,
 ) -> bool:
     """One step on a gradient that is ``grad_scale`` times the sum of ``values`` (N, D) by ``indices`` (N). Says whether
     the step changes rows that have no gradient; it is then on record, as ``history[count]``."""

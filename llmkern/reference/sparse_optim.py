@@ -25,7 +25,7 @@ def _rows(param: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tenso
 
 
 def sparse_sgd_step(
-    param: Tensor, indices: Tensor, values: Tensor, lr: float, maximize: bool, grad_scale: float = 1.0
+    param: Tensor, indices: Tensor, values: Tensor, lr: float, maximize: bool, grad_scale: float | Tensor = 1.0
 ) -> None:
     """p = p - lr g."""
     rows, g = _rows(param, indices, values)
@@ -43,7 +43,7 @@ def sparse_adagrad_step(
     lr_decay: float,
     eps: float,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
 ) -> None:
     """s = s + g^2;  p = p - lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps): Adagrad, exactly."""
     rows, g = _rows(param, indices, values)
@@ -66,7 +66,7 @@ def sparse_adam_step(
     beta2: float,
     eps: float,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
 ) -> None:
     """``torch.optim.SparseAdam``:
 
@@ -92,7 +92,7 @@ def rowwise_adagrad_step(
     lr: float,
     eps: float,
     maximize: bool,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
 ) -> None:
     """Adagrad with one accumulator a row, ``sum`` (V), as FBGEMM's ``EXACT_ROWWISE_ADAGRAD``:
 
