@@ -92,6 +92,8 @@ class _Tables:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Tensor] = OrderedDict()
+        # A replay of a graph sends its tables again.
+        self._captured: list[Tensor] = []
 
     def __call__(self, key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         key = (key, device)
@@ -100,6 +102,9 @@ class _Tables:
             if device.type == "cuda":
                 # From pinned memory, which torch keeps until the copy is done, a copy does not wait.
                 table = table.pin_memory()
+                if torch.cuda.is_current_stream_capturing():
+                    self._captured.append(table)
+                    return table.to(device, non_blocking=True)
             self._kept[key] = table.to(device, non_blocking=True)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)

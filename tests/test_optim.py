@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FLOATS, kernels
+from checks import FLOATS, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import OPTIONS, compare, draw, parameters, train, values
@@ -188,6 +188,70 @@ def test_the_kernels_refuse_what_does_not_fit_together(kernel: str) -> None:
         with pytest.raises(ValueError, match="keep, zero or scale"):
             call(*good, numbers=(*numbers[:-1], "nothing"))
     assert not p.any()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("after", ["keep", "zero", "scale"])
+def test_one_call_for_tensors_of_many_kinds(kernel: str, after: str) -> None:
+    """Dtypes, dtypes of states, steps and alignments that differ; the same bits as each tensor alone, and the numbers
+    of the reference. The factor is a number or a tensor."""
+    g = torch.Generator().manual_seed(5)
+
+    def some(n: int, dtype: torch.dtype, shift: int) -> Tensor:
+        """Not at the start of its memory."""
+        return torch.rand(n + shift, generator=g).to(dtype)[shift:]
+
+    fp32, bf16 = torch.float32, torch.bfloat16
+    kinds = [
+        (2050, fp32, fp32, 0),
+        (1025, fp32, fp32, 1),
+        (1024, bf16, fp32, 3),
+        (9, bf16, bf16, 0),
+        (0, fp32, fp32, 0),
+    ]
+    lists = [[some(n, dtype if k < 2 else wide, shift) for n, dtype, wide, shift in kinds] for k in range(4)]
+    steps, numbers = [1.0, 7.0, 1.0, 3.0, 1.0], (0.1, 0.8, 0.9, 1e-6, 0.2, False, True)
+
+    def run(library: Any, members: list[int], factor: Any) -> list[Tensor]:
+        own = [
+            [each[i].clone() if each[i].storage_offset() == 0 else shifted(each[i]) for i in members] for each in lists
+        ]
+        library.adam_step(*own, [], [steps[i] for i in members], *numbers, factor, after)
+        return [t for each in own for t in each]
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat([t.new_zeros(t.storage_offset()), t])[t.storage_offset() :]
+
+    everyone = list(range(len(kinds)))
+    got = run(dispatch.load(kernel), everyone, 0.3)
+    for factor in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        alone = [run(dispatch.load(kernel), [i], factor) for i in everyone]
+        assert all(map(torch.equal, got, [one[k] for k in range(4) for one in alone]))
+    for a, b in zip(got, run(reference, everyone, 0.3), strict=True):
+        assert_accurate(a, b.double(), ulps=2)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel == "triton"])
+def test_a_step_is_one_launch_whatever_its_numbers(kernel: str) -> None:
+    """Of as many blocks as all tensors have; a learning rate, a step or a factor compiles nothing."""
+    from llmkern.kernels._launch import recording
+
+    sizes = (2**33 + 1, 1024, 3)
+    tensors = [torch.empty(n, device="meta") for n in sizes]
+    seen = []
+    for lr, step, factor in ((0.1, 1.0, 1.0), (0.2, 2.0, 0.5), (1.0, 1000.0, 0.0)):
+        with recording() as launches:
+            lists = [tensors, tensors, tensors, tensors]
+            dispatch.load(kernel).adam_step(
+                *lists, [], [step] * 3, lr, 0.9, 0.99, 1e-8, 0.0, True, False, factor, "keep"
+            )
+        (launch,) = launches
+        assert launch.grid == (2**23 + 1 + 1 + 1,)
+        kinds = [type(argument) for argument in launch.arguments]
+        seen.append((launch.constexprs, kinds, [a.dtype for a in launch.arguments if isinstance(a, Tensor)]))
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_the_reference_of_adam_is_the_formula() -> None:

@@ -46,8 +46,8 @@ class _AdamStep(Step):
 class Adam(_AdamStep, torch.optim.Adam):
     """Adam; see :class:`torch.optim.Adam`. Same arguments and ``state_dict``.
 
-    Dense parameters on the CPU take one native pass over all tensors of a group; low-precision ones are updated in
-    fp32 and rounded once.
+    Dense parameters take one kernel call for all tensors of a group; low-precision ones are updated in fp32 and rounded
+    once.
     """
 
 
