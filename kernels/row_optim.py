@@ -25,21 +25,27 @@ from . import _faults
 from . import _optim_rules as rules
 from . import _row_records as records
 from ._launch import acc_type, accumulator, ceil_div, launch, triton_type
-from ._row_order import CHUNK, block_d, chunk_sums, order_distinct, run_sum
-from .sparse_optim import ROWS, row_of_run
+from ._row_order import CHUNK, block_d, chunk_sums, order_distinct
+from .sparse_optim import ROWS, gradient_of_run, row_of_run
 
 
 @triton.jit
-def _replayed(p, s0, s1, s2, history_ptr, applied, count, RULE: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr):
-    """After steps ``[applied, count)``, each rounded as memory would keep it."""
+def _replayed(
+    p, s0, s1, s2, active, history_ptr, applied, count, RULE: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr
+):  # fmt: skip
+    """After steps ``[applied, count)``, each rounded as memory would keep it; of the ``active`` elements, or all."""
     none = tl.zeros_like(p)
     for u in range(applied, count):
         record_ptr = history_ptr + u * records.SIZE
         if tl.load(record_ptr) > 0:
             numbers = records.rule_numbers(record_ptr, p.dtype)
-            p, s0, s1, s2 = rules.update(p, none, s0, s1, s2, numbers, RULE)
-            p = p.to(PARAM).to(none.dtype)
-            s0, s1, s2 = s0.to(STATE).to(none.dtype), s1.to(STATE).to(none.dtype), s2.to(STATE).to(none.dtype)
+            q, t0, t1, t2 = rules.update(p, none, s0, s1, s2, numbers, RULE)
+            q, t0 = q.to(PARAM).to(none.dtype), t0.to(STATE).to(none.dtype)
+            t1, t2 = t1.to(STATE).to(none.dtype), t2.to(STATE).to(none.dtype)
+            if active is not None:
+                q, t0 = tl.where(active, q, p), tl.where(active, t0, s0)
+                t1, t2 = tl.where(active, t1, s1), tl.where(active, t2, s2)
+            p, s0, s1, s2 = q, t0, t1, t2
     return p, s0, s1, s2
 
 
@@ -84,12 +90,12 @@ def _up_to_date(
         if applied < count:
             q, t0, t1, t2, slow = _closed(p, s0, s1, s2, history_ptr + applied * records.SIZE, RULE)
             slow = slow & mask
-            if tl.max(slow.to(tl.int32), 0) > 0:
-                p, s0, s1, s2 = _replayed(p, s0, s1, s2, history_ptr, applied, count, RULE, PARAM, STATE)
             p, s0 = tl.where(slow, p, q), tl.where(slow, s0, t0)
             s1, s2 = tl.where(slow, s1, t1), tl.where(slow, s2, t2)
+            if tl.max(slow.to(tl.int32), 0) > 0:
+                p, s0, s1, s2 = _replayed(p, s0, s1, s2, slow, history_ptr, applied, count, RULE, PARAM, STATE)
     else:
-        p, s0, s1, s2 = _replayed(p, s0, s1, s2, history_ptr, applied, count, RULE, PARAM, STATE)
+        p, s0, s1, s2 = _replayed(p, s0, s1, s2, None, history_ptr, applied, count, RULE, PARAM, STATE)
     return p, s0, s1, s2
 
 
@@ -156,9 +162,7 @@ def row_step_kernel(
         i = row * D + columns
         PARAM: tl.constexpr = param_ptr.dtype.element_ty
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        g = run_sum(
-            values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D
-        )
+        g = gradient_of_run(values_ptr, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D)
         p = tl.load(param_ptr + i, mask=mask).to(ACC)
         s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
         p, s0, s1, s2 = _up_to_date(
@@ -303,12 +307,6 @@ def _warps(D: int) -> int:
     return max(1, block_d(D) // 128)
 
 
-def _step_warps(table: _Table) -> int:
-    """Replay adds up runs in the order of the dense gradient, which four warps fix; beside a closed form three states
-    of a wide row are too many for them."""
-    return 8 if table.closed and len(table.states) == 3 and block_d(table.param.shape[1]) > 256 else 4
-
-
 def _checked_indices(indices: Tensor) -> Tensor:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
         raise ValueError("indices: expected contiguous int32 or int64 (N)")
@@ -378,7 +376,7 @@ def row_step(
         launch(
             row_step_kernel, table.grid(N), *table.pointers(), values, order.positions, group, order.starts, rows,
             chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
-            **table.constants(), CHUNK=CHUNK, ROWS=ROWS, num_warps=_step_warps(table),
+            **table.constants(), CHUNK=CHUNK, ROWS=ROWS,
         )  # fmt: skip
         table.mark(rows, group, count + recorded)
     if recorded:

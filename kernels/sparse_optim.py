@@ -24,6 +24,28 @@ from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, order_distinct, ru
 ROWS = 4
 
 
+# A run of so many rows is added up row after row.
+SHORT = tl.constexpr(8)
+
+
+@triton.jit
+def gradient_of_run(
+    values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
+    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum of a run in the order of the dense gradient. (BLOCK_D)"""
+    if end - start <= SHORT:
+        total = tl.zeros((BLOCK_D,), ACC)
+        for i in range(start, end):
+            at = tl.load(positions_ptr + i).to(tl.int64) * D + columns
+            total += tl.load(values_ptr + at, mask=columns < D, other=0.0).to(ACC)
+    else:
+        total = run_sum(
+            values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D
+        )
+    return total
+
+
 @triton.jit
 def row_of_run(rows_ptr, group_ptr, run, N, V):
     """The row of a run, and whether it may be written: not if the run is empty, nor if any index is out of range."""
@@ -50,9 +72,7 @@ def sparse_step_kernel(
         p = tl.load(param_ptr + i, mask=mask).to(ACC)
         s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, None, i, mask, p)
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        g = run_sum(
-            values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D
-        )
+        g = gradient_of_run(values_ptr, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D)
         p, s0, s1, s2 = rules.update(p, g, s0, s1, s2, numbers, RULE)
         rules.store_states(s0_ptr, s1_ptr, None, i, mask, s0, s1, s2)
         tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=mask)
@@ -75,8 +95,8 @@ def rowwise_adagrad_kernel(
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
         g, squares = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
         for begin in range(0, D, BLOCK_D):
-            g = run_sum(
-                values_ptr, None, None, positions_ptr, partials_ptr, start, end, begin + tl.arange(0, BLOCK_D), D,
+            g = gradient_of_run(
+                values_ptr, positions_ptr, partials_ptr, start, end, begin + tl.arange(0, BLOCK_D), D,
                 ACC, CHUNK, ROWS, BLOCK_D,
             )  # fmt: skip
             squares = tl.fma(scale * g, scale * g, squares)
@@ -86,8 +106,8 @@ def rowwise_adagrad_kernel(
         for begin in range(0, D, BLOCK_D):
             columns = begin + tl.arange(0, BLOCK_D)
             if not ONE_BLOCK:
-                g = run_sum(
-                    values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D,
+                g = gradient_of_run(
+                    values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
                     ACC, CHUNK, ROWS, BLOCK_D,
                 )  # fmt: skip
             i = row * D + columns
@@ -108,8 +128,8 @@ def sparse_squares_kernel(
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
         for begin in range(0, D, BLOCK_D):
             columns = begin + tl.arange(0, BLOCK_D)
-            g = run_sum(
-                values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D,
+            g = gradient_of_run(
+                values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
                 ACC, CHUNK, ROWS, BLOCK_D,
             ).to(tl.float64)  # fmt: skip
             total += g * g
