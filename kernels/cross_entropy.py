@@ -183,11 +183,13 @@ def _tile(V: int, apart: bool, wide: bool, held: bool, heavy: bool) -> tuple[int
     return rows, classes, min(max((rows * classes << heavy) // 2048, 4), 16)
 
 
-def _loop(row_bytes: int, gradient: bool) -> tuple[int, int]:
+def _loop(row_bytes: int, gradient: bool, heavy: bool) -> tuple[int, int]:
     """Warps, and programs a multiprocessor. With a gradient, half a row of each program waits in the L2 cache for its
-    second read, on average."""
+    second read, on average; where arithmetic takes longer than that, threads count for more."""
     if row_bytes <= 128 << 10 or not gradient:
         return 8, 4
+    if heavy:
+        return 8, 2
     return 16, 2 if row_bytes <= 256 << 10 else 1
 
 
@@ -236,7 +238,7 @@ def compute(
         )  # fmt: skip
         return
     gradient = dlogits is not None or dtarget is not None
-    num_warps, programs = (4, 8) if apart else _loop(V * logits.element_size(), gradient)
+    num_warps, programs = (4, 8) if apart else _loop(V * logits.element_size(), gradient, heavy)
     LANES, ELEMENTS = (64, 32) if apart else ((64 >> heavy) * num_warps, 8)
     groups = ceil_div(D, LANES)
     items = N * groups

@@ -48,10 +48,12 @@ def plan(N: int, V: int, itemsize: int, workspace: int) -> Plan:
     rows, columns = (max(workspace // (n * itemsize), 1) for n in (V, max(N, 1)))
     by_rows = rows >= min(N, _TALL) or rows >= columns
     whole, most = (N, rows) if by_rows else (V, columns)
-    size = ceil_div(whole, ceil_div(whole, most)) if whole else 1
-    # Sizes that tensor cores like, where they are not small anyway.
-    aligned = ceil_div(size, 128) * 128
-    return Plan(by_rows, aligned if aligned <= most else size if size < 128 else size // 128 * 128)
+    size = ceil_div(whole, ceil_div(whole, most))
+    if 128 <= size < whole:
+        # What tensor cores like.
+        up = ceil_div(size, 128) * 128
+        size = up if up <= most else up - 128
+    return Plan(by_rows, size)
 
 
 class Gradients(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, assert_accurate, kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +19,7 @@ import llmkern.functional as F
 import llmkern.nn as nn
 from llmkern import reference
 
+KERNELS = kernels("cross_entropy")
 # 1: a softmax of one; 3 and 17: less and more than a vector of fp32 in SSE; 1000: tails in AVX-512; 4099: a prime.
 SIZES = [(1, 1), (2, 3), (5, 17), (3, 1000), (2, 4099)]
 
@@ -60,6 +61,8 @@ def test_values_and_gradients(
         assert_accurate(ours, right, theirs, scale=scale)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "extra",
@@ -73,11 +76,13 @@ def test_values_and_gradients(
 )
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_language_model_options(dtype: torch.dtype, extra: dict[str, float], reduction: str, smoothing: float) -> None:
+def test_language_model_options(
+    kernel: str, dtype: torch.dtype, extra: dict[str, float], reduction: str, smoothing: float
+) -> None:
     logits, target = _inputs(7, 130, dtype)
     token_weight = torch.rand(7).to(dtype)
     options = {"reduction": reduction, "label_smoothing": smoothing, **extra}
-    with llmkern.backend("native" if llmkern.dispatch.unavailable("native") is None else "reference"):
+    with llmkern.backend(kernel):
         got = _both(F.cross_entropy, logits, target, token_weight=token_weight, **options)
     with llmkern.backend("reference"):
         own = _both(F.cross_entropy, logits, target, token_weight=token_weight, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import FLOATS, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -188,7 +188,7 @@ def test_errors_are_torchs(change: dict[str, Any]) -> None:
 
 
 def test_derivatives(backend: str, device: torch.device) -> None:
-    for case in ("bias", "probabilities", "K-dimensional"):
+    for case in ("bias", "probabilities", *["K-dimensional"] * (not INTERPRETING)):
         shapes, keywords = CASES[case]
         x, w, t, b = problem(**{"batch": (2,), "features": 2, "classes": 3, **shapes}, device=device)
         arguments = (x, w, b)
@@ -196,8 +196,9 @@ def test_derivatives(backend: str, device: torch.device) -> None:
         def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor = t, keywords: dict[str, Any] = keywords) -> Tensor:
             return LF.linear_cross_entropy(x, w, t, linear_bias=b, **keywords)
 
-        assert gradcheck(loss, arguments, check_forward_ad=True)
-        assert gradgradcheck(loss, arguments)
+        assert gradcheck(loss, arguments, check_forward_ad=not INTERPRETING)
+        # The second derivatives are the reference's.
+        assert INTERPRETING or gradgradcheck(loss, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
