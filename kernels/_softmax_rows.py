@@ -11,12 +11,12 @@ tuple that grows with the elements read so far (m is their maximum; base is m, o
     m, s = sum exp(z - base), total = sum u, weighted = sum u (z - base), moment = sum exp(z - base) (z - base),
     best: where the first maximum is, bad: where the first NaN is
 
-States of disjoint parts of a row merge into the state of both. What is not asked for (``SHARES``: u, ``ENTROPY``,
+States of disjoint parts of a row join to the state of both. What is not asked for (``SHARES``: u, ``ENTROPY``,
 ``ARGMAX``) stays a constant and costs nothing. A row of -inf keeps m = -inf and s = 0, one with +inf has s = inf, one
 with NaN has s = NaN: so the three are told apart at the end, and no block of -inf makes a NaN on the way.
 
 A state has one element a *lane*. Elements come in tiles (lanes, elements of a lane). A lane is a row; or all lanes are
-of one row, and merge at the end: then no maximum has to cross from one thread to another while the row is read.
+of one row, and join at the end: then no maximum has to cross from one thread to another while the row is read.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def accumulate(state, z, u, v, mask, SHARES: tl.constexpr, ENTROPY: tl.constexpr
     """The state (A) after a tile z (A, B) at places v; z is -inf and u is 0 where not ``mask``."""
     m, s, total, weighted, moment, best, bad = state
     top = tl.max(z, 1)
-    new = tl.maximum(m, top)
+    new = tl.where(top > m, top, m)
     base = _base(new)
     below = z - base[:, None]
     p = tl.exp(below)
@@ -127,33 +127,52 @@ def accumulate(state, z, u, v, mask, SHARES: tl.constexpr, ENTROPY: tl.constexpr
 
 
 @triton.jit
-def merge(state, parts, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
-    """The state (A) of what ``state`` and the parts (A, B) have read."""
-    m, s, total, weighted, moment, best, bad = state
-    part_m, part_s, part_total, part_weighted, part_moment, part_best, part_bad = parts
-    top = tl.max(part_m, 1)
-    new = tl.maximum(m, top)
-    base = _base(new)
-    factor, shift = tl.exp(m - base), _base(m) - base
-    part_factor, part_shift = tl.exp(part_m - base[:, None]), _base(part_m) - base[:, None]
-    if ENTROPY:
-        of_parts = tl.sum(part_factor * (part_moment + part_s * part_shift), 1)
-        moment = factor * (moment + s * shift) + of_parts
+def read_on(
+    state, x_ptr, probabilities_ptr, weight_ptr, at, at_t, v, mask, options,
+    CAP: tl.constexpr, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, ACC: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """The state (A) after a tile (A, B) of logits at ``at``, their probabilities at ``at_t``, their classes v."""
+    z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, POLICY)
+    u = 0.0
     if SHARES:
-        weighted += total * shift + tl.sum(part_weighted + part_total * part_shift, 1)
-        total += tl.sum(part_total, 1)
-    if ARGMAX:
-        best = _first(m, best, top, tl.min(tl.where(part_m == top[:, None], part_best, NOWHERE), 1))
-        bad = tl.minimum(bad, tl.min(part_bad, 1))
-    return new, s * factor + tl.sum(part_s * part_factor, 1), total, weighted, moment, best, bad
+        u = read_shares(probabilities_ptr, weight_ptr, at_t, v, mask, options[0], options[1], ACC)
+    return accumulate(state, z, u, v, mask, SHARES, ENTROPY, ARGMAX)
 
 
 @triton.jit
-def merge_lanes(state, ACC: tl.constexpr, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
-    """The state (1) of a row from that of its lanes (A)."""
+def join(state, other, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
+    """The state of what two states of the same shape have read, ``other`` the later part."""
     m, s, total, weighted, moment, best, bad = state
-    parts = (m[None, :], s[None, :], total[None, :], weighted[None, :], moment[None, :], best[None, :], bad[None, :])
-    return merge(start(1, ACC), parts, SHARES, ENTROPY, ARGMAX)
+    m2, s2, total2, weighted2, moment2, best2, bad2 = other
+    new = tl.where(m2 > m, m2, m)
+    base = _base(new)
+    factor, shift = tl.exp(m - base), _base(m) - base
+    factor2, shift2 = tl.exp(m2 - base), _base(m2) - base
+    if ENTROPY:
+        moment = factor * (moment + s * shift) + factor2 * (moment2 + s2 * shift2)
+    if SHARES:
+        weighted += total * shift + (weighted2 + total2 * shift2)
+        total += total2
+    if ARGMAX:
+        best = _first(m, best, m2, best2)
+        bad = tl.minimum(bad, bad2)
+    return new, s * factor + s2 * factor2, total, weighted, moment, best, bad
+
+
+@triton.jit
+def across(state, AXIS: tl.constexpr, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr):
+    """The state of what all lanes along an axis have read; the axis stays, with one lane."""
+    m, s, total, weighted, moment, best, bad = state
+    top = tl.max(m, AXIS, keep_dims=True)
+    base = _base(top)
+    factor, shift = tl.exp(m - base), _base(m) - base
+    moment = tl.sum(factor * (moment + s * shift), AXIS, keep_dims=True) if ENTROPY else tl.zeros_like(top)
+    weighted = tl.sum(weighted + total * shift, AXIS, keep_dims=True) if SHARES else tl.zeros_like(top)
+    total = tl.sum(total, AXIS, keep_dims=True) if SHARES else tl.zeros_like(top)
+    best = tl.min(tl.where(m == top, best, NOWHERE), AXIS, keep_dims=True) if ARGMAX else tl.zeros_like(top)
+    bad = tl.min(bad, AXIS, keep_dims=True) if ARGMAX else best
+    return top, tl.sum(s * factor, AXIS, keep_dims=True), total, weighted, moment, best, bad
 
 
 @triton.jit

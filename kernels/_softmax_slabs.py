@@ -22,15 +22,16 @@ from torch import Tensor
 from . import _faults
 from ._launch import acc_type, accumulator, ceil_div, launch
 from ._softmax_rows import (
+    NOWHERE,
     Cotangents,
     Loss,
     Outputs,
-    accumulate,
+    across,
     convert_options,
     finish,
-    merge,
-    merge_lanes,
+    join,
     read_logits,
+    read_on,
     read_shares,
     read_target,
     start,
@@ -39,7 +40,6 @@ from ._softmax_rows import (
 
 # Columns that one program takes.
 SLICE = 8192
-_LANES, _ELEMENTS, _WARPS = 256, 8, 8
 
 
 @triton.jit(do_not_specialize=["N", "V", "width", "first", "part", "parts", "ignore_index"])
@@ -53,23 +53,24 @@ def cross_entropy_partials_kernel(
     """x (N, width) are the logits of classes ``first`` and on; slices are counted from ``part``."""
     SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
     ARGMAX: tl.constexpr = places_ptr is not None
-    keep, rest, _, softcap, scale = convert_options(keep, rest, z_loss, softcap, scale, ACC)
+    options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     begin = tl.program_id(1) * SLICE
     end = tl.minimum(begin + SLICE, width)
     y, counts, _ = read_target(target_ptr, None, fault_ptr, row, row < N, V, ignore_index, ACC)
-    lanes = tl.arange(0, LANES)[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]
-    state = start(LANES, ACC)
-    for column in range(begin, end, LANES * ELEMENTS):
-        c = column + lanes
-        v = first + c
-        mask = (c < end) & counts[:, None]
-        z = read_logits(x_ptr, (row * width)[:, None] + c, mask, softcap, scale, CAP, ACC, "")
-        u = 0.0
-        if SHARES:
-            u = read_shares(probabilities_ptr, weight_ptr, (row * V)[:, None] + v, v, mask, keep, rest, ACC)
-        state = accumulate(state, z, u, v, mask, SHARES, ENTROPY, ARGMAX)
-    m, s, total, weighted, moment, best, bad = merge_lanes(state, ACC, SHARES, ENTROPY, ARGMAX)
+    c = begin + tl.arange(0, LANES)[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]
+    at, at_t = (row * width)[:, None] + c, (row * V + first)[:, None] + c
+    # The first tile apart: sums that start at a constant in a loop are a pattern that Triton 3.6 rewrites, wrongly.
+    state = read_on(
+        start(LANES, ACC), x_ptr, probabilities_ptr, weight_ptr, at, at_t, first + c, (c < end) & counts[:, None],
+        options, CAP, SHARES, ENTROPY, ARGMAX, ACC, "",
+    )  # fmt: skip
+    for skip in range(LANES * ELEMENTS, end - begin, LANES * ELEMENTS):
+        state = read_on(
+            state, x_ptr, probabilities_ptr, weight_ptr, at + skip, at_t + skip, first + c + skip,
+            (c + skip < end) & counts[:, None], options, CAP, SHARES, ENTROPY, ARGMAX, ACC, "",
+        )  # fmt: skip
+    m, s, total, weighted, moment, best, bad = across(state, 0, SHARES, ENTROPY, ARGMAX)
     to = (part + tl.program_id(1)).to(tl.int64) * N + row
     field = parts.to(tl.int64) * N
     tl.store(states_ptr + to, m)
@@ -83,10 +84,36 @@ def cross_entropy_partials_kernel(
         tl.store(places_ptr + to, best)
         tl.store(places_ptr + field + to, bad)
     if target_ptr is not None:
-        c = y - first
-        mine = counts & (c >= begin) & (c < end)
-        z_y = read_logits(x_ptr, row * width + c, mine, softcap, scale, CAP, ACC, "")
+        c_y = y - first
+        mine = counts & (c_y >= begin) & (c_y < end)
+        z_y = read_logits(x_ptr, row * width + c_y, mine, options[3], options[4], CAP, ACC, "")
         tl.store(z_y_ptr + row, z_y, mask=mine)
+
+
+@triton.jit
+def _read_states(
+    states_ptr, places_ptr, part, parts, row, counts, N,
+    SHARES: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The states (rows, BLOCK_P) of the slices from ``part`` on."""
+    n = (part + tl.arange(0, BLOCK_P))[None, :]
+    mask, field = counts & (n < parts), parts.to(tl.int64) * N
+    at = states_ptr + n.to(tl.int64) * N + row
+    m = tl.load(at, mask=mask, other=float("-inf"))
+    s = tl.load(at + field, mask=mask, other=0.0)
+    total, weighted, moment = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
+    best = tl.full(s.shape, NOWHERE, tl.int32)
+    bad = best
+    if SHARES:
+        total = tl.load(at + 2 * field, mask=mask, other=0.0)
+        weighted = tl.load(at + 3 * field, mask=mask, other=0.0)
+    if ENTROPY:
+        moment = tl.load(at + 4 * field, mask=mask, other=0.0)
+    if ARGMAX:
+        place = places_ptr + n.to(tl.int64) * N + row
+        best = tl.load(place, mask=mask, other=NOWHERE)
+        bad = tl.load(place + field, mask=mask, other=NOWHERE)
+    return m, s, total, weighted, moment, best, bad
 
 
 @triton.jit(do_not_specialize=["N", "V", "parts", "ignore_index"])
@@ -101,31 +128,15 @@ def cross_entropy_combine_kernel(
     HARD: tl.constexpr = target_ptr is not None
     ARGMAX: tl.constexpr = places_ptr is not None
     options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     inside = row < N
     _, counts, w_y = read_target(target_ptr, weight_ptr, None, row, inside, V, ignore_index, ACC)
-    field = parts.to(tl.int64) * N
-    state = start(BLOCK_R, ACC)
-    for part in range(0, parts, BLOCK_P):
-        n = part + tl.arange(0, BLOCK_P)
-        at = states_ptr + n.to(tl.int64)[None, :] * N + row[:, None]
-        mask = counts[:, None] & (n < parts)[None, :]
-        m = tl.load(at, mask=mask, other=float("-inf"))
-        s = tl.load(at + field, mask=mask, other=0.0)
-        total, weighted, moment = tl.zeros_like(s), tl.zeros_like(s), tl.zeros_like(s)
-        best = tl.zeros(s.shape, tl.int32)
-        bad = best
-        if SHARES:
-            total = tl.load(at + 2 * field, mask=mask, other=0.0)
-            weighted = tl.load(at + 3 * field, mask=mask, other=0.0)
-        if ENTROPY:
-            moment = tl.load(at + 4 * field, mask=mask, other=0.0)
-        if ARGMAX:
-            place = places_ptr + n.to(tl.int64)[None, :] * N + row[:, None]
-            best = tl.load(place, mask=mask, other=2**31 - 1)
-            bad = tl.load(place + field, mask=mask, other=2**31 - 1)
-        state = merge(state, (m, s, total, weighted, moment, best, bad), SHARES, ENTROPY, ARGMAX)
-    z_y = tl.zeros((BLOCK_R,), ACC)
+    state = _read_states(states_ptr, places_ptr, 0, parts, row, counts, N, SHARES, ENTROPY, ARGMAX, BLOCK_P)
+    for part in range(BLOCK_P, parts, BLOCK_P):
+        later = _read_states(states_ptr, places_ptr, part, parts, row, counts, N, SHARES, ENTROPY, ARGMAX, BLOCK_P)
+        state = join(state, later, SHARES, ENTROPY, ARGMAX)
+    state = across(state, 1, SHARES, ENTROPY, ARGMAX)
+    z_y = tl.zeros((BLOCK_R, 1), ACC)
     if HARD:
         z_y = tl.load(z_y_ptr + row, mask=counts, other=0.0)
     factors = finish(
@@ -195,7 +206,8 @@ class Slabs:
         return {"CAP": self.loss.softcap != 0, "ENTROPY": self.entropy, "ACC": acc_type(self.like)}
 
     def _tiles(self) -> dict[str, Any]:
-        tiles = {"SLICE": SLICE, "LANES": _LANES, "ELEMENTS": _ELEMENTS, "num_warps": _WARPS}
+        heavy = self.loss.shares or self.loss.softcap != 0 or self.entropy or self.places is not None
+        tiles = {"SLICE": SLICE, "LANES": 128 if heavy else 256, "ELEMENTS": 8, "num_warps": 8}
         return {"SMOOTH": self.loss.label_smoothing != 0, **self._constants(), **tiles}
 
     def read(self, x: Tensor, first: int) -> None:

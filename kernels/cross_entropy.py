@@ -29,10 +29,11 @@ from ._softmax_rows import (
     Loss,
     Outputs,
     accumulate,
+    across,
     convert_options,
     finish,
-    merge_lanes,
     read_logits,
+    read_on,
     read_shares,
     read_target,
     start,
@@ -113,6 +114,7 @@ def cross_entropy_loop_kernel(
     GRADIENT: tl.constexpr = (dx_ptr is not None) or (dprobabilities_ptr is not None)
     ROWS: tl.constexpr = LANES if APART else 1
     STEP: tl.constexpr = ELEMENTS if APART else LANES * ELEMENTS
+    POLICY: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
     options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
     places = tl.arange(0, ELEMENTS)[None, :]
     if not APART:
@@ -127,19 +129,20 @@ def cross_entropy_loop_kernel(
         if HARD:
             # Before the gradient, which may lie where x does, and before the barrier of the sums.
             z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
-        state = start(LANES, ACC)
-        for first in range(0, V, STEP):
-            v = first + places
-            mask = (v < V) & counts[:, None]
-            at = origin[:, None] + v.to(tl.int64) * D
-            policy: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
-            z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, policy)
-            u = 0.0
-            if SHARES:
-                u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
-            state = accumulate(state, z, u, v, mask, SHARES, ENTROPY, ARGMAX)
+        at = origin[:, None] + places.to(tl.int64) * D
+        # The first tile apart: sums that start at a constant in a loop are a pattern that Triton 3.6 rewrites, wrongly.
+        state = read_on(
+            start(LANES, ACC), x_ptr, probabilities_ptr, weight_ptr, at, at, places, (places < V) & counts[:, None],
+            options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
+        )  # fmt: skip
+        for skip in range(STEP, V, STEP):
+            at = origin[:, None] + (places + skip).to(tl.int64) * D
+            state = read_on(
+                state, x_ptr, probabilities_ptr, weight_ptr, at, at, places + skip,
+                (places + skip < V) & counts[:, None], options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
+            )  # fmt: skip
         if not APART:
-            state = merge_lanes(state, ACC, SHARES, ENTROPY, ARGMAX)
+            state = across(state, 0, SHARES, ENTROPY, ARGMAX)
         factors = finish(
             state, z_y, w_y, row, counts, inside, options,
             dloss_ptr, dlse_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr, argmax_ptr,
