@@ -19,7 +19,7 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
-from ..functional.grad_norm import by_backend, total_norm
+from ..functional.grad_norm import by_backend, clip_factor, total_norm
 from . import _rows
 
 
