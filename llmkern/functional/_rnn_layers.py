@@ -195,6 +195,8 @@ class Call:
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         norms = torch.cat(list(extras.norms[index])) if extras.norms else None
         zoned = extras.zoneout or extras.zoneout_cell
+        if zoned and self.train and ops.capturing():
+            raise RuntimeError("zoneout: a CUDA graph would replay one mask; call eval(), or capture without zoneout")
         seed = ops.draw_seed() if zoned and self.train else -1
         options = ops.RNNOptions(
             self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell, seed

@@ -19,9 +19,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     Raises:
         ValueError: if ``p`` is not between 0 and 1.
     """
-    # A seed is a number: the compiler would leave its graph for it, and vmap has its own rules for random numbers.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    options = [name for name, on in (("inplace", inplace), ("traced", traced)) if on]
+    # A seed is a number: the compiler would leave its graph for it, vmap has its own rules for random numbers, and a
+    # CUDA graph would replay one mask.
+    options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
     backend = "torch"
     if training and 0 < p <= 1 and input.numel():
         backend = dispatch.pick("dropout", input, options=options)

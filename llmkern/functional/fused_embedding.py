@@ -79,9 +79,8 @@ def fused_embedding(
     token_types = _rows("token_type", input, token_type_weight, token_types)
     backend = "torch"
     if served:
-        # As in `dropout`: a seed is a number, for which the compiler would leave its graph.
-        traced = p > 0 and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        options = ["traced dropout"] if traced else []
+        # As in `dropout`: a seed is a number.
+        options = ["traced dropout"] if p > 0 and ops.seed_freezes() else []
         floats = [t for t in operands if t is not None]
         sizes = {"elements": input.numel() * weight.shape[1], "dropout": int(p > 0)}
         does = "torch's functions one by one"

@@ -5,7 +5,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from ..reference._random import draw_seed
-from ._autograd import differentiating, traced
+from ._autograd import capturing, differentiating, seed_freezes, traced
 from ._losses import Rows
 from .cross_entropy import cross_entropy
 from .dropout import dropout
@@ -42,6 +42,7 @@ __all__ = [
     "adagrad_step",
     "adam_step",
     "advance",
+    "capturing",
     "cross_entropy",
     "differentiating",
     "draw_seed",
@@ -60,6 +61,7 @@ __all__ = [
     "row_embedding",
     "rowwise_adagrad_step",
     "scale_",
+    "seed_freezes",
     "sgd_step",
     "sparse_adagrad_step",
     "sparse_adam_step",

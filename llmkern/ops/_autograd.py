@@ -26,6 +26,19 @@ def differentiating(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def seed_freezes() -> bool:
+    """Whether a seed that is drawn now would be that of all later runs too, which are replays of this one: compiled,
+    transformed, or captured by a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return capturing()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def traced(tensor: Tensor) -> bool:
     """Whether a call on this tensor is more than plain eager autograd: compiled, transformed, or in forward mode."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

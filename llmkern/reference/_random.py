@@ -31,4 +31,4 @@ def keeps(share: float, seed: int, index: Tensor, salt: int) -> Tensor:
 
 def draw_seed() -> int:
     """A new seed in [0, 2^62) from torch's default generator, which it moves on."""
-    return int(torch.randint(1 << 62, (), dtype=torch.int64))
+    return int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
