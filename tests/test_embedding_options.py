@@ -88,6 +88,25 @@ def test_a_bad_index_changes_nothing(bad: int) -> None:
             assert torch.equal(table, before)
 
 
+@pytest.mark.skipif(not INTERPRETING, reason="runs Triton's kernels on the CPU")
+@pytest.mark.kernels
+def test_a_bad_index_changes_nothing_though_the_host_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where kernels follow before the host knows."""
+    from llmkern.kernels import _faults, _launch, embedding
+
+    raise_any = _faults.raise_any
+    monkeypatch.setattr(_launch._faults, "raise_any", lambda: None)
+    for bad in (-1, 6, 2**40):
+        table, indices = torch.full((6, 4), 9.0), torch.tensor([0, 1, bad, 5])
+        embedding.embedding_renorm_(table, indices, 0.1, 2.0)
+        assert torch.equal(table, torch.full((6, 4), 9.0))
+        rows = embedding.embedding_forward(table, indices)
+        assert rows.tolist() == [[9.0] * 4, [9.0] * 4, [0.0] * 4, [9.0] * 4]
+        with pytest.raises(IndexError, match="index out of range in self"):
+            raise_any()
+        raise_any()
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
