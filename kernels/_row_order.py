@@ -81,20 +81,20 @@ def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, num_rows, BLOCK: t
 def terms(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, inside, columns, D, ACC: tl.constexpr
 ):  # fmt: skip
-    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (rows of i, columns). With ``largest``
-    a term has only the columns whose ``largest[source[p]]`` is p."""
+    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (ROWS, BLOCK_D), of ``i`` and ``inside``
+    (ROWS, 1). With ``largest`` a term has only the columns whose ``largest[source[p]]`` is p."""
     position = tl.load(positions_ptr + i, mask=inside, other=0).to(tl.int64)
     row = position
     if source_ptr is not None:
         row = tl.load(source_ptr + position, mask=inside, other=0).to(tl.int64)
-    mask = inside[:, None] & (columns < D)[None, :]
-    at = row[:, None] * D + columns[None, :]
+    mask = inside & (columns < D)[None, :]
+    at = row * D + columns[None, :]
     value = tl.load(values_ptr + at, mask=mask, other=0.0).to(ACC)
     if scale_ptr is not None:
-        value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)[:, None]
+        value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)
     if largest_ptr is not None:
         chosen = tl.load(largest_ptr + at, mask=mask, other=-1)
-        value = tl.where(chosen == position.to(tl.int32)[:, None], value, 0.0)
+        value = tl.where(chosen == position.to(tl.int32), value, 0.0)
     return value
 
 
@@ -106,7 +106,7 @@ def _sum_rows(
     """The sum of the terms [start, end): (BLOCK_D)."""
     total = tl.zeros((ROWS, BLOCK_D), ACC)
     for first in range(start, end, ROWS):
-        i = first + tl.arange(0, ROWS)
+        i = first + tl.arange(0, ROWS)[:, None]
         total += terms(values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, i < end, columns, D, ACC)
     return tl.sum(total, 0)
 

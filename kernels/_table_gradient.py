@@ -31,7 +31,8 @@ def _sum_tile(
     ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``out`` whose runs begin among the places [tile * ROWS, (tile + 1) * ROWS)."""
-    place = tl.arange(0, ROWS)
+    # (ROWS, 1) throughout: one dimension, turned where it is used, is more than Triton 3.6 compiles at some sizes.
+    place = tl.arange(0, ROWS)[:, None]
     i = tile * ROWS + place
     group = tl.load(group_ptr + i, mask=i < N, other=G).to(tl.int64)
     before = tl.load(group_ptr + i - 1, mask=(i > 0) & (i < N), other=-1).to(tl.int64)
@@ -42,20 +43,20 @@ def _sum_tile(
 
     short = length <= SHORT
     total = tl.zeros((ROWS, BLOCK_D), ACC)
-    for k in range(tl.max(tl.where(short, length, 0), 0)):
-        inside = short & (k < length)
+    count = tl.where(short, length, 0)
+    for k in range(tl.max(count)):
         total += terms(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, inside, columns, D, ACC
+            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, k < count, columns, D, ACC
         )  # fmt: skip
     if BY_FREQ:
-        total *= (1.0 / tl.maximum(length, 1).to(ACC))[:, None]
-    mask = (short & (length > 0))[:, None] & (columns < D)[None, :]
-    tl.store(out_ptr + group[:, None] * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+        total *= 1.0 / tl.maximum(length, 1).to(ACC)
+    mask = (count > 0) & (columns < D)[None, :]
+    tl.store(out_ptr + group * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
-    last = tl.max(tl.where(short, -1, place), 0)
+    last = tl.max(tl.where(short, -1, place))
     at = last * 0 - 1
     while at < last:
-        at = tl.min(tl.where(short | (place <= at), ROWS, place), 0)
+        at = tl.min(tl.where(short | (place <= at), ROWS, place))
         begin = tile * ROWS + at
         row = tl.load(group_ptr + begin).to(tl.int64)
         stop = tl.load(starts_ptr + row + 1)
