@@ -8,7 +8,7 @@ import triton.language as tl
 from . import _faults, _random
 
 # What may change between calls.
-_CHANGING = ["N", "position_period", "type_period", "seed_low", "seed_high", "limit", "tokens", "shares"]
+_CHANGING = ["N", "position_period", "type_period", "seed_low", "seed_high", "limit", "share_tokens", "shares"]
 
 
 @triton.jit
@@ -161,26 +161,26 @@ def _weighted(dy, norm_weight_ptr, d, D):
 def fused_embedding_backward_kernel(
     dout_ptr, stats_ptr, dsum_ptr, dweight_ptr, dbias_ptr, weight_ptr, position_weight_ptr, type_weight_ptr,
     norm_weight_ptr, indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
-    N, D, V, P, K, position_period, type_period, tokens,
+    N, D, V, P, K, position_period, type_period, share_tokens,
     scale: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A share of the tokens: the gradients at their sums, if BLOCK_D is all columns, and a partial sum of the gradients
     of the norm's weight and bias."""
-    table = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
+    tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)
     share = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     dweight, dbias = tl.zeros((ROWS, BLOCK_D), ACC), tl.zeros((ROWS, BLOCK_D), ACC)
-    end = tl.minimum((share + 1) * tokens, N)
-    for first in range(share * tokens, end, ROWS):
+    end = tl.minimum((share + 1) * share_tokens, N)
+    for first in range(share * share_tokens, end, ROWS):
         n = first + tl.arange(0, ROWS)
         inside = n < end
         mean = tl.load(stats_ptr + n * 2, mask=inside, other=0.0)
         rstd = tl.load(stats_ptr + n * 2 + 1, mask=inside, other=0.0)
         x, dy = _normal_and_dy(
-            table, positions, types, scale, (seed_low, seed_high, limit, keep), dout_ptr, mean, rstd, n, inside, d, D,
+            tokens, positions, types, scale, (seed_low, seed_high, limit, keep), dout_ptr, mean, rstd, n, inside, d, D,
             ACC,
         )  # fmt: skip
         if dweight_ptr is not None:

@@ -165,7 +165,7 @@ def _dsum(call: _Call, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tu
             fused_embedding_long_backward_kernel, (ceil_div(N, tile["ROWS"]),), dout, stats, dsum, *rows, call.scale,
             *changing, NORM=call.norm, ACC=acc, **tile,
         )  # fmt: skip
-    if learns or not long:
+    if learns or (wanted and not long):
         launch(
             fused_embedding_backward_kernel, (shares, max(ceil_div(D, tile["BLOCK_D"]), 1)), dout, stats,
             None if long else dsum, *partials, *rows, tokens, call.scale, *changing, NORM=call.norm, ACC=acc, **tile,
