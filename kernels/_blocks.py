@@ -21,3 +21,9 @@ def sum_partials(partials_ptr, count, BLOCK: tl.constexpr):
         i = first + tl.arange(0, BLOCK)
         total += tl.load(partials_ptr + i, mask=i < count, other=0.0).to(tl.float64)
     return tl.sum(total, 0)
+
+
+def unit_d(D: int) -> int:
+    """The power of two, at most 16, that divides D: a kernel that computes ``D // UNIT * UNIT`` lets the compiler know,
+    and rows are read in vectors of as many elements. It knows by itself that an argument is a multiple of 16."""
+    return D & -D if 0 < D & -D < 16 else 16

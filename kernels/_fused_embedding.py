@@ -81,9 +81,10 @@ def fused_embedding_forward_kernel(
     indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
     scale: tl.float64, eps: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
-    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK_D columns; with a norm these are all."""
+    D = D // UNIT * UNIT
     tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)
@@ -111,9 +112,10 @@ def fused_embedding_long_forward_kernel(
     indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
     scale: tl.float64, eps: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
-    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The same with a norm, for rows that are longer than BLOCK_D."""
+    D = D // UNIT * UNIT
     tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)
@@ -163,10 +165,11 @@ def fused_embedding_backward_kernel(
     norm_weight_ptr, indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period, share_tokens,
     scale: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
-    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A share of the tokens: the gradients at their sums, if BLOCK_D is all columns, and a partial sum of the gradients
     of the norm's weight and bias."""
+    D = D // UNIT * UNIT
     tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)
@@ -206,9 +209,10 @@ def fused_embedding_long_backward_kernel(
     norm_weight_ptr, indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
     scale: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
-    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradients at the sums of rows that are longer than BLOCK_D."""
+    D = D // UNIT * UNIT
     tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _faults, _random
+from ._blocks import unit_d
 from ._fused_embedding import (
     fused_embedding_backward_kernel,
     fused_embedding_forward_kernel,
@@ -102,11 +103,12 @@ class _Call(NamedTuple):
                 raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
 
 
-def _tile(D: int, elements: int) -> dict[str, int]:
+def _tile(D: int, elements: int, longest: int = LONGEST) -> dict[str, int]:
     """Several short rows, or one, by one program: so many elements of a thread, whose registers limit them."""
-    BLOCK_D, threads = min(max(next_power_of_2(D), 16), LONGEST), 128
+    BLOCK_D, threads = min(max(next_power_of_2(D), 16), longest), 128
     rows = min(max(threads * elements // BLOCK_D, 1), 32)
-    return {"ROWS": rows, "BLOCK_D": BLOCK_D, "num_warps": max(BLOCK_D // elements, threads) // 32}
+    warps = max(BLOCK_D // elements, threads) // 32
+    return {"ROWS": rows, "BLOCK_D": BLOCK_D, "UNIT": unit_d(D), "num_warps": warps}
 
 
 def fused_embedding_forward(
@@ -139,7 +141,7 @@ def fused_embedding_forward(
     N, D = call.sizes[:2]
     out = weight.new_empty((N, D))
     stats = weight.new_empty((0 if norm == "none" else N, 2), dtype=accumulator(weight))
-    tile = _tile(min(D, 1024) if norm == "none" else D, 16)
+    tile = _tile(D, 16, 1024 if norm == "none" else LONGEST)
     long = norm != "none" and D > LONGEST
     grid = (ceil_div(N, tile["ROWS"]), 1 if long else max(ceil_div(D, tile["BLOCK_D"]), 1))
     launch(

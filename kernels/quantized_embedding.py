@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _faults
+from ._blocks import unit_d
 from ._launch import acc_type, ceil_div, launch, next_power_of_2
 
 BLOCK = 1024
@@ -27,8 +28,10 @@ BLOCK = 1024
 def quantized_embedding_forward_kernel(
     weight_ptr, scale_ptr, offset_ptr, indices_ptr, out_ptr, fault_ptr, N, V, D, width,
     ACC: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of the result by columns of bytes; ``width``: the bytes of a row."""
+    D, width = D // UNIT * UNIT, width // UNIT * UNIT
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = n < N
@@ -78,9 +81,11 @@ def _levels(row_ptr, d, end, first, step, LEVELS: tl.constexpr):
 
 @triton.jit
 def quantized_embedding_quantize_kernel(
-    weight_ptr, data_ptr, scale_ptr, offset_ptr, D, width, BITS: tl.constexpr, BLOCK: tl.constexpr
+    weight_ptr, data_ptr, scale_ptr, offset_ptr, D, width,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row."""
+    D, width = D // UNIT * UNIT, width // UNIT * UNIT
     LEVELS: tl.constexpr = (1 << BITS) - 1
     row = tl.program_id(0).to(tl.int64)
     row_ptr = weight_ptr + row * D
@@ -120,7 +125,7 @@ def quantized_embedding_quantize(weight: Tensor, bits: int) -> tuple[Tensor, Ten
     scale, offset = (weight.new_empty(V, dtype=torch.float32) for _ in range(2))
     launch(
         quantized_embedding_quantize_kernel, (V,), weight, data, scale, offset, D, width,
-        BITS=bits, BLOCK=min(max(next_power_of_2(width), 16), BLOCK),
+        BITS=bits, BLOCK=min(max(next_power_of_2(width), 16), BLOCK), UNIT=unit_d(D | width),
     )  # fmt: skip
     return data, scale, offset
 
@@ -155,6 +160,6 @@ def quantized_embedding_forward(
     launch(
         quantized_embedding_forward_kernel, (ceil_div(N, ROWS), max(ceil_div(width, BLOCK_W), 1)), weight, scale,
         offset, indices, out, _faults.word(_faults.EMBEDDING), N, V, D, width,
-        ACC=acc_type(out), BITS=bits, ROWS=ROWS, BLOCK_W=BLOCK_W,
+        ACC=acc_type(out), BITS=bits, ROWS=ROWS, BLOCK_W=BLOCK_W, UNIT=unit_d(D | width),
     )  # fmt: skip
     return out

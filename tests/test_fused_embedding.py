@@ -30,7 +30,8 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="needs the native library")
 @pytest.mark.parametrize("model", MODELS)
 def test_values_and_gradients(backend: str, model: str, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     # Columns: none but a tail, one vector, vectors and a tail; 7 x 9 tokens of 11, so that all repeat.
-    for D in (3, 131) if INTERPRETING else (1, 3, 16, 37, 131):
+    few = (3, 131) if index_dtype == torch.int64 else (37,)
+    for D in few if INTERPRETING else (1, 3, 16, 37, 131):
         if D == 1 and "norm" in MODELS[model]:
             continue  # a norm of one element: the difference of equal numbers, over the root of eps
         tensors, options = operands(model, dtype, D=D)
@@ -147,7 +148,7 @@ def test_any_combination(data: st.DataObject, seed: int) -> None:
 @pytest.mark.parametrize(("norm", "dtype"), [("layer", torch.float32), ("rms", torch.bfloat16)])
 def test_rows_of_every_length(kernel: str, norm: str, dtype: torch.dtype) -> None:
     """Lengths around those at which kernels take fewer rows, more threads, or a row in parts."""
-    for D in (65, 1025, 4096, 4097) if INTERPRETING else (65, 1024, 2049, 4096, 4097, 9000):
+    for D in (65, 300, 1025, 4096, 4097) if INTERPRETING else (65, 300, 1024, 2049, 4096, 4097, 9000):
         shapes = {"weight": (3, D), "position_weight": (5, D), "norm_weight": (D,), "norm_bias": (D,)}
         tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
         input, dout = torch.tensor([[2, 0, 0, 1, 2]]), torch.randn(1, 5, D).to(dtype)
@@ -170,7 +171,7 @@ def test_any_number_of_tokens(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(importlib.import_module("llmkern.kernels.fused_embedding"), "SHARES", 4)
     tensors, options = operands("bert", torch.float32, V=3, D=7)
     tensors["position_weight"] = torch.randn(131, 7)
-    for B, L in ((1, 15), (16, 1), (1, 17), (43, 3), (4, 67), (3, 131)):
+    for B, L in ((1, 15), (16, 1), (1, 17), (43, 3), (4, 67)):
         input, dout = torch.randint(3, (B, L)), torch.randn(B, L, 7)
         keywords = {"token_types": torch.randint(2, (L,)), "positions": torch.arange(L - 1, -1, -1) // 2}
         for given_rows in ({}, keywords) if L == 67 else ({},):
