@@ -307,6 +307,12 @@ def _warps(D: int) -> int:
     return max(1, block_d(D) // 128)
 
 
+def _gradient_tile(table: _Table) -> tuple[int, int]:
+    """Rows and columns of the tile that runs are added up in. It decides the order of a sum: where steps are replayed,
+    it is the dense gradient's."""
+    return ROWS, block_d(table.param.shape[1])
+
+
 def _checked_indices(indices: Tensor) -> Tensor:
     if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64) or not indices.is_contiguous():
         raise ValueError("indices: expected contiguous int32 or int64 (N)")
@@ -370,13 +376,14 @@ def row_step(
     rows = group = None
     if N:
         factor, scale = rules.factored(grad_scale)
+        some, block = _gradient_tile(table)
         order = order_distinct(indices, V)
         rows, group = order.rows, order.group
         assert rows is not None
         launch(
-            row_step_kernel, table.grid(N), *table.pointers(), values, order.positions, group, order.starts, rows,
-            chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
-            **table.constants(), CHUNK=CHUNK, ROWS=ROWS,
+            row_step_kernel, (N, ceil_div(D, block)), *table.pointers(), values, order.positions, group, order.starts,
+            rows, chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
+            **{**table.constants(), "BLOCK_D": block}, CHUNK=CHUNK, ROWS=some,
         )  # fmt: skip
         table.mark(rows, group, count + recorded)
     if recorded:

@@ -20,7 +20,7 @@ from . import _optim_rules as rules
 from ._launch import acc_type, accumulator, ceil_div, launch
 from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, order_distinct, run_sum
 
-# Rows of a run that are read at once; with the columns of `block_d` this fixes the order of a sum, and so its bits.
+# Rows of a long run that are read at once.
 ROWS = 4
 
 
