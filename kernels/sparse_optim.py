@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _optim_rules as rules
-from ._launch import acc_type, accumulator, ceil_div, launch
+from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
 from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, order_distinct, run_sum
 
 # Rows of a long run that are read at once.
@@ -65,14 +65,14 @@ def sparse_step_kernel(
     run = tl.program_id(0).to(tl.int64)
     row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
     if good:
-        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
         columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = columns < D
         i = row * D + columns
-        p = tl.load(param_ptr + i, mask=mask).to(ACC)
-        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, None, i, mask, p)
         start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
         g = gradient_of_run(values_ptr, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D)
+        p = tl.load(param_ptr + i, mask=mask).to(ACC)
+        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, None, i, mask, p)
+        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
         p, s0, s1, s2 = rules.update(p, g, s0, s1, s2, numbers, RULE)
         rules.store_states(s0_ptr, s1_ptr, None, i, mask, s0, s1, s2)
         tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=mask)
@@ -85,7 +85,7 @@ def rowwise_adagrad_kernel(
     ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes a whole row: if it is wider than a block, its gradients are added up once for the mean of squares
-    and once for the step."""
+    and once more for the step."""
     run = tl.program_id(0).to(tl.int64)
     row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
     if good:
@@ -209,6 +209,13 @@ def sparse_adam_step(
     _step("sparse_adam", param, indices, values, [exp_avg, exp_avg_sq], factor, numbers)
 
 
+def _row_tile(D: int) -> tuple[int, int, int]:
+    """Rows, columns and warps where a program takes a whole row. A wide one in one block too, up to 4096 columns: four
+    or eight elements a thread."""
+    block = max(block_d(D), min(next_power_of_2(D), 4096))
+    return (ROWS, block, 4) if block <= 512 else (1, block, min(block // 128, 16))
+
+
 def rowwise_adagrad_step(
     param: Tensor, indices: Tensor, values: Tensor, sum: Tensor, lr: float, eps: float, maximize: bool,
     grad_scale: float | Tensor,
@@ -219,13 +226,13 @@ def rowwise_adagrad_step(
     if N == 0:
         return
     order, partials = _ordered(indices, values, V)
-    one_block = block_d(D) >= D
+    some, block, warps = _row_tile(D)
     factor, scale = rules.factored(grad_scale)
     launch(
         rowwise_adagrad_kernel, (N,), param, sum, values, order.positions, order.group, order.starts, order.rows,
         partials, factor, N, V, D, scale, lr * (scale if maximize else -scale), eps,
-        ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), ONE_BLOCK=one_block,
-        num_warps=4 if one_block else 8, fp_fusion=False,
+        ACC=acc_type(param), CHUNK=CHUNK, ROWS=some, BLOCK_D=block, ONE_BLOCK=block >= D,
+        num_warps=warps, fp_fusion=False,
     )  # fmt: skip
 
 
