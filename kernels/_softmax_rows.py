@@ -273,6 +273,22 @@ def write_gradient(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
+@triton.jit
+def read_again(
+    dx_ptr, dprobabilities_ptr, x_ptr, probabilities_ptr, weight_ptr, at, at_t, v, y, factors, counts, inside, mask,
+    options, CAP: tl.constexpr, HARD: tl.constexpr, SHARES: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads a tile for the last time and writes its gradients."""
+    z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
+    u = 0.0
+    if SHARES:
+        u = read_shares(probabilities_ptr, weight_ptr, at_t, v, mask, options[0], options[1], ACC)
+    write_gradient(
+        dx_ptr, dprobabilities_ptr, weight_ptr, at, at_t, v, y, z, u, factors, counts, inside, mask, options,
+        CAP, HARD, SHARES, ENTROPY, ACC,
+    )  # fmt: skip
+
+
 class Loss(NamedTuple):
     """What the rows of a call share: ``target`` indices (int64) or probabilities, and the options of the ops."""
 

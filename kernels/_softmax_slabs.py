@@ -30,12 +30,11 @@ from ._softmax_rows import (
     convert_options,
     finish,
     join,
+    read_again,
     read_logits,
     read_on,
-    read_shares,
     read_target,
     start,
-    write_gradient,
 )
 
 # Columns that one program takes.
@@ -178,14 +177,9 @@ def cross_entropy_gradient_kernel(
         v = first + c
         mask = (c < end) & counts[:, None]
         at = (row * width)[:, None] + c
-        z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
-        at_t = (row * V)[:, None] + v
-        u = 0.0
-        if SHARES:
-            u = read_shares(probabilities_ptr, weight_ptr, at_t, v, mask, options[0], options[1], ACC)
-        write_gradient(
-            dx_ptr, dprobabilities_ptr, weight_ptr, at, at_t, v, y, z, u, factors, counts, c < end, mask, options,
-            CAP, HARD, SHARES, ENTROPY, ACC,
+        read_again(
+            dx_ptr, dprobabilities_ptr, x_ptr, probabilities_ptr, weight_ptr, at, (row * V)[:, None] + v, v, y, factors,
+            counts, c < end, mask, options, CAP, HARD, SHARES, ENTROPY, ACC,
         )  # fmt: skip
 
 

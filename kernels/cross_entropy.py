@@ -10,7 +10,8 @@ ways:
   backwards, so that what was read last, and is most certainly still there, is read first.
 - Of few long rows each is cut into slices, which many programs take (`_softmax_slabs`).
 
-Rows that are ignored are not read. A target out of range makes its row an ignored one and is reported.
+Rows that are ignored are not read, but where they share cache lines with others (D > 1). A target out of range makes
+its row an ignored one and is reported.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ._softmax_rows import (
     across,
     convert_options,
     finish,
+    read_again,
     read_logits,
     read_on,
     read_shares,
@@ -78,7 +80,8 @@ def cross_entropy_tile_kernel(
     v = tl.arange(0, BLOCK_V)[None, :]
     at = origin[:, None] + v.to(tl.int64) * D
     fits = inside[:, None] & (v < V)
-    mask = fits & counts[:, None]
+    # Where rows lie side by side, an ignored one shares its cache lines with others: reading it costs nothing.
+    mask = fits if APART else fits & counts[:, None]
     z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
     u = 0.0
     if SHARES:
@@ -129,17 +132,19 @@ def cross_entropy_loop_kernel(
         if HARD:
             # Before the gradient, which may lie where x does, and before the barrier of the sums.
             z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
+        # Where rows lie side by side, an ignored one shares its cache lines with others: reading it costs nothing.
+        wanted = (inside if APART else counts)[:, None]
         at = origin[:, None] + places.to(tl.int64) * D
         # The first tile apart: sums that start at a constant in a loop are a pattern that Triton 3.6 rewrites, wrongly.
         state = read_on(
-            start(LANES, ACC), x_ptr, probabilities_ptr, weight_ptr, at, at, places, (places < V) & counts[:, None],
-            options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
+            start(LANES, ACC), x_ptr, probabilities_ptr, weight_ptr, at, at, places, (places < V) & wanted, options,
+            CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
         )  # fmt: skip
         for skip in range(STEP, V, STEP):
             at = origin[:, None] + (places + skip).to(tl.int64) * D
             state = read_on(
-                state, x_ptr, probabilities_ptr, weight_ptr, at, at, places + skip,
-                (places + skip < V) & counts[:, None], options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
+                state, x_ptr, probabilities_ptr, weight_ptr, at, at, places + skip, (places + skip < V) & wanted,
+                options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
             )  # fmt: skip
         if not APART:
             state = across(state, 0, SHARES, ENTROPY, ARGMAX)
@@ -152,15 +157,10 @@ def cross_entropy_loop_kernel(
             steps = tl.cdiv(V, STEP)
             for back in range(steps):
                 v = (steps - 1 - back) * STEP + places
-                mask = (v < V) & counts[:, None]
                 at = origin[:, None] + v.to(tl.int64) * D
-                z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
-                u = 0.0
-                if SHARES:
-                    u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
-                write_gradient(
-                    dx_ptr, dprobabilities_ptr, weight_ptr, at, at, v, y, z, u, factors, counts,
-                    (v < writable) & inside[:, None], mask, options, CAP, HARD, SHARES, ENTROPY, ACC,
+                read_again(
+                    dx_ptr, dprobabilities_ptr, x_ptr, probabilities_ptr, weight_ptr, at, at, v, y, factors, counts,
+                    (v < writable) & inside[:, None], (v < V) & wanted, options, CAP, HARD, SHARES, ENTROPY, ACC,
                 )  # fmt: skip
 
 

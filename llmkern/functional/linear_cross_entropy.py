@@ -100,7 +100,9 @@ def linear_cross_entropy(
         outputs: names of what to return beside the loss, from the same pass. Default: nothing.
         workspace: bytes that the kernel's chunk of logits, which their gradient overwrites, may take; a row is taken
             in any case. Default: 64 MiB, for any number of rows. In bf16 and fp16 the weight's gradient takes another
-            4 bytes for each of its elements, to be summed in fp32, if there are several chunks.
+            4 bytes for each of its elements, to be summed in fp32, if there are several chunks. On a GPU a workspace
+            that does not hold the logits of 1,024 rows is filled with some classes of all rows instead: then it is the
+            input's gradient that is summed in fp32, and logits are computed twice.
 
     The last six are llmkern's own; :func:`llmkern.functional.cross_entropy` defines the first five.
 
@@ -113,8 +115,8 @@ def linear_cross_entropy(
         IndexError: for a class index outside ``[0, C)``.
         ValueError: for a ``workspace`` that is not positive, or an unknown name in ``outputs``.
 
-    The kernel sums in fp32 (fp64 for fp64), skips ignored rows before the first product, and computes only the
-    gradients that are needed: those of a reduced loss in the forward.
+    The kernel sums in fp32 (fp64 for fp64), skips ignored rows (on a CPU before the first product), and computes only
+    the gradients that are needed: those of a reduced loss in the forward.
     """
     _check(input, linear_weight, target, linear_bias, ignore_index)
     check_outputs(outputs)
