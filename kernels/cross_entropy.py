@@ -48,6 +48,7 @@ from ._softmax_slabs import Slabs
 def _rows_of(item, N, V, D, groups, LANES: tl.constexpr, APART: tl.constexpr):
     """Of the rows that a program takes: their numbers, where their first logits are, and which exist."""
     lane = tl.arange(0, LANES)
+    item += tl.zeros((1,), tl.int64)
     if APART:
         n, d = item // groups, item % groups * LANES + lane
         row, origin, inside = n * D + d, n * V * D + d, d < D
@@ -71,7 +72,7 @@ def cross_entropy_tile_kernel(
     SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
     ENTROPY: tl.constexpr = (entropy_ptr is not None) or (dentropy_ptr is not None)
     options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
-    row, origin, inside = _rows_of(tl.program_id(0).to(tl.int64), N, V, D, groups, BLOCK_R, APART)
+    row, origin, inside = _rows_of(tl.program_id(0), N, V, D, groups, BLOCK_R, APART)
     y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
     z_y = tl.zeros((BLOCK_R,), ACC)
     if HARD:
@@ -125,7 +126,7 @@ def cross_entropy_loop_kernel(
     writable = V
     if blocked_ptr is not None:
         writable = tl.where(tl.load(blocked_ptr) != 0, 0, V)
-    for item in range(tl.program_id(0).to(tl.int64), items, tl.num_programs(0)):
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row, origin, inside = _rows_of(item, N, V, D, groups, ROWS, APART)
         y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
         z_y = tl.zeros((ROWS,), ACC)

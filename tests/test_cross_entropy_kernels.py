@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -177,6 +178,50 @@ def test_the_same_bits_for_any_grid(module: Any, monkeypatch: pytest.MonkeyPatch
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@interpreted
+def test_more_than_two_to_the_31_logits(way: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last row of them, by the programs that have it; the others would take the interpreter an hour. The logits are
+    zeros, which take no memory as long as nobody writes to them."""
+    from llmkern.kernels import _softmax_slabs
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    N, V = (1 << 17) + 3, 16384
+    original = InterpreterBuilder.create_get_program_id
+    first, launch = [0], module.launch
+
+    def launch_last(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        name = kernel.fn.__name__
+        first[0] = {"loop": N - 1}.get(name.split("_")[2], grid[0] - 1)
+        launch(kernel, (1, *grid[1:]), *arguments, **constants)
+
+    def program_id(self: Any, axis: int) -> Any:
+        handle = original(self, axis)
+        return handle if axis else type(handle)(handle.data + first[0], handle.dtype)
+
+    for home in (module, _softmax_slabs):
+        monkeypatch.setattr(home, "launch", launch_last)
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+    libc = ctypes.CDLL(None)
+    libc.calloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    block = libc.calloc(ctypes.c_size_t(N * V), ctypes.c_size_t(2))
+    try:
+        logits = torch.frombuffer((ctypes.c_char * (2 * N * V)).from_address(block), dtype=torch.bfloat16).view(N, V)
+        logits[-1, -1] = 5
+        target = torch.full((N,), -100)
+        target[-1] = V - 1
+        rows = module.cross_entropy_forward_(logits, target, None, torch.ones(N), *PLAIN, False, True, False)
+        want = torch.zeros(V).index_fill(0, torch.tensor(V - 1), 5).double()
+        torch.testing.assert_close(rows[0][-1].double(), want.logsumexp(0) - 5)
+        assert rows[3][-1] == V - 1
+        gradient = want.softmax(0)
+        gradient[-1] -= 1
+        torch.testing.assert_close(logits[-1], gradient.bfloat16())
+        assert not logits[:2].any()
+        assert not logits[-3:-1].any()
+    finally:
+        libc.free(block)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
