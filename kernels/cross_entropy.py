@@ -181,10 +181,10 @@ def _tile(V: int, apart: bool, wide: bool, held: bool, heavy: bool) -> tuple[int
     is too long to be held."""
     most = 16384 >> held >> 2 * wide
     classes = max(next_power_of_2(V), 16)
-    rows = min(max(4096 // classes, 16 if apart else 1), 64)
+    rows = min(max((4096 >> 2 * wide) // classes, 16 if apart else 1), 64)
     if rows * classes > most:
         return None
-    return rows, classes, min(max((rows * classes << heavy) // 2048, 4), 16)
+    return rows, classes, min(max((rows * classes << heavy << wide) // 2048, 4), 16)
 
 
 def _loop(row_bytes: int, gradient: bool, heavy: bool) -> tuple[int, int]:
@@ -231,8 +231,9 @@ def compute(
     )  # fmt: skip
     held = loss.soft or (loss.label_smoothing != 0 and loss.weight is not None)
     beside = (outputs.entropy, outputs.argmax, cotangents.entropy)
-    heavy = loss.shares or loss.softcap != 0 or any(t is not None for t in beside)
-    if tile := _tile(V, apart, logits.dtype == torch.float64, held, heavy):
+    wide = logits.dtype == torch.float64
+    heavy = wide or loss.shares or loss.softcap != 0 or any(t is not None for t in beside)
+    if tile := _tile(V, apart, wide, held, heavy):
         BLOCK_R, BLOCK_V, num_warps = tile
         groups = ceil_div(D, BLOCK_R)
         launch(
