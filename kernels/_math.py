@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -33,14 +31,3 @@ def tanh(x):
         # Lambert's continued fraction.
         near = x / (1.0 + s / (3.0 + s / (5.0 + s / (7.0 + s / (9.0 + s / (11.0 + s / 13.0))))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def as_double(bits):
-    """The number whose bits :func:`double_bits` has passed: an argument that is a float comes as fp32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-def double_bits(x: float) -> int:
-    """A double as an integer argument of a kernel."""
-    return struct.unpack("q", struct.pack("d", x))[0]

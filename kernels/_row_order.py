@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _faults
+from ._blocks import unit_d
 from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
 
 # Rows of a run that one program adds up.
@@ -81,8 +82,8 @@ def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, num_rows, BLOCK: t
 def terms(
     values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, inside, columns, D, ACC: tl.constexpr
 ):  # fmt: skip
-    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (ROWS, BLOCK_D), of ``i`` and ``inside``
-    (ROWS, 1). With ``largest`` a term has only the columns whose ``largest[source[p]]`` is p."""
+    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (ROWS, BLOCK_D), of ``i`` and
+    ``inside`` (ROWS, 1). With ``largest`` a term has only the columns whose ``largest[source[p]]`` is p."""
     position = tl.load(positions_ptr + i, mask=inside, other=0).to(tl.int64)
     row = position
     if source_ptr is not None:
@@ -223,12 +224,6 @@ def block_d(D: int) -> int:
     if D <= 128:
         return max(next_power_of_2(D), 16)
     return next((block for block in (512, 256) if ceil_div(D, block) * block <= D + D // 8), 128)
-
-
-def unit_d(D: int) -> int:
-    """The power of two, at most 16, that divides D: a kernel that computes ``D // UNIT * UNIT`` lets the compiler know,
-    and rows are read in vectors of as many elements. It knows by itself that an argument is a multiple of 16."""
-    return D & -D if 0 < D & -D < 16 else 16
 
 
 def tile(D: int, itemsize: int, tile_bytes: int, row_bytes: int) -> tuple[int, int]:

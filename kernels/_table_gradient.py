@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import unit_d
 from ._launch import acc_type, ceil_div, launch
-from ._row_order import CHUNK, RowOrder, chunk_sums, run_sum, terms, tile, unit_d
+from ._row_order import CHUNK, RowOrder, chunk_sums, run_sum, terms, tile
 
 # How many times as many rows a program writes if they are zeros.
 ZEROS = 4
@@ -95,6 +96,12 @@ def table_gradient_kernel(
             tl.store(out_ptr + row[:, None] * D + columns[None, :], zeros, mask=mask)
 
 
+def gradient_tile(values: Tensor) -> tuple[int, int]:
+    """Rows and columns of a program, which fix the order of a sum. Few columns: the rows of a run come one after the
+    other, and all programs of it are done the sooner."""
+    return tile(values.shape[1], values.itemsize, 8192, 512)
+
+
 def table_gradient(
     values: Tensor,
     order: RowOrder,
@@ -110,8 +117,7 @@ def table_gradient(
     N, D = order.group.shape[0], values.shape[1]
     partials = chunk_sums(values, order, scale, source, largest)
     out = values.new_empty((num_rows, D))
-    # Few columns: the rows of a run come one after the other, and all programs of it are done the sooner.
-    rows, block = tile(D, values.itemsize, 8192, 512)
+    rows, block = gradient_tile(values)
     column_blocks = ceil_div(D, block)
     sum_tiles = ceil_div(N, rows)
     zero_tiles = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)

@@ -12,21 +12,31 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _random
+from ._blocks import load
 from ._launch import acc_type, ceil_div, launch
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "limit"])
-def dropout_forward_kernel(
-    x_ptr, y_ptr, seed_low, seed_high, limit, scale, n, ACC: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    x = tl.load(x_ptr + i, mask=inside, other=0.0).to(ACC)
+@triton.jit
+def _drop(x_ptr, y_ptr, i, mask, seed_low, seed_high, limit, scale):
+    x = load(x_ptr, i, mask).to(scale.dtype)
     bits = _random.random_bits(seed_low, seed_high, i, 0)
     y = tl.where(bits.to(tl.int64) < limit, 0.0, x * scale)
-    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "limit", "n"])
+def dropout_forward_kernel(
+    x_ptr, y_ptr, seed_low, seed_high, limit: tl.int64, scale: tl.float64, n, ACC: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    i = begin + tl.arange(0, BLOCK)
+    by = tl.full((), scale, ACC)
+    if begin + BLOCK <= n:
+        _drop(x_ptr, y_ptr, i, None, seed_low, seed_high, limit, by)
+    else:
+        _drop(x_ptr, y_ptr, i, i < n, seed_low, seed_high, limit, by)
 
 
 def dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _faults
+from ._blocks import unit_d
 from ._launch import acc_type, ceil_div, launch, require_rows
-from ._math import as_double, double_bits
-from ._row_order import block_d, order_by_row, order_distinct, tile, unit_d
+from ._row_order import block_d, order_by_row, order_distinct, tile
 from ._table_gradient import table_gradient, table_gradient_rows
 
 
@@ -72,17 +72,17 @@ def _norm(row_ptr, D, p, NORM: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.cons
     return norm
 
 
-@triton.jit(do_not_specialize=["N", "V", "max_norm", "p"])
+@triton.jit(do_not_specialize=["N", "V"])
 def embedding_renorm_kernel(
-    weight_ptr, rows_ptr, group_ptr, N, V, D, max_norm, p,
+    weight_ptr, rows_ptr, group_ptr, N, V, D, max_norm: tl.float64, p: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
     # A bad index sorts last: then no program writes.
     last = tl.load(rows_ptr + tl.load(group_ptr + N - 1)).to(tl.int64)
     if (row < V) & (last < V):
-        limit = as_double(max_norm).to(ACC)
-        norm = _norm(weight_ptr + row * D, D, as_double(p).to(ACC), NORM, ACC, BLOCK_D)
+        limit = tl.full((), max_norm, ACC)
+        norm = _norm(weight_ptr + row * D, D, tl.full((), p, ACC), NORM, ACC, BLOCK_D)
         if norm > limit:
             factor = limit / (norm + 1e-7)
             for first in range(0, D, BLOCK_D):
@@ -143,6 +143,6 @@ def embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_typ
 
     norm = f"{norm_type:g}" if norm_type in (0, 1, 2, math.inf, -math.inf) else "p"
     launch(
-        embedding_renorm_kernel, (N,), weight, order.rows, order.group, N, V, D, double_bits(max_norm),
-        double_bits(norm_type), NORM=norm, ACC=acc_type(weight), BLOCK_D=2 * block_d(D),
+        embedding_renorm_kernel, (N,), weight, order.rows, order.group, N, V, D, float(max_norm),
+        float(norm_type), NORM=norm, ACC=acc_type(weight), BLOCK_D=2 * block_d(D),
     )  # fmt: skip

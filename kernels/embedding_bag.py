@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _faults
+from ._blocks import unit_d
 from ._launch import acc_type, accumulator, ceil_div, launch, require_rows
-from ._row_order import key_dtype, order_distinct_keys, order_keys_by_row, tile, unit_d
+from ._row_order import key_dtype, order_distinct_keys, order_keys_by_row, tile
 from ._table_gradient import table_gradient, table_gradient_rows
 
 

@@ -26,6 +26,7 @@ from . import _optim_rules as rules
 from . import _row_records as records
 from ._launch import acc_type, accumulator, ceil_div, launch, triton_type
 from ._row_order import CHUNK, block_d, chunk_sums, order_distinct
+from ._table_gradient import gradient_tile
 from .sparse_optim import ROWS, gradient_of_run, row_of_run
 
 
@@ -310,7 +311,7 @@ def _warps(D: int) -> int:
 def _gradient_tile(table: _Table) -> tuple[int, int]:
     """Rows and columns of the tile that runs are added up in. It decides the order of a sum: where steps are replayed,
     it is the dense gradient's."""
-    return ROWS, block_d(table.param.shape[1])
+    return (ROWS, block_d(table.param.shape[1])) if table.closed else gradient_tile(table.param)
 
 
 def _checked_indices(indices: Tensor) -> Tensor:

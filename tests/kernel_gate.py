@@ -93,6 +93,8 @@ def unit(launch: _launch.Launch) -> Unit:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             if parameter.is_constexpr:
                 shown.append(f"{parameter.name}={value}")
+            elif value is None:
+                shown.append(f"no {parameter.name.removesuffix('_ptr')}")
             continue
         type_, by_16 = _type_of(value, specialise)
         signature[parameter.name] = parameter.annotation_type or type_

@@ -24,6 +24,7 @@ from ._autograd import (
     reference_vjp_vjp,
     zeros_for_none,
 )
+from .grad_norm import scale_
 
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _ROWS = 3  # differentiable ones: loss, lse, entropy
@@ -119,10 +120,8 @@ class LossFunction(KernelFunction):
             return (None,) * 4 + nothing
         if ctx.bet is not None and dtotal is not None and _plain(given):
             gradients, ctx.bet = ctx.bet, None
-            if dtotal != 1:
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(dtotal)
+            # Which mostly finds a 1, where the number lies, and then does nothing.
+            scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
         else:
             x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
             if x is None:
