@@ -88,7 +88,8 @@ CASES = {
         forward, {"dtype": BF16, "shape": (8192, 32000)}, {"dtype": BF16, "shape": (67, 16400)}, bytes_of, 1.55
     ),
     "twice, long bf16": Case(forward, {"dtype": BF16, "shape": (4096, 128256)}),
-    "twice, long fp32": Case(backward, {"dtype": FP32, "shape": (4096, 128256)}),
+    "twice, long fp32": Case(forward, {"dtype": FP32, "shape": (4096, 128256)}),
+    "twice, backward": Case(backward, {"dtype": BF16, "shape": (8192, 32000)}),
     "twice, every option": Case(forward, {"dtype": BF16, "shape": (4096, 128256), "soft": True, "every": True}),
     "evaluation": Case(
         forward,
