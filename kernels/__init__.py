@@ -34,6 +34,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "sparse_optim": (
         *("sparse_sgd_step", "sparse_adagrad_step", "sparse_adam_step", "rowwise_adagrad_step", "sparse_grad_norm"),
     ),
+    "rnn": ("rnn_forward",),
+    "_rnn_backward": ("rnn_backward",),
 }
 
 

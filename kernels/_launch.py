@@ -90,6 +90,11 @@ def launch(
         kernel[grid](*arguments, **constexprs, **options)
 
 
+def concurrent() -> bool:
+    """Whether programs of a launch may run at the same time: under the interpreter they run one after another."""
+    return not interpreting() or _record is not None
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; where there is none (recording, interpreting), those of an H100."""

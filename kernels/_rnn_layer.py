@@ -1,0 +1,304 @@
+"""What the forward and the backward of recurrent layers share: where tokens lie, who computes which units, and when.
+
+Heads of a block diagonal never meet, and neither do sequences: a *chain* is one head of a tile of sequences. Its units
+are split over programs, which need each other's h of the step before. There are three ways through time:
+
+1. One program has all units of a chain (few units): a barrier among its threads is all.
+2. All programs run at the same time and stay for the whole sequence. Each counts its steps in a counter of its chain,
+   and begins the next when the others have done as many. No chain waits for another.
+3. One launch a step. It needs nothing of its neighbours, and so serves grids of any size.
+
+They are one kernel, which makes steps [first, last). Counters hold no data, so that which program comes first shows in
+no bit of the results.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _random
+from ._launch import accumulator, ceil_div, next_power_of_2
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
+# Widths of the cell state, in H.
+CELLS = {"lstm": 1, "slstm": 3}
+
+
+@triton.jit
+def step_at(offsets_ptr, s, T, B, time_stride, REVERSE: tl.constexpr):
+    """The token of the first sequence at step ``s``, and how many sequences have it: none outside [0, T)."""
+    inside = (s >= 0) & (s < T)
+    t = tl.where(inside, T - 1 - s if REVERSE else s, 0).to(tl.int64)
+    if offsets_ptr is not None:
+        begin = tl.load(offsets_ptr + t)
+        rows = tl.load(offsets_ptr + t + 1) - begin
+    else:
+        begin, rows = t * time_stride, B.to(tl.int64)
+    return begin, tl.where(inside, rows, 0)
+
+
+@triton.jit
+def await_others(counter_ptr, steps, PROGRAMS: tl.constexpr):
+    """Waits until all programs of the chain have published ``steps`` steps in this launch."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < steps * PROGRAMS:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def publish(counter_ptr):
+    """What this program has written is there for its own threads, and for whoever sees the counter move."""
+    tl.debug_barrier()
+    if counter_ptr is not None:
+        tl.atomic_add(counter_ptr, 1, sem="release")
+
+
+@triton.jit
+def load_row(rows_ptr, unit, mask, row: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
+    """A row of (rows, H), as (1, units); zeros where there is none."""
+    values = tl.zeros(unit.shape, ACC)
+    if rows_ptr is not None:
+        values = tl.load(rows_ptr + row * H + unit, mask=mask, other=0.0).to(ACC)
+    return values[None, :]
+
+
+@triton.jit
+def load_options(share_h_ptr, share_c_ptr, clip_ptr):
+    """The shares of zoneout and the bound of h; None for what there is none of."""
+    share_h, share_c, clip = None, None, None
+    if share_h_ptr is not None:
+        share_h = tl.load(share_h_ptr)
+    if share_c_ptr is not None:
+        share_c = tl.load(share_c_ptr)
+    if clip_ptr is not None:
+        clip = tl.load(clip_ptr)
+    return share_h, share_c, clip
+
+
+@triton.jit
+def load_cells(c_ptr, at, mask, like, H: tl.constexpr, MODE: tl.constexpr):
+    """c, n and m, or their gradients; something like ``like`` for those that the cell has not."""
+    c, n, m = like, like, like
+    if c_ptr is not None:
+        c = tl.load(c_ptr + at, mask=mask, other=0.0)
+    if MODE == "slstm":
+        n = tl.load(c_ptr + at + H, mask=mask, other=0.0)
+        m = tl.load(c_ptr + at + 2 * H, mask=mask, other=0.0)
+    return c, n, m
+
+
+@triton.jit
+def store_cells(c_ptr, at, c, n, m, mask, H: tl.constexpr, MODE: tl.constexpr):
+    if c_ptr is not None:
+        tl.store(c_ptr + at, c, mask=mask)
+    if MODE == "slstm":
+        tl.store(c_ptr + at + H, n, mask=mask)
+        tl.store(c_ptr + at + 2 * H, m, mask=mask)
+
+
+@triton.jit
+def put(to, value, mask):
+    tl.store(to, value.to(to.dtype.element_ty), mask=mask)
+
+
+class Tile(NamedTuple):
+    """Sequences, units and depth of a program's products, and how it is compiled."""
+
+    rows: int
+    units: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Most units of a head that one program takes.
+ALONE = {torch.float64: 32, torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+
+
+def tile_of(dtype: torch.dtype, units: int) -> Tile:
+    """For heads of ``units``. Split units are 16 a program, so that H = 1024 of 64 sequences is 64 programs, each with
+    all sequences; what they read of W_hh in a step is then all of it, once."""
+    if units <= ALONE[dtype]:
+        width = max(next_power_of_2(units), 16)
+        return Tile(16, width, 16, 8 if width == 128 else 4, 3)
+    return Tile(16, 16, 16, 4, 2) if dtype == torch.float64 else Tile(64, 16, 64 // dtype.itemsize, 8, 4)
+
+
+def require(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of a tensor that is there.
+
+    Raises:
+        ValueError: if it is another than expected, or not contiguous.
+    """
+    if tensor is None or (tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.is_contiguous()):
+        return
+    raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} {shape}")
+
+
+class Layer(NamedTuple):
+    """One layer and direction; arguments as :func:`llmkern.reference.rnn` has them."""
+
+    x: Tensor
+    hx: Tensor
+    cx: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    peephole: Tensor | None
+    batch_sizes: Tensor | None
+    mode: str
+    reverse: bool
+    batch_first: bool
+    clip: float
+    zoneout: float
+    zoneout_cell: float
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return self.x.shape[1 if self.batch_first else 0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.hx.shape[1]
+
+    @property
+    def units(self) -> int:
+        """Of a head."""
+        return self.weight_hh.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.units
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.mode]
+
+    @property
+    def cells(self) -> int:
+        """C, the width of the cell state."""
+        return CELLS.get(self.mode, 0) * self.hidden
+
+    @property
+    def saved(self) -> int:
+        """Numbers of a token and unit that the forward saves beside y."""
+        few = int(self.clip != 0 or self.zoneout != 0)
+        return {"lstm": 4, "gru": 4, "slstm": 5}.get(self.mode, few)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[:-1])
+
+    def check(self, weight_hr: Tensor | None, norms: Tensor | None) -> None:
+        """Every shape that memory safety depends on."""
+        x, hx, H, G, B = self.x, self.hx, self.hidden, self.gates, self.hx.shape[0]
+        packed = self.batch_sizes is not None
+        if weight_hr is not None or norms is not None:
+            raise ValueError("rnn: the Triton kernels have no projection and no norms")
+        if x.dim() != (2 if packed else 3) or (self.mode in CELLS) != (self.cx is not None):
+            raise ValueError("rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, and cx for lstm and slstm")
+        if H % self.units:
+            raise ValueError("weight_hh: expected H columns, or H divided by the number of heads")
+        if hx.dtype not in (x.dtype, accumulator(x)):
+            raise ValueError("hx: expected the dtype of x, or float32 beside bfloat16 and float16")
+        if not packed and x.shape[0 if self.batch_first else 1] != B:
+            raise ValueError("hx: expected as many sequences as x")
+        require("x", x, tuple(x.shape), x.dtype)
+        require("hx", hx, (B, H), hx.dtype)
+        require("cx", self.cx, (B, self.cells), hx.dtype)
+        require("weight_ih", self.weight_ih, (G * H, x.shape[-1]), x.dtype)
+        require("weight_hh", self.weight_hh, (G * H, self.units), x.dtype)
+        require("bias_ih", self.bias_ih, (G * H,), x.dtype)
+        require("bias_hh", self.bias_hh, (G * H,), x.dtype)
+        require("peephole", self.peephole, (3, H), x.dtype)
+        if self.batch_sizes is not None:
+            sizes = self.batch_sizes.tolist()
+            if sizes != sorted(sizes, reverse=True) or sizes[0] != B or sizes[-1] < 1 or sum(sizes) != x.shape[0]:
+                raise ValueError("batch_sizes: expected B, then no more than the one before, their sum rows of x")
+
+    def offsets(self) -> Tensor | None:
+        """(T + 1): where each time of a packed batch begins among the tokens. Sizes lie on the host: one small copy."""
+        if self.batch_sizes is None:
+            return None
+        ends = self.batch_sizes.cumsum(0)
+        return torch.nn.functional.pad(ends, (1, 0)).to(self.x.device, non_blocking=True)
+
+    def strides(self) -> tuple[int, int, int, int]:
+        """T, B, and how many tokens lie between two times of a sequence (not packed) and between two sequences."""
+        T, B = self.steps, self.hx.shape[0]
+        return (T, B, 1, T) if self.batch_first else (T, B, B, 1)
+
+    def options(self) -> tuple[int, int, int | None, int | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Halves of the seed, thresholds (if elements are drawn) and shares of h and c in zoneout, and the clip; None
+        where there is none. Shares and clip are tensors because Triton passes a float in fp32, also beside fp64."""
+        shares = (self.zoneout, self.zoneout_cell)
+        limits = [_random.threshold(share) if share and self.seed >= 0 else None for share in shares]
+        numbers = [
+            torch.full((1,), number, dtype=accumulator(self.x), device=self.x.device) if number else None
+            for number in (*shares, self.clip)
+        ]
+        return (*_random.halves(max(self.seed, 0)), *limits, *numbers)  # type: ignore[return-value]
+
+    def tile(self) -> Tile:
+        return tile_of(self.x.dtype, self.units)
+
+    def constants(self) -> dict[str, Any]:
+        """Of either kernel."""
+        tile = self.tile()
+        return {
+            "H": self.hidden,
+            "U": self.units,
+            "MODE": self.mode,
+            "G": self.gates,
+            "SAVED": self.saved,
+            "REVERSE": self.reverse,
+            "ACC": _launch.acc_type(self.x),
+            "PRECISION": _precision(self.x.dtype),
+            "BLOCK_B": tile.rows,
+            "BLOCK_U": tile.units,
+            "BLOCK_K": tile.depth,
+            "STAGES": tile.num_stages,
+            "num_warps": tile.num_warps,
+        }
+
+    def launch(self, kernel: Any, *arguments: Any, first: int, last: int) -> None:
+        """Makes steps [first, last), in one launch if the programs of a chain can wait for each other."""
+        tile, device = self.tile(), self.x.device
+        chains, programs = ceil_div(self.hx.shape[0], tile.rows) * self.heads, ceil_div(self.units, tile.units)
+        alone = self.units <= ALONE[self.x.dtype]
+        together = chains * programs <= _launch.multiprocessors(device) and (programs == 1 or _launch.concurrent())
+        steps = [(first, last)] if alone or together else [(s, s + 1) for s in range(first, last)]
+        counters = None
+        if len(steps) == 1 and not alone and last - first > 1:
+            counters = torch.zeros(chains, dtype=torch.int32, device=device)
+        for begin, end in steps:
+            _launch.launch(
+                kernel, (chains, programs), *arguments, counters, begin, end, PROGRAMS=programs,
+                cooperative=counters is not None, **self.constants(),
+            )  # fmt: skip
+
+
+def given(tensor: Tensor) -> Tensor | None:
+    """None for the empty tensor that stands for none among an op's results."""
+    return tensor if tensor.numel() else None
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of fp32, as torch's setting for recurrent layers has it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T`` of matrices, to fp32 (fp64) whatever they are."""
+    if x.dtype == accumulator(x):
+        return torch.mm(x, weight.t())
+    if x.device.type == "cpu":
+        return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
