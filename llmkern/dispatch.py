@@ -88,6 +88,11 @@ def _cell_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str |
     return None
 
 
+def _cudnn_was_not_compared_with(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    """What torch's cells and layers serve on a GPU stays theirs until a benchmark says otherwise."""
+    return "not yet measured against cuDNN on a GPU: backend('triton') takes it" if sizes["torchs"] else None
+
+
 _LOSS_OPTIONS = (
     "weight",
     "label_smoothing",
@@ -111,6 +116,9 @@ _RNN_OPTIONS = (
     "return_cell_states",
     "checkpoint_chunks",
 )
+
+# Of these, what the Triton kernels serve: no norms.
+_TRITON_RNN_OPTIONS = ("batch_sizes", *(option for option in _RNN_OPTIONS if option != "norms"))
 
 # What only torch's optimizers do. The last three with sparse gradients only.
 _TORCHS_STEPS = (
@@ -151,12 +159,27 @@ TABLE: dict[str, dict[str, Support]] = {
         "native": _cpu(
             *("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS),
             unless=_lstm_is_faster_in_torch,
-        )
+        ),
+        "triton": _gpu(
+            *("peepholes", "forget_bias", "zoneout_cell", *_TRITON_RNN_OPTIONS), unless=_cudnn_was_not_compared_with
+        ),
     },
-    **{mode: {"native": _cpu("batch_sizes", *_RNN_OPTIONS)} for mode in ("gru", "rnn_tanh", "rnn_relu")},
-    "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS)},
-    "lstm_cell": {"native": _cpu(unless=_cell_is_faster_in_torch)},
-    **{f"{mode}_cell": {"native": _cpu()} for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    **{
+        mode: {
+            "native": _cpu("batch_sizes", *_RNN_OPTIONS),
+            "triton": _gpu(*_TRITON_RNN_OPTIONS, unless=_cudnn_was_not_compared_with),
+        }
+        for mode in ("gru", "rnn_tanh", "rnn_relu")
+    },
+    "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS), "triton": _gpu("mode", *_TRITON_RNN_OPTIONS)},
+    "lstm_cell": {
+        "native": _cpu(unless=_cell_is_faster_in_torch),
+        "triton": _gpu(unless=_cudnn_was_not_compared_with),
+    },
+    **{
+        f"{mode}_cell": {"native": _cpu(), "triton": _gpu(unless=_cudnn_was_not_compared_with)}
+        for mode in ("gru", "rnn_tanh", "rnn_relu")
+    },
     "grad_norm": {"native": _cpu(), "triton": _gpu()},
     "adam": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},
     "sgd": {"native": _cpu("state_dtype"), "triton": _gpu("state_dtype")},

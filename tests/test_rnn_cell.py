@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,18 +16,16 @@ import llmkern.nn as nn
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("where", ["auto", "reference"])
 @pytest.mark.parametrize("batched", [True, False])
-def test_cells(name: str, bias: bool, where: str, batched: bool) -> None:
-    ours, theirs = _pair(name, 5, 7, bias=bias)
-    x, pair = torch.randn(3, 5) if batched else torch.randn(5), name == "LSTMCell"
-    h = torch.randn(3, 7) if batched else torch.randn(7)
-    with llmkern.backend(where):
-        for hx in (None, (h, h.cos()) if pair else h):
-            got, want = (module(x, hx) for module in (ours, theirs))
-            for a, b in zip(got, want, strict=True) if pair else [(got, want)]:
-                torch.testing.assert_close(a, b)
-    relu, torchs = _pair("RNNCell", 5, 7, nonlinearity="relu")
+def test_cells(backend: str, device: torch.device, name: str, bias: bool, batched: bool) -> None:
+    ours, theirs = (module.to(device) for module in _pair(name, 5, 7, bias=bias))
+    x, pair = torch.randn((3, 5) if batched else 5, device=device), name == "LSTMCell"
+    h = torch.randn((3, 7) if batched else 7, device=device)
+    for hx in (None, (h, h.cos()) if pair else h):
+        got, want = (module(x, hx) for module in (ours, theirs))
+        for a, b in zip(got, want, strict=True) if pair else [(got, want)]:
+            torch.testing.assert_close(a, b)
+    relu, torchs = (module.to(device) for module in _pair("RNNCell", 5, 7, nonlinearity="relu"))
     torch.testing.assert_close(relu(x), torchs(x))
 
 
@@ -81,6 +80,28 @@ def test_a_step_that_cannot_take_the_short_way_takes_the_long_one() -> None:
         with llmkern.backend("reference"):
             tangent = torch.func.jvp(lambda x: ours(x, state)[0], (x,), (x,))[1]
         torch.testing.assert_close(torch.func.jvp(lambda x: ours(x, state)[0], (x,), (x,))[1], tangent)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:dropout option adds")
+@pytest.mark.parametrize("name", [*CLASSES, "LSTMCell", "GRUCell", "RNNCell"])
+def test_torchs_own_samples(name: str) -> None:
+    common = pytest.importorskip("torch.testing._internal.common_modules")
+    infos = [info for info in common.module_db if info.module_cls.__name__ == name]
+    count = 0
+    for info, train in itertools.product(infos, (True, False)):
+        for sample in info.module_inputs_func(info, "cpu", torch.float32, requires_grad=True, training=train):
+            build, call = sample.constructor_input, sample.forward_input
+            torch.manual_seed(1)
+            ours = getattr(nn, name)(*build.args, **build.kwargs).train(train)
+            theirs = getattr(torch.nn, name)(*build.args, **build.kwargs).train(train)
+            theirs.load_state_dict(ours.state_dict())
+            results = []
+            for module in (ours, theirs):
+                torch.manual_seed(2)
+                results.append(torch.utils._pytree.tree_leaves(module(*call.args, **call.kwargs)))
+            torch.testing.assert_close(*results, msg=lambda text, s=sample: f"{s.desc}: {text}")
+            count += 1
+    assert count > 0
 
 
 # Two ways of computing the same thing drift apart by rounding alone: after 200 steps of training, losses still agree.

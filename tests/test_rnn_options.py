@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_accurate
+from checks import INTERPRETING, assert_accurate, kernels
 from recurrent import build, inputs, run, tensors
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import llmkern
 import llmkern.nn as nn
 
-NATIVE = llmkern.dispatch.unavailable("native") is None
+KERNELS = kernels("lstm")
 CLASSES = ["LSTM", "GRU", "RNN"]
 
 
@@ -46,20 +46,27 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("LSTM",),
     ),
 }
-CASES = [(name, option) for option, (_, names) in OPTIONS.items() for name in names]
+# Triton's kernels have no norms.
+CASES = [
+    (name, option)
+    for option, (_, names) in OPTIONS.items()
+    for name in names
+    if not INTERPRETING or "norms" not in option
+]
 
 
 # 15 sequences: more than one block of rows, and no multiple of one.
-@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("name", "option"), CASES)
 @pytest.mark.parametrize("shape", ["steps", "batch_first", "packed"])
-@pytest.mark.parametrize("train", [True, False])
-def test_options(name: str, option: str, shape: str, train: bool) -> None:
+@pytest.mark.parametrize("train", [True] if INTERPRETING else [True, False])
+def test_options(kernel: str, name: str, option: str, shape: str, train: bool) -> None:
     module = build(name, 5, 18, batch_first=shape == "batch_first", **OPTIONS[option][0]).train(train)
     x, states = inputs(name, 15, shape, torch.float32)
     if module.proj_size:
         states = (states[0][..., : module.proj_size].contiguous(), states[1])
-    got, own = run(module, x, states, "native"), run(module, x, states, "reference")
+    got, own = run(module, x, states, kernel), run(module, x, states, "reference")
     wide = tuple(s.double() for s in states) if isinstance(states, tuple) else states.double()
     right = run(module.double(), x.double(), wide, "reference")
     # A norm divides by a deviation at every step, and multiplies what was rounded before: the largest of so few errors
@@ -69,23 +76,22 @@ def test_options(name: str, option: str, shape: str, train: bool) -> None:
         assert_accurate(a, b, c, ulps)
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("norms", [False, True])
-def test_layers_and_directions(name: str, norms: bool) -> None:
+@pytest.mark.parametrize("norms", [False] if INTERPRETING else [False, True])
+def test_layers_and_directions(kernel: str, name: str, norms: bool) -> None:
     options = {"num_layers": 2, "bidirectional": True, "zoneout": 0.3, "num_heads": 2, "checkpoint_chunks": 2}
     module = build(name, 5, 18, layer_norm=norms, **options).double()
-    for shape in ("steps", "packed"):
+    for shape in ("packed",) if INTERPRETING else ("steps", "packed"):
         x, states = inputs(name, 9, shape, torch.float64, layers=4)
-        for a, b in zip(run(module, x, states, "native"), run(module, x, states, "reference"), strict=True):
+        for a, b in zip(run(module, x, states, kernel), run(module, x, states, "reference"), strict=True):
             torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("option", ["peephole", "cell states", "norms", "all", "norms and all"])
-@pytest.mark.parametrize("where", ["native", "reference"])
+@pytest.mark.parametrize("where", [*KERNELS, "reference"])
 def test_second_derivatives(option: str, where: str) -> None:
-    if where == "native" and not NATIVE:
-        pytest.skip("no native build")
     options = {**OPTIONS[option][0], "num_heads": 1}
     # No kinks, and no mask: finite differences see neither.
     options.pop("clip", None)
@@ -104,11 +110,10 @@ def test_second_derivatives(option: str, where: str) -> None:
     assert torch.autograd.gradgradcheck(function, arguments)
 
 
-@pytest.mark.parametrize("where", ["native", "reference"])
+@pytest.mark.kernels
+@pytest.mark.parametrize("where", [*KERNELS, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_slstm_is_the_papers_formula(where: str, dtype: torch.dtype) -> None:
-    if where == "native" and not NATIVE:
-        pytest.skip("no native build")
     torch.manual_seed(0)
     H, lstm = 17, nn.sLSTM(5, 17).to(dtype)
     x = torch.randn(9, 4, 5).to(dtype)
@@ -168,29 +173,29 @@ def test_cell_states_are_those_of_every_step() -> None:
     assert lstm(x[:, 0])[2].shape == (4, 7)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_states_in_fp32_beside_bf16(name: str) -> None:
+def test_states_in_fp32_beside_bf16(kernel: str, name: str) -> None:
     torch.manual_seed(0)
     module = getattr(nn, name)(5, 18, state_dtype=torch.float32).bfloat16()
     plain = getattr(nn, name)(5, 18).bfloat16()
     plain.load_state_dict(module.state_dict())
-    x = torch.randn(40, 3, 5).bfloat16()
-    whole = tensors(module(x)[1])
+    x = torch.randn(10 if INTERPRETING else 40, 3, 5).bfloat16()
+    with llmkern.backend(kernel):
+        whole = tensors(module(x)[1])
     assert all(state.dtype == torch.float32 for state in whole)
     errors = []
     for one in (module, plain):
         state = None
         for part in x.split(1):
-            y, state = one(part, state)
+            with llmkern.backend(kernel):
+                y, state = one(part, state)
             assert y.dtype == torch.bfloat16
         errors.append(max((a.float() - b).abs().max() for a, b in zip(tensors(state), whole, strict=True)))
     # Cut anywhere, the sequence is the same but for h, which products see in bf16 either way.
     assert errors[0] <= errors[1]
-    for a, b in zip(
-        run(module, x, module(x)[1], "native" if NATIVE else "auto"),
-        run(module, x, module(x)[1], "reference"),
-        strict=True,
-    ):
+    for a, b in zip(run(module, x, module(x)[1], kernel), run(module, x, module(x)[1], "reference"), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a.float(), b.float(), atol=0.1, rtol=0.1)
 
@@ -238,7 +243,7 @@ def test_weight_dropout_is_one_mask_a_call() -> None:
     assert 0.4 < (grad == 0).double().mean() < 0.6
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.skipif(llmkern.dispatch.unavailable("native") is not None, reason="no native build")
 def test_chunks_save_memory() -> None:
     kept = []
     for chunks in (1, 8):

@@ -47,7 +47,8 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         tensors += [state for state in call.states if "state_dtype" not in used]
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
-        backend = dispatch.pick(mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, graph=graph)
+        torchs = not dispatch.TORCH_LACKS[mode].intersection(used)
+        backend = dispatch.pick(mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, torchs=torchs, graph=graph)
     if backend == "torch" and mode == "slstm":
         shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
@@ -77,7 +78,7 @@ def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | No
         The new states, shaped as the old ones; ``None`` if the call must go another way, be it to be refused.
     """
     kernels = dispatch.shortcut("native")
-    if kernels is None or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+    if kernels is None or type(x) is not Tensor or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
     if differentiating(x, *states, *weights):
         return None
@@ -122,7 +123,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
         tensors = [t for t in (*states, *weights) if t is not None]
         autocast = ["autocast"] if torch.is_autocast_enabled(input.device.type) else []
         graph = ops.differentiating(input, *tensors)
-        backend = dispatch.pick(name, input, *tensors, options=autocast, B=input.shape[0], graph=graph)
+        backend = dispatch.pick(name, input, *tensors, options=autocast, B=input.shape[0], torchs=True, graph=graph)
     if backend == "torch":
         return getattr(torch._VF, name)(input, hx, *weights)
     x, h, *c = (t.contiguous() for t in (input, *states))
