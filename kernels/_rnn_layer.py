@@ -68,19 +68,6 @@ def load_row(rows_ptr, unit, mask, row: tl.constexpr, H: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def load_options(share_h_ptr, share_c_ptr, clip_ptr):
-    """The shares of zoneout and the bound of h; None for what there is none of."""
-    share_h, share_c, clip = None, None, None
-    if share_h_ptr is not None:
-        share_h = tl.load(share_h_ptr)
-    if share_c_ptr is not None:
-        share_c = tl.load(share_c_ptr)
-    if clip_ptr is not None:
-        clip = tl.load(clip_ptr)
-    return share_h, share_c, clip
-
-
-@triton.jit
 def load_cells(c_ptr, at, mask, like, H: tl.constexpr, MODE: tl.constexpr):
     """c, n and m, or their gradients; something like ``like`` for those that the cell has not."""
     c, n, m = like, like, like

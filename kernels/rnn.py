@@ -22,7 +22,6 @@ from ._rnn_layer import (
     await_others,
     given,
     load_cells,
-    load_options,
     load_row,
     publish,
     put,
@@ -106,7 +105,14 @@ def rnn_forward_kernel(
     if peephole_ptr is not None:
         p0, p1 = load_row(peephole_ptr, unit, mine, 0, H, ACC), load_row(peephole_ptr, unit, mine, 1, H, ACC)
         p2 = load_row(peephole_ptr, unit, mine, 2, H, ACC)
-    share_h, share_c, clip = load_options(share_h_ptr, share_c_ptr, clip_ptr)
+    # Not in a function of its own: none of Triton 3.6's returns None.
+    share_h, share_c, clip = None, None, None
+    if share_h_ptr is not None:
+        share_h = tl.load(share_h_ptr)
+    if share_c_ptr is not None:
+        share_c = tl.load(share_c_ptr)
+    if clip_ptr is not None:
+        clip = tl.load(clip_ptr)
     done = first - first
     # Of all units, the addresses of weights would fill the registers if they left the loop.
     for s in tl.range(first, last, num_stages=1, disable_licm=PROGRAMS == 1):

@@ -1,7 +1,8 @@
 """What every Triton kernel needs on every GPU: registers, spills, shared memory, by compiling it without a GPU.
 
-`python tests/kernel_gate.py` prints the table, `--write` commits it as the budget (`kernel_budgets.csv`). A spill is a
-failure whatever the budget says; so is a kernel that needs a tenth more than its budget.
+`python tests/kernel_gate.py` prints the table, `--write` makes it the budget (`kernel_budgets.csv`). With the version of
+Triton that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its budget.
+With another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32 bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may have there.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+VERSION = "Triton " + ".".join(triton.__version__.split(".")[:2])
 BUDGETS = Path(__file__).parent / "kernel_budgets.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -163,18 +165,22 @@ def measure_all() -> dict[str, dict[str, Usage | str]]:
     return table
 
 
-def faults(table: dict[str, dict[str, Usage | str]], budgets: dict[str, dict[str, str]]) -> list[str]:
+def faults(table: dict[str, dict[str, Usage | str]]) -> list[str]:
     """What is wrong with each unit: it does not compile, spills, or needs more than it may."""
+    version, budgets = read_budgets()
+    budgeted = version == VERSION
     wrong = []
     for name, row in table.items():
         for target, usage in row.items():
             if isinstance(usage, str):
                 wrong.append(f"{name} on {target}: {usage}")
                 continue
-            if usage.spills:
+            if usage.spills > (0 if budgeted else 32):
                 wrong.append(f"{name} on {target}: spills {usage.spills}")
             if usage.shared > SHARED[target]:
                 wrong.append(f"{name} on {target}: {usage.shared} bytes of shared memory, there are {SHARED[target]}")
+            if not budgeted:
+                continue
             if name not in budgets:
                 wrong.append(f"{name}: has no budget; run python tests/kernel_gate.py --write")
                 break
@@ -184,16 +190,18 @@ def faults(table: dict[str, dict[str, Usage | str]], budgets: dict[str, dict[str
     return wrong + [f"{name}: has a budget and is not launched" for name in budgets if name not in table]
 
 
-def read_budgets() -> dict[str, dict[str, str]]:
+def read_budgets() -> tuple[str, dict[str, dict[str, str]]]:
+    """The version of Triton that they were made with, and the budgets."""
     with BUDGETS.open(newline="") as file:
-        return {row.pop("kernel"): row for row in csv.DictReader(file)}
+        version, *targets = next(reader := csv.reader(file))
+        return version, {name: dict(zip(targets, cells, strict=True)) for name, *cells in reader}
 
 
 def write_budgets(table: dict[str, dict[str, Usage | str]]) -> None:
     """``registers/shared bytes`` of each target."""
     with BUDGETS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kernel", *TARGETS])
+        writer.writerow([VERSION, *TARGETS])
         for name, row in table.items():
             writer.writerow([name, *(f"{row[t].registers}/{row[t].shared}" for t in TARGETS)])  # type: ignore[union-attr]
 
@@ -204,4 +212,4 @@ if __name__ == "__main__":
         print(name, *(f"\n    {target}: {usage}" for target, usage in row.items()), sep="")
     if "--write" in sys.argv:
         write_budgets(measured)
-    print(*faults(measured, read_budgets()), sep="\n")
+    print(*faults(measured), sep="\n")

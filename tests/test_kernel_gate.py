@@ -16,7 +16,7 @@ pytestmark = [
 def test_no_spill_and_within_budget() -> None:
     import kernel_gate
 
-    assert kernel_gate.faults(kernel_gate.measure_all(), kernel_gate.read_budgets()) == []
+    assert kernel_gate.faults(kernel_gate.measure_all()) == []
 
 
 # What changes from call to call: the batch, the time, the numbers of an optimizer's step.
