@@ -22,6 +22,7 @@ smaller.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -87,11 +88,24 @@ class _Layer(NamedTuple):
             torch.addmm(self.bias[columns], x, weight, out=out)
 
 
+@cache
+def _adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16 bits to a sum in fp32 in one go: some versions ask for a narrow sum."""
+    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(narrow.float(), narrow, narrow, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """out = a b, or out += a b. ``out`` may be wider than a and b: then nothing is rounded on the way."""
     if out.dtype != a.dtype and a.device.type != "cpu":
-        if add:
+        if add and _adds_to_wider(a.device, a.dtype):
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        elif add:
+            out += torch.mm(a, b, out_dtype=out.dtype)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         return

@@ -1,8 +1,8 @@
 """What every Triton kernel needs on every GPU: registers, spills, shared memory, by compiling it without a GPU.
 
-`python tests/kernel_gate.py` prints the table, `--write` makes it the budget (`kernel_budgets.csv`). With the version of
-Triton that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its budget.
-With another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32 bytes.
+`python tests/kernel_gate.py` prints the table, `--write` makes it the budget (`kernel_budgets.csv`). With the Triton
+that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its budget. With
+another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32 bytes.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ CASES = {
     "step, adam": _case("step", "adam", True),
     "step, amsgrad": _case("step", "amsgrad", True),
     "step, momentum": _case("step", "momentum", True),
-    "step, replayed adam, bf16": _case("step", "adam", False, BF16, FP32),
+    # In the dense gradient's tiles, which are narrower: the records of a row are read for each.
+    "step, replayed adam, bf16": _case("step", "adam", False, BF16, FP32, 1.15),
     "catch up, replayed adam": _case("catch_up", "adam", False),
     "catch up all, adam": _case("catch_up_all", "adam", True),
 }
