@@ -45,18 +45,17 @@ def interpreting() -> bool:
 
 
 def unavailable() -> str | None:
-    """Why this backend cannot run here, or ``None`` if it can."""
+    """Why this backend cannot run here, or ``None`` if it can. Triton, which takes a second, is imported last."""
+    if not interpreting():
+        if not torch.cuda.is_available():
+            return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        capability = torch.cuda.get_device_capability()
+        if torch.version.hip is None and capability < (8, 0):
+            return f"needs a GPU of compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
     try:
         importlib.import_module("triton")
     except ImportError as error:
         return f"Triton does not import: {error}"
-    if interpreting():
-        return None
-    if not torch.cuda.is_available():
-        return "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < (8, 0):
-        return f"needs a GPU of compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
     return None
 
 

@@ -238,3 +238,9 @@ def test_compiled_functions_follow_a_force() -> None:
     for name in ("torch", "reference", "torch"):
         with llmkern.backend(name):
             assert compiled(a, b) == (float("inf") if name == "torch" else 900)
+
+
+def test_without_a_gpu_there_is_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch._unavailable, "triton", "no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert llmkern.synchronize() is None
