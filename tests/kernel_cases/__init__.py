@@ -20,6 +20,7 @@ class Case(NamedTuple):
         small: for the interpreter; None: what the kernels move is not counted.
         floor: bytes that have to be moved, of sizes; what has to be read once and written once.
         allowed: how many times the floor may be moved.
+        again: sizes of another call, for which nothing new may be compiled. Default: N, B, T and the like, one more.
     """
 
     run: Callable[..., None]
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     small: dict[str, Any] | None = None
     floor: Callable[..., int] | None = None
     allowed: float = 1.1
+    again: dict[str, Any] | None = None
 
 
 def every_case() -> dict[str, Case]:

@@ -62,10 +62,12 @@ def _cases(
 ) -> dict[str, Case]:
     large = {"dtype": dtype, "V": 30_522, "D": D, "N": 8192, "model": model}
     small = {"dtype": dtype, "V": 40, "D": 96, "N": 256, "model": model} if counted else None
+    # Whole sequences, where there are positions.
+    again = {"N": 8192 + max(MODELS[model]["L"], 1)}
     # Beside the rows: orders of the batch, partial sums of long runs and of the norm's gradients, which are of fp32.
     every = {
-        "forward": Case(forward, large, small, _forward_floor),
-        "backward": Case(backward, large, small, _backward_floor, 1.25),
+        "forward": Case(forward, large, small, _forward_floor, again=again),
+        "backward": Case(backward, large, small, _backward_floor, 1.25, again),
     }
     return {f"{name} {phase} {dtype}": every[phase] for phase in phases}
 

@@ -48,6 +48,8 @@ CASES = {
         {**LARGE, "workspace": 1 << 30, "gradient": True},
         {**SMALL, "workspace": 1 << 20, "gradient": True},
         lambda dtype, N, V, **_: passes(dtype, N, V, 2),
+        # Not one row more: a chunk of it alone would go another way.
+        again={"N": LARGE["N"] + 1024},
     ),
     # One read; and one read of the logits that are made again, and their write. Beside them states and factors.
     "slabs of columns": Case(
