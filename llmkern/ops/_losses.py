@@ -120,8 +120,9 @@ class LossFunction(KernelFunction):
             return (None,) * 4 + nothing
         if ctx.bet is not None and dtotal is not None and _plain(given):
             gradients, ctx.bet = ctx.bet, None
-            # Which mostly finds a 1, where the number lies, and then does nothing.
-            scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
+            # Mostly 1. The host knows its own numbers; nobody waits for a GPU's, whose kernel looks, and leaves a 1 be.
+            if dtotal.device.type != "cpu" or dtotal != 1:
+                scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
         else:
             x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
             if x is None:
