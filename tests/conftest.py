@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pytest
 import torch
 from checks import INTERPRETING
+from interpreter import interpreters
 
 import llmkern
 from llmkern import dispatch
@@ -34,6 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "[triton" in item.name or "-triton" in item.name:
                 item.add_marker("gpu")
+        # What waits for other processes comes last.
+        items.sort(key=lambda item: item.path.name == "test_interpreter.py")
         return
     runs = [
         item
@@ -43,6 +47,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in runs])
     items[:] = runs
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly or INTERPRETING or find_spec("triton") is None:
+        return
+    waiting = [item for item in session.items if item.path.name == "test_interpreter.py"]
+    interpreters.start([item.callspec.params["name"] for item in waiting])
+
+
+def pytest_sessionfinish() -> None:
+    interpreters.stop()
 
 
 @pytest.fixture(params=["triton"] if INTERPRETING else ["native", "triton", "torch", "reference"])
