@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import FLOATS, INTERPRETING, assert_accurate
+from checks import FLOATS, INTERPRETING, assert_accurate, kernels
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -352,6 +352,19 @@ def test_autocast(name: str, options: dict[str, Any], packed: bool, dtype: torch
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native build")
+@pytest.mark.kernels
+@pytest.mark.parametrize("kernel", kernels("lstm"))
+def test_a_backward_inside_autocast_is_the_one_outside(kernel: str) -> None:
+    module, x = nn.LSTM(6, 7), torch.randn(5, 3, 6, requires_grad=True)
+    with llmkern.backend(kernel):
+        y = module(x)[0]
+        inputs = (x, *module.parameters())
+        outside = torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    assert all(map(torch.equal, inside, outside))
+
+
 def test_explain() -> None:
     lstm, gru = nn.LSTM(5, 7), nn.GRU(5, 7)
     x = torch.randn(4, 3, 5)

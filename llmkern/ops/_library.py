@@ -26,7 +26,12 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
-        return getattr(dispatch.load(backend), function)(*arguments)
+        implementation = getattr(dispatch.load(backend), function)
+        if not torch._C._is_any_autocast_enabled():
+            return implementation(*arguments)
+        # What autocast changes is functional's business: torch's products inside a kernel are meant as they are.
+        with torch._C._DisableAutocast():
+            return implementation(*arguments)
 
     _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     _library.impl(name, run, "CompositeExplicitAutograd")
