@@ -66,7 +66,9 @@ void check_bad_indices() {
   for (int64_t bad : {int64_t{-1}, int64_t{3}, INT64_MAX}) {
     const int64_t indices[] = {0, bad};
     const cpu::RowGradient grad{{indices, true}, values.data(), 2, 3, 2, DType::f32};
-    const auto step = [&] { cpu::sparse_step(cpu::Sgd{1, 0, 0, 0, false, false}, grad, {param.data(), {}, DType::f32, 1}); };
+    const auto step = [&] {
+      cpu::sparse_step(cpu::Sgd{1, 0, 0, 0, false, false}, grad, {param.data(), {}, DType::f32, 1});
+    };
     throws<std::out_of_range>("step", step);
     throws<std::out_of_range>("norm", [&] { cpu::sparse_sum_of_squares(grad); });
   }
