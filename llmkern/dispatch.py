@@ -62,6 +62,10 @@ def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str
     return None if sizes["products"] >= 1 << 21 else "too small to gain"
 
 
+def _the_product_is_torchs(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return "would call torch's product too"
+
+
 def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     return "torch.func batches the composition" if sizes["transformed"] else None
 
@@ -148,7 +152,7 @@ TABLE: dict[str, dict[str, Support]] = {
         for backend, on in (("native", _cpu), ("triton", _gpu))
     },
     "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick), "triton": _gpu()},
-    "linear": {"native": _cpu(unless=_linear_is_faster_in_torch)},
+    "linear": {"native": _cpu(unless=_linear_is_faster_in_torch), "triton": _gpu(unless=_the_product_is_torchs)},
     "linear_cross_entropy": {
         "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
         "triton": _gpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
