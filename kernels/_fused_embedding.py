@@ -152,11 +152,6 @@ def _normal_and_dy(tokens, positions, types, scale, dropout, dout_ptr, mean, rst
     return x, _dropped(dy, n, d, D, dropout)
 
 
-@triton.jit
-def _weighted(dy, norm_weight_ptr, d, D):
-    return _affine(dy, norm_weight_ptr, None, d, D)
-
-
 # With x the normalised row and g the gradient at it: dsum = (g - mean(g) - x mean(g x)) / deviation; without the mean
 # of g for rms.
 @triton.jit(do_not_specialize=_CHANGING)
@@ -191,7 +186,7 @@ def fused_embedding_backward_kernel(
         if dbias_ptr is not None:
             dbias += dy
         if dsum_ptr is not None:
-            g = _weighted(dy, norm_weight_ptr, d, D)
+            g = _affine(dy, norm_weight_ptr, None, d, D)
             slope = tl.sum(g * x, 1) / D
             if NORM == "layer":
                 g -= (tl.sum(g, 1) / D)[:, None]
@@ -227,7 +222,7 @@ def fused_embedding_long_backward_kernel(
         x, dy = _normal_and_dy(
             tokens, positions, types, scale, dropout, dout_ptr, mean, rstd, n, inside, d, D, ACC
         )  # fmt: skip
-        g = _weighted(dy, norm_weight_ptr, d, D)
+        g = _affine(dy, norm_weight_ptr, None, d, D)
         total, product = total + g, product + g * x
     slope, shift = tl.sum(product, 1) / D, tl.zeros((ROWS,), ACC)
     if NORM == "layer":
@@ -237,7 +232,7 @@ def fused_embedding_long_backward_kernel(
         x, dy = _normal_and_dy(
             tokens, positions, types, scale, dropout, dout_ptr, mean, rstd, n, inside, d, D, ACC
         )  # fmt: skip
-        g = _weighted(dy, norm_weight_ptr, d, D) - shift[:, None] - x * slope[:, None]
+        g = _affine(dy, norm_weight_ptr, None, d, D) - shift[:, None] - x * slope[:, None]
         dsum = (g * rstd[:, None]).to(dsum_ptr.dtype.element_ty)
         tl.store(dsum_ptr + n[:, None] * D + d[None, :], dsum, mask=inside[:, None] & (d < D)[None, :])
 

@@ -63,8 +63,7 @@ def clip_grad_norm_(
             "`error_if_nonfinite=False`"
         )
     factor = clip_factor(norm, max_norm)
-    # The host knows its own numbers; for one on a GPU nobody waits: the kernels look whether it is 1.
-    if factor.device.type != "cpu" or factor != 1:
+    if ops.may_change(factor):
         for backend, members in kinds:
             values = [grad._values() if grad.is_sparse else grad for grad in members]
             if backend == "torch":

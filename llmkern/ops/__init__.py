@@ -13,7 +13,7 @@ from .embedding import embedding, renormalise
 from .embedding_bag import BagIndexError, embedding_bag
 from .fused_embedding import Options as FusedEmbeddingOptions
 from .fused_embedding import fused_embedding
-from .grad_norm import grad_norm, scale_
+from .grad_norm import grad_norm, may_change, scale_
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
@@ -53,6 +53,7 @@ __all__ = [
     "grad_norm",
     "linear",
     "linear_cross_entropy",
+    "may_change",
     "mse_loss",
     "quantize_rows",
     "quantized_embedding",

@@ -24,7 +24,7 @@ from ._autograd import (
     reference_vjp_vjp,
     zeros_for_none,
 )
-from .grad_norm import scale_
+from .grad_norm import may_change, scale_
 
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _ROWS = 3  # differentiable ones: loss, lse, entropy
@@ -120,8 +120,8 @@ class LossFunction(KernelFunction):
             return (None,) * 4 + nothing
         if ctx.bet is not None and dtotal is not None and _plain(given):
             gradients, ctx.bet = ctx.bet, None
-            # Mostly 1. The host knows its own numbers; nobody waits for a GPU's, whose kernel looks, and leaves a 1 be.
-            if dtotal.device.type != "cpu" or dtotal != 1:
+            # Mostly it is 1.
+            if may_change(dtotal):
                 scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
         else:
             x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors

@@ -15,6 +15,12 @@ grad_norm = define(
 _scale = define("scale_(Tensor(a!)[] tensors, Tensor factor, str backend) -> ()", lambda *args: None)
 
 
+def may_change(factor: Tensor) -> bool:
+    """Whether multiplying by ``factor`` may change anything. The host knows its own numbers; nobody waits for one on a
+    GPU, whose kernel looks, and leaves a 1 be."""
+    return factor.device.type != "cpu" or bool(factor != 1)
+
+
 def scale_(tensors: list[Tensor], factor: Tensor, backend: str) -> None:
     """Each tensor times ``factor``, a float64 scalar beside them, in place. Call it without grad."""
     _scale(tensors, factor, backend)
