@@ -345,8 +345,11 @@ def pick(
 
 def shortcut(name: str) -> ModuleType | None:
     """The namespace of backend ``name``, if it may serve a call that does not ask :func:`pick`: it is here, nothing
-    forbids it, nobody listens. For calls that ``pick`` would give to it, where asking takes as long as answering."""
+    forbids it, nobody listens (to choices, or in a dispatch mode to ops). For calls that ``pick`` would give to it,
+    where asking takes as long as answering."""
     if _trace is not None or _forced not in ("auto", name) or unavailable(name) is not None:
+        return None
+    if torch._C._len_torch_dispatch_stack():
         return None
     return load(name)
 

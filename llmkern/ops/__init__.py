@@ -6,6 +6,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 
 from ..reference._random import draw_seed
 from ._autograd import capturing, differentiating, seed_freezes, traced
+from ._flops import count_flops
 from ._losses import Rows
 from .cross_entropy import cross_entropy
 from .dropout import dropout
@@ -70,3 +71,5 @@ __all__ = [
     "sparse_sgd_step",
     "traced",
 ]
+
+count_flops()
