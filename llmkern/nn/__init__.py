@@ -1,7 +1,7 @@
 """``torch.nn`` with kernels: ``import llmkern.nn as nn`` is the only change a model needs.
 
 The classes below are torch's, constructor for constructor, and keep its ``state_dict``; every other name, and every
-submodule (``nn.functional`` and ``nn.utils`` apart), is torch's own.
+submodule, is torch's own, but for what stands in for these.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn
 
 from .. import functional
+from .._torch_tree import mount
 from . import utils
 from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .dropout import Dropout
@@ -44,12 +45,10 @@ __all__ = [
     "utils",
 ]
 
-# So that `import llmkern.nn.functional as F` and `from llmkern.nn.utils.rnn import ...` work as with torch.
 sys.modules[f"{__name__}.functional"] = functional
-for _name in ("init", "parameter", "utils.rnn", "utils.parametrizations", "modules", "parallel"):
-    __import__(f"torch.nn.{_name}")
-    sys.modules[f"{__name__}.{_name}"] = sys.modules[f"torch.nn.{_name}"]
-del _name
+_classes = [name for name in torch.nn.modules.__all__ if name in __all__]
+_replaced = {getattr(torch.nn.modules, name): globals()[name] for name in _classes}
+mount(__name__, torch.nn, {torch.nn.utils.clip_grad_norm_: functional.clip_grad_norm_, **_replaced})
 
 
 def __getattr__(name: str) -> Any:

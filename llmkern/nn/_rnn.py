@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional as F
+from .._torch_tree import Replaces
 from ..functional.rnn import step
 
 
-class Layers(torch.nn.RNNBase):
+class Layers(torch.nn.RNNBase, Replaces):
     """What the three have in common: states in, states out, packed, unbatched or neither."""
 
     _function: str

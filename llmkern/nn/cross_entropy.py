@@ -9,9 +9,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
+from .._torch_tree import Replaces
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Replaces):
     """Cross-entropy from logits; see :class:`torch.nn.CrossEntropyLoss`.
 
     Takes five options more, with neutral defaults: ``z_loss``, ``softcap``, ``logit_scale``, ``outputs`` and
@@ -54,7 +55,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class NLLLoss(torch.nn.NLLLoss):
+class NLLLoss(torch.nn.NLLLoss, Replaces):
     """Negative log-likelihood of log-probabilities; see :class:`torch.nn.NLLLoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
+from .._torch_tree import Replaces
 
 
-class Dropout(torch.nn.Dropout):
+class Dropout(torch.nn.Dropout, Replaces):
     """Zeroes elements in training; see :class:`torch.nn.Dropout` and :func:`llmkern.functional.dropout`."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from .. import functional as F
+from .._torch_tree import Replaces
 from ..functional.linear_cross_entropy import WORKSPACE
 
 _Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
 
-class LinearCrossEntropyLoss(_Base):
+class LinearCrossEntropyLoss(_Base, Replaces):
     """Cross-entropy of a linear layer's logits; see torch 2.13's module of that name.
 
     Args:

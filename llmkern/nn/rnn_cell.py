@@ -9,10 +9,11 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
+from .._torch_tree import Replaces
 from ..functional.rnn import step
 
 
-class _Cell(torch.nn.RNNCellBase):
+class _Cell(torch.nn.RNNCellBase, Replaces):
     """One step: checks of torch's class, then ``llmkern.functional``."""
 
     _states: tuple[str, ...] = ("hidden",)

@@ -3,12 +3,11 @@
 ``clip_grad_norm_`` is that of ``torch.nn.utils``.
 """
 
-import importlib
-import sys
 from typing import Any
 
 import torch.optim
 
+from .._torch_tree import mount
 from ..functional import clip_grad_norm_
 from ._in_backward import InBackward, in_backward
 from ._rows import prepare
@@ -31,9 +30,8 @@ __all__ = [
     "prepare",
 ]
 
-for _name in ("lr_scheduler", "swa_utils"):
-    sys.modules[f"{__name__}.{_name}"] = importlib.import_module(f"torch.optim.{_name}")
-del _name
+_classes = [name for name in torch.optim.__all__ if name in __all__]
+mount(__name__, torch.optim, {getattr(torch.optim, name): globals()[name] for name in _classes})
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
+from .._torch_tree import Replaces
 from ..functional.grad_norm import by_backend, clip_factor, total_norm
 from . import _rows
 
@@ -55,7 +56,7 @@ class Folded:
         return grads if self.clip is None else [grad * self.clip.to(grad.device) for grad in grads]
 
 
-class Step(torch.optim.Optimizer):
+class Step(torch.optim.Optimizer, Replaces):
     """Beside torch's arguments, all optimizers here take:
 
     Args:
