@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 
+from . import _sizes
+from ._graphs import asked_by_the_compiler, leaving
+
 BACKENDS = ("native", "triton", "torch", "reference")
 _MODULES = {"native": "llmkern.native", "triton": "llmkern.kernels", "reference": "llmkern.reference"}
 
@@ -51,50 +54,6 @@ def _gpu(*options: str, **kwargs: Any) -> Support:
     """Triton: on a GPU, and under its interpreter on the CPU, which `auto` never asks as native code comes first."""
     devices = {"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"}
     return Support(frozenset(devices), _FLOATS, frozenset(options), **kwargs)
-
-
-def _linear_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Measured: benchmarks/bench_linear.py."""
-    if sizes["transformed"]:
-        return "torch.func batches torch's own product"
-    if dtype != torch.float32:
-        return f"torch's product of {dtype} is faster"
-    return None if sizes["products"] >= 1 << 21 else "too small to gain"
-
-
-def _the_product_is_torchs(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    return "would call torch's product too"
-
-
-def _composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    return "torch.func batches the composition" if sizes["transformed"] else None
-
-
-def _small_steps_are_quick(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Measured: benchmarks/bench_fused_embedding.py. A call of the op costs some 15 us more than three of torch's."""
-    enough = 1 << 13 if sizes["dropout"] else 1 << 16
-    return None if sizes["elements"] >= enough else "too small to gain"
-
-
-def _lstm_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Measured: benchmarks/bench_rnn.py. oneDNN's forward is up to 13% faster where many sequences share small weights;
-    it has no packed sequences, projections or options."""
-    if not sizes["plain"] or sizes["graph"] or sizes["T"] == 1 or sizes["B"] < 32:
-        return None
-    small = {torch.float32: 128, torch.bfloat16: 512}.get(dtype, 0)
-    return "torch's forward without gradients is faster at this size" if sizes["H"] <= small else None
-
-
-def _cell_is_faster_in_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """Measured: benchmarks/bench_rnn.py, lstmcell."""
-    if dtype == torch.bfloat16 and sizes["graph"] and sizes["B"] >= 32:
-        return "torch's steps with gradients in bfloat16 are faster at this size"
-    return None
-
-
-def _cudnn_was_not_compared_with(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
-    """What torch's cells and layers serve on a GPU stays theirs until a benchmark says otherwise."""
-    return "not yet measured against cuDNN on a GPU: backend('triton') takes it" if sizes["torchs"] else None
 
 
 _LOSS_OPTIONS = (
@@ -151,37 +110,41 @@ TABLE: dict[str, dict[str, Support]] = {
         backend: on(*("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean"))
         for backend, on in (("native", _cpu), ("triton", _gpu))
     },
-    "fused_embedding": {"native": _cpu(unless=_small_steps_are_quick), "triton": _gpu()},
-    "linear": {"native": _cpu(unless=_linear_is_faster_in_torch), "triton": _gpu(unless=_the_product_is_torchs)},
+    "fused_embedding": {"native": _cpu(unless=_sizes.small_steps_are_quick), "triton": _gpu()},
+    "linear": {
+        "native": _cpu(unless=_sizes.linear_is_faster_in_torch),
+        "triton": _gpu(unless=_sizes.the_product_is_torchs),
+    },
     "linear_cross_entropy": {
-        "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
-        "triton": _gpu(*_LOSS_OPTIONS, "options", "workspace", unless=_composition_is_better),
+        "native": _cpu(*_LOSS_OPTIONS, "options", "workspace", unless=_sizes.composition_is_better),
+        "triton": _gpu(*_LOSS_OPTIONS, "options", "workspace", unless=_sizes.composition_is_better),
     },
     "mse_loss": {"native": _cpu(), "triton": _gpu()},
     "quantized_embedding": {"native": _cpu("bits"), "triton": _gpu("bits")},
     "lstm": {
         "native": _cpu(
             *("batch_sizes", "proj_size", "peepholes", "forget_bias", "zoneout_cell", *_RNN_OPTIONS),
-            unless=_lstm_is_faster_in_torch,
+            unless=_sizes.lstm_is_faster_in_torch,
         ),
         "triton": _gpu(
-            *("peepholes", "forget_bias", "zoneout_cell", *_TRITON_RNN_OPTIONS), unless=_cudnn_was_not_compared_with
+            *("peepholes", "forget_bias", "zoneout_cell", *_TRITON_RNN_OPTIONS),
+            unless=_sizes.cudnn_was_not_compared_with,
         ),
     },
     **{
         mode: {
             "native": _cpu("batch_sizes", *_RNN_OPTIONS),
-            "triton": _gpu(*_TRITON_RNN_OPTIONS, unless=_cudnn_was_not_compared_with),
+            "triton": _gpu(*_TRITON_RNN_OPTIONS, unless=_sizes.cudnn_was_not_compared_with),
         }
         for mode in ("gru", "rnn_tanh", "rnn_relu")
     },
     "slstm": {"native": _cpu("mode", "batch_sizes", *_RNN_OPTIONS), "triton": _gpu("mode", *_TRITON_RNN_OPTIONS)},
     "lstm_cell": {
-        "native": _cpu(unless=_cell_is_faster_in_torch),
-        "triton": _gpu(unless=_cudnn_was_not_compared_with),
+        "native": _cpu(unless=_sizes.cell_is_faster_in_torch),
+        "triton": _gpu(unless=_sizes.cudnn_was_not_compared_with),
     },
     **{
-        f"{mode}_cell": {"native": _cpu(), "triton": _gpu(unless=_cudnn_was_not_compared_with)}
+        f"{mode}_cell": {"native": _cpu(), "triton": _gpu(unless=_sizes.cudnn_was_not_compared_with)}
         for mode in ("gru", "rnn_tanh", "rnn_relu")
     },
     "grad_norm": {"native": _cpu(), "triton": _gpu()},
@@ -272,6 +235,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+@asked_by_the_compiler
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or ``None`` if it can."""
     if name not in _unavailable:
@@ -292,6 +256,8 @@ def _obstacle(
         return f"{name} has no option {', '.join(lacks)}" if lacks else None
     if name not in TABLE[op]:
         return "no kernel for this op yet"
+    if _forced == "auto" and (maker := leaving()) is not None:
+        return f"{maker} makes a graph to run elsewhere"
     if (reason := unavailable(name)) is not None:
         return reason
     support = TABLE[op][name]
@@ -349,7 +315,7 @@ def shortcut(name: str) -> ModuleType | None:
     where asking takes as long as answering."""
     if _trace is not None or _forced not in ("auto", name) or unavailable(name) is not None:
         return None
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or leaving() is not None:
         return None
     return load(name)
 

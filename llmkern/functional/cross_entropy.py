@@ -134,7 +134,7 @@ def cross_entropy(
         (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale),
         "entropy" in outputs,
         "argmax" in outputs or "accuracy" in outputs,
-        inplace and logits.data_ptr() == input.data_ptr(),
+        inplace and not torch.compiler.is_compiling() and logits.data_ptr() == input.data_ptr(),
         backend,
     )
     outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]

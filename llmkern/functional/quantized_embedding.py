@@ -39,11 +39,13 @@ def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor
     weight = weight.detach().contiguous()
     backend = dispatch.pick("quantized_embedding", weight, options=["bits"])
     data, scale, offset = ops.quantize_rows(weight, bits, backend)
-    if bad := scale.isnan().nonzero().flatten().tolist():
-        raise ValueError(
-            f"weight: row {bad[0]} holds NaN or infinities, or spans more than float32 can; expected finite numbers"
-            + (f" ({len(bad)} such rows in all)" if len(bad) > 1 else "")
-        )
+    unfit = "holds NaN or infinities, or spans more than float32 can; expected finite numbers"
+    if torch.compiler.is_compiling():
+        # No value can be looked at while a graph is made; it is when the graph runs.
+        torch._assert_async(~scale.isnan().any(), f"weight: a row {unfit}")
+    elif bad := scale.isnan().nonzero().flatten().tolist():
+        more = f" ({len(bad)} such rows in all)" if len(bad) > 1 else ""
+        raise ValueError(f"weight: row {bad[0]} {unfit}{more}")
     return data, scale, offset
 
 
