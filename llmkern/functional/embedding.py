@@ -66,7 +66,7 @@ def embedding(
         ops.renormalise(weight, indices, max_norm, norm_type, backend)
     padding_idx = row_number(padding_idx, weight)
     out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, sparse, backend)
-    return out.view(*input.shape, weight.shape[1])
+    return ops.as_shape(out, (*input.shape, weight.shape[1]))
 
 
 def row_number(padding_idx: int | None, weight: Tensor) -> int:

@@ -93,4 +93,4 @@ def quantized_embedding(
     backend = dispatch.pick("quantized_embedding", scale, offset, options=["bits"])
     indices = input.reshape(-1).contiguous()
     table = (weight.contiguous(), scale.contiguous(), offset.contiguous())
-    return ops.quantized_embedding(*table, indices, D, bits, dtype, backend).view(*input.shape, D)
+    return ops.as_shape(ops.quantized_embedding(*table, indices, D, bits, dtype, backend), (*input.shape, D))

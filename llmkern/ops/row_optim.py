@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
+from ._autograd import as_shape
 from ._library import define, define_scaled
 from .embedding import embedding
 
@@ -262,4 +263,4 @@ def row_embedding(
             out = RowEmbeddingFunction.apply(weight, indices, padding, rows)
         else:
             out = rows(indices)
-        return out.view(*input.shape, weight.shape[1])
+        return as_shape(out, (*input.shape, weight.shape[1]))
