@@ -309,6 +309,12 @@ def pick(
     )
 
 
+def note(op: str, backend: str, reason: str) -> None:
+    """Tells :func:`explain` of a choice that was made elsewhere."""
+    if _trace is not None:
+        _trace.append(Choice(op, backend, reason))
+
+
 def shortcut(name: str) -> ModuleType | None:
     """The namespace of backend ``name``, if it may serve a call that does not ask :func:`pick`: it is here, nothing
     forbids it, nobody listens (to choices, or in a dispatch mode to ops). For calls that ``pick`` would give to it,

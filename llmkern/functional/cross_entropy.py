@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
+from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._torch import F
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
+from ._overrides import overridden
 
 
 @overload
@@ -98,6 +100,17 @@ def cross_entropy(
 
     Losses are computed and summed in fp32 (fp64 for fp64). No input is written to, but with ``inplace``.
     """
+    if overridden("cross_entropy", input, target, weight, token_weight):
+        as_torchs = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        own: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale}
+        own |= {"token_weight": token_weight, "outputs": outputs, "inplace": inplace}
+        if z_loss == 0 and not softcap and logit_scale == 1 and token_weight is None and not outputs:
+            return F.cross_entropy(*as_torchs)
+        answer = handle_torch_function(cross_entropy, (input, target, weight, token_weight), *as_torchs, **own)
+        if isinstance(answer, CrossEntropyOutput) and isinstance(answer.loss, Iterator):
+            # The default of subclasses makes what it converts of one iterator, which is good for torch's own tuples.
+            return CrossEntropyOutput._make(answer.loss)
+        return answer
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_outputs(outputs)
@@ -139,7 +152,7 @@ def cross_entropy(
     )
     outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     loss = reduced(rows).to(x.dtype)
-    return present(ops.as_shape(loss, outer) if reduction == "none" else loss, rows, outputs, t, soft, outer)
+    return present(loss.reshape(outer) if reduction == "none" else loss, rows, outputs, t, soft, outer)
 
 
 def _tensors(*tensors: Tensor | None) -> list[Tensor]:
@@ -197,5 +210,6 @@ def nll_loss(
 
     A gather: torch's own serves it on every device.
     """
-    dispatch.pick("nll_loss", input)
+    if not overridden("nll_loss", input, target, weight):
+        dispatch.pick("nll_loss", input)
     return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import dispatch, ops
+from .._torch import F
+from ._overrides import overridden
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -19,6 +20,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     Raises:
         ValueError: if ``p`` is not between 0 and 1.
     """
+    if overridden("dropout", input):
+        return F.dropout(input, p, training, inplace)
     # A seed is a number: the compiler would leave its graph for it, vmap has its own rules for random numbers, and a
     # CUDA graph would replay one mask.
     options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
@@ -26,5 +29,5 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if training and 0 < p <= 1 and input.numel():
         backend = dispatch.pick("dropout", input, options=options)
     if backend == "torch":
-        return torch.nn.functional.dropout(input, p, training, inplace)
+        return F.dropout(input, p, training, inplace)
     return ops.dropout(input, float(p), ops.draw_seed(), backend)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, ops
+from .._torch import F
 from ..ops import RowParameter
+from ._overrides import overridden
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -41,8 +42,10 @@ def embedding(
     The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
     saturate, as torch's do.
     """
-    if issubclass(type(weight), RowParameter):
+    if issubclass(type(weight), RowParameter) and not overridden("embedding", input):
         return ops.row_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if overridden("embedding", input, weight):
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     options = []
     if padding_idx is not None:
         options.append("padding_idx")
@@ -66,7 +69,7 @@ def embedding(
         ops.renormalise(weight, indices, max_norm, norm_type, backend)
     padding_idx = row_number(padding_idx, weight)
     out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, sparse, backend)
-    return ops.as_shape(out, (*input.shape, weight.shape[1]))
+    return out.view(*input.shape, weight.shape[1])
 
 
 def row_number(padding_idx: int | None, weight: Tensor) -> int:

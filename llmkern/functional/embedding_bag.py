@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._torch import F
+from ._overrides import overridden
 from .embedding import INDEX_DTYPES, row_number
 
 
@@ -53,6 +55,10 @@ def embedding_bag(
         *(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse),
         *(per_sample_weights, include_last_offset, padding_idx),
     )
+    if overridden("embedding_bag", input, weight, offsets, per_sample_weights):
+        if mode == "mean" and per_sample_weights is not None:
+            return handle_torch_function(embedding_bag, (input, weight, offsets, per_sample_weights), *as_written)
+        return F.embedding_bag(*as_written)
     values = {
         "max_norm": max_norm,
         "scale_grad_by_freq": scale_grad_by_freq,

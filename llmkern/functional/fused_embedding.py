@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._torch import F
+from ._overrides import overridden
 from .embedding import INDEX_DTYPES, row_number
 
 NORMS = (None, "layer", "rms")
@@ -63,6 +65,22 @@ def fused_embedding(
 
     With a norm the backward reads the tables again, so that they may not change in place before it.
     """
+    asked = (input, weight, position_weight, positions, token_type_weight, token_types, norm_weight, norm_bias)
+    if overridden("fused_embedding", *asked):
+        return handle_torch_function(
+            fused_embedding,
+            asked,
+            *asked[:6],
+            scale=scale,
+            norm=norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
+            dropout=dropout,
+            training=training,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+        )
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}, expected 'layer', 'rms' or None")
     if not 0.0 <= dropout <= 1.0:
@@ -95,7 +113,7 @@ def fused_embedding(
     optional = (None if t is None else t.contiguous() for t in operands[1:])
     rows = (input.reshape(-1).contiguous(), _repeated(positions, input), _repeated(token_types, input))
     out = ops.fused_embedding(weight.contiguous(), tuple(optional), rows, steps, backend)
-    return ops.as_shape(out, (*input.shape, weight.shape[1]))
+    return out.view(*input.shape, weight.shape[1])
 
 
 def _check_operands(

@@ -9,10 +9,11 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.utils
 from torch import Tensor
 
 from .. import dispatch, ops
+from .._torch import clip_grad_norm_ as torchs_clip_grad_norm_
+from .._torch import get_total_norm
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def clip_grad_norm_(
     grads = [] if isinstance(parameters, types.GeneratorType) else [p.grad for p in parameters if p.grad is not None]
     kinds = by_backend(grads, norm_type)
     if all(backend == "torch" and not any(grad.is_sparse for grad in members) for backend, members in kinds):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        return torchs_clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     norm = total_norm(kinds, norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
@@ -113,4 +114,4 @@ def _norms(backend: str, grads: list[Tensor], norm_type: float) -> list[Tensor]:
         return [ops.grad_norm(grads, backend)]
     # Entries of one index are parts of one sum.
     values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in grads]
-    return [torch.nn.utils.get_total_norm(values, norm_type).double()]
+    return [get_total_norm(values, norm_type).double()]

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, functional, ops
+from .._torch import F
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
+from ._overrides import overridden
 
 _TORCH_CHUNKS = hasattr(F, "linear_cross_entropy")
 WORKSPACE = 64 << 20
@@ -141,13 +142,17 @@ def linear_cross_entropy(
     operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
     if autocast:
         operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
-    backend = dispatch.pick(
-        "linear_cross_entropy",
-        *operands,
-        options=[*extras, *["options"] * chunked],
-        torch_does=None if chunked else "linear, then cross_entropy",
-        transformed=int(torch._C._are_functorch_transforms_active()),
-    )
+    if overridden("linear_cross_entropy", *operands, target, weight, token_weight):
+        # torch's composition asks in each of its parts.
+        backend = "torch"
+    else:
+        backend = dispatch.pick(
+            "linear_cross_entropy",
+            *operands,
+            options=[*extras, *["options"] * chunked],
+            torch_does=None if chunked else "linear, then cross_entropy",
+            transformed=int(torch._C._are_functorch_transforms_active()),
+        )
     # What is not well formed is composed, for torch's errors.
     well_formed = _well_formed(input, linear_weight, target, linear_bias, common, autocast)
     if backend in ("torch", "reference") or not well_formed:
@@ -161,9 +166,9 @@ def linear_cross_entropy(
     if len(batch) < 2:
         return loss
     if isinstance(loss, CrossEntropyOutput):
-        shaped = [t if t is None or t.dim() == 0 else ops.as_shape(t, (*batch, *out_features)) for t in loss]
+        shaped = [t if t is None or t.dim() == 0 else t.reshape(*batch, *out_features) for t in loss]
         return CrossEntropyOutput._make(shaped)
-    return ops.as_shape(loss, (*batch, *out_features)) if reduction == "none" else loss
+    return loss.reshape(*batch, *out_features) if reduction == "none" else loss
 
 
 def _well_formed(
@@ -239,7 +244,7 @@ def _fused(
         rows = run(linear_weight, bias[0] if bias else None, t, reduced.scale)
     outer = (*input.shape[:-1], *inner)
     loss = reduced(rows).to(result)
-    return present(ops.as_shape(loss, outer) if common["reduction"] == "none" else loss, rows, wanted, t, soft, outer)
+    return present(loss.reshape(outer) if common["reduction"] == "none" else loss, rows, wanted, t, soft, outer)
 
 
 def _composed(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
 from .. import dispatch, ops
+from .._torch import F
+from ._overrides import overridden
 
 
 def mse_loss(
@@ -37,6 +38,8 @@ def mse_loss(
 
     Sums are kept in fp32 (fp64 for fp64): a float16 mean overflows only if the mean itself does.
     """
+    if overridden("mse_loss", input, target, weight):
+        return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     tensors = (input, target) if weight is None else (input, target, weight)
     served = all(t.is_floating_point() and t.device == input.device for t in tensors)
     served = served and reduction in ("none", "mean", "sum") and (weight is None or weight.shape == input.shape)

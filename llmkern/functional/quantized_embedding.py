@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._torch import F
+from ._overrides import overridden
 from .embedding import INDEX_DTYPES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,6 +34,8 @@ def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor
     **Error bound**: an element differs from what stands for it by ``scale / 2`` at most, before rounding; computing it
     rounds in float32, and once more to the result's dtype: ``scale / 2 + (2^-22 + eps) * max|row|``.
     """
+    if overridden("quantized_embedding", weight):
+        return handle_torch_function(quantize_rows, (weight,), weight, bits)
     if bits not in (8, 4):
         raise ValueError(f"bits: got {bits!r}, expected 8 or 4")
     if weight.dim() != 2 or weight.dtype not in FLOATS:
@@ -75,6 +79,8 @@ def quantized_embedding(
         IndexError: if an index is outside ``[0, V)``: "index out of range in self".
         ValueError: if the tensors do not fit together.
     """
+    if overridden("quantized_embedding", *(tensors := (input, weight, scale, offset))):
+        return handle_torch_function(quantized_embedding, tensors, *tensors, embedding_dim, bits, dtype)
     if input.dtype not in INDEX_DTYPES:
         return F.embedding(input, weight)  # for torch's error
     if bits not in (8, 4):
@@ -93,4 +99,4 @@ def quantized_embedding(
     backend = dispatch.pick("quantized_embedding", scale, offset, options=["bits"])
     indices = input.reshape(-1).contiguous()
     table = (weight.contiguous(), scale.contiguous(), offset.contiguous())
-    return ops.as_shape(ops.quantized_embedding(*table, indices, D, bits, dtype, backend), (*input.shape, D))
+    return ops.quantized_embedding(*table, indices, D, bits, dtype, backend).view(*input.shape, D)

@@ -29,13 +29,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import dispatch, ops
+from .._torch import VF
 from ..ops import differentiating
+from ._overrides import overridden
 from ._rnn_layers import GATES, Call, Extras
 
 
 def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    asked = [t for arg in args[:4] for t in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+    if overridden(mode, *asked):
+        if mode == "slstm" or options:
+            return handle_torch_function(_PUBLIC[mode], asked, *args, **options)
+        return getattr(VF, mode)(*args)
     call = Call.parse(mode, args, Extras(**options))
     backend, kind = "torch", call.input.device.type
     autocast = torch.is_autocast_enabled(kind)
@@ -53,7 +61,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
     if backend == "torch":
-        return getattr(torch._VF, mode)(*args)
+        return getattr(VF, mode)(*args)
     if not autocast:
         return call.run(backend)
     with torch.autocast(kind, enabled=False):
@@ -80,7 +88,7 @@ def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | No
     kernels = dispatch.shortcut("native")
     if kernels is None or type(x) is not Tensor or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    if differentiating(x, *states, *weights):
+    if has_torch_function_variadic(x, *states, *weights) or differentiating(x, *states, *weights):
         return None
     try:
         if mode == "lstm":
@@ -116,8 +124,13 @@ def rnn_relu(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return _recurrent("rnn_relu", args, options)
 
 
+_PUBLIC = {"lstm": lstm, "gru": gru, "slstm": slstm, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
+
+
 def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     name, states = f"{mode}_cell", tuple(hx) if mode == "lstm" else (hx,)
+    if overridden(name, input, *states, *weights):
+        return getattr(VF, name)(input, hx, *weights)
     backend = "torch"
     if _cell_is_well_formed(mode, input, states, weights):
         tensors = [t for t in (*states, *weights) if t is not None]
@@ -125,7 +138,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
         graph = ops.differentiating(input, *tensors)
         backend = dispatch.pick(name, input, *tensors, options=autocast, B=input.shape[0], torchs=True, graph=graph)
     if backend == "torch":
-        return getattr(torch._VF, name)(input, hx, *weights)
+        return getattr(VF, name)(input, hx, *weights)
     x, h, *c = (t.contiguous() for t in (input, *states))
     weight_ih, weight_hh, bias_ih, bias_hh = (None if w is None else w.contiguous() for w in weights)
     assert weight_ih is not None

@@ -5,7 +5,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from ..reference._random import draw_seed
-from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
+from ._autograd import capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
 from ._losses import Rows
 from .cross_entropy import cross_entropy
@@ -43,7 +43,6 @@ __all__ = [
     "adagrad_step",
     "adam_step",
     "advance",
-    "as_shape",
     "capturing",
     "cross_entropy",
     "differentiating",

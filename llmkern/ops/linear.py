@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._torch import F
 from ._autograd import KernelFunction, differentiating, zeros_for_none
 from ._library import define
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import dispatch
-from ._autograd import as_shape
+from .._torch import F
 from ._library import define, define_scaled
 from .embedding import embedding
 
@@ -263,4 +262,4 @@ def row_embedding(
             out = RowEmbeddingFunction.apply(weight, indices, padding, rows)
         else:
             out = rows(indices)
-        return as_shape(out, (*input.shape, weight.shape[1]))
+        return out.view(*input.shape, weight.shape[1])
