@@ -1,7 +1,7 @@
 """What recurrent layers have in common; the classes are in ``rnn.py``.
 
-It extends ``RNNBase`` rather than torch's classes, because the compiler refuses a subclass of those under
-``fullgraph=True``. ``RNNBase`` keeps parameters, initialisation, state_dict, representation and most checks.
+Each class stands before torch's of the same name, which keeps parameters, initialisation, state_dict, representation
+and checks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional as F
 from .._torch_tree import Replaces
 from ..functional.rnn import step
+from ._admission import admit
 
 
 class Layers(torch.nn.RNNBase, Replaces):
@@ -26,7 +27,6 @@ class Layers(torch.nn.RNNBase, Replaces):
     _dim_error: str
     _states: tuple[str, ...] = ("hx",)
     _cells = 1  # the width of c, in hidden_size
-    _step_weights = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
     # What torch's layers have not, with neutral defaults; a module pickled without them has these.
     _OPTIONS = (
@@ -52,7 +52,6 @@ class Layers(torch.nn.RNNBase, Replaces):
 
     def __init__(
         self,
-        mode: str,
         *args: Any,
         clip: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -64,7 +63,7 @@ class Layers(torch.nn.RNNBase, Replaces):
         state_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(mode, *args, **kwargs)
+        super().__init__(*args, **kwargs)
         self.clip, self.zoneout, self.weight_dropout = clip, zoneout, weight_dropout
         self.variational_dropout, self.num_heads, self.layer_norm = variational_dropout, num_heads, layer_norm
         self.checkpoint_chunks, self.state_dtype = checkpoint_chunks, state_dtype
@@ -143,13 +142,42 @@ class Layers(torch.nn.RNNBase, Replaces):
         used = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) != getattr(Layers, n)]
         return ", ".join([super().extra_repr(), *used])
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
-        if not torch.compiler.is_compiling():
-            if hx is not None and (result := self._step(input, hx)) is not None:
-                return result
-            self._update_flat_weights()
+    def _weights_have_changed(self) -> bool:
+        """torch's answer in a fraction of its time: decoding asks in every step."""
+        own, parameters = self.__dict__, self._parameters
+        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            weight = None if name in own else parameters.get(name)
+            if weight is None:
+                weight = self._computed(name)
+            if weight is not None and ref is not None and ref() is not weight:
+                return True
+        return False
+
+    def _computed(self, name: str) -> Any:
+        """A weight that is parametrised, an attribute or missing. torch asks twice, which a power iteration counts."""
+        try:
+            getattr(self, name)
+        except AttributeError:
+            return None
+        return getattr(self, name)
+
+    def _weights(self) -> list[Any]:
+        """The weights of every way through, by torch's rule: the parameters as they stand, if one of them is another
+        object than at the last look; else ``_flat_weights``, which may have been set by hand."""
+        if self._weights_have_changed():
+            if torch.compiler.is_compiling():
+                # What a trace computes must not outlive it in the module.
+                return [self._computed(name) for name in self._flat_weights_names]
+            self._init_flat_weights()
+        return self._flat_weights
+
+    def _forward(self, input: Any, hx: Any) -> tuple[Any, ...]:
+        weights = self._weights()
+        short = hx is not None and not torch.compiler.is_compiling()
+        if short and (result := self._step(input, hx, weights)) is not None:
+            return result
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, weights)
         if input.dim() not in (2, 3):
             raise ValueError(self._dim_error.format(input.dim()))
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -161,15 +189,31 @@ class Layers(torch.nn.RNNBase, Replaces):
             states = states and tuple(state.unsqueeze(1) for state in states)
         if states is None:
             states = self._zeros(input, input.size(batch_dim))
-        self.check_forward_args(input, self._as_given(states), None)
-        output, finals, cells = self._call(input, states, self.batch_first)
+        self._check(input, states, None, weights)
+        output, finals, cells = self._call(input, states, weights, self.batch_first)
         if not batched:
             output, finals = output.squeeze(batch_dim), tuple(state.squeeze(1) for state in finals)
             cells = tuple(c.squeeze(batch_dim) for c in cells)
         return output, self._as_given(finals), *cells
 
+    def _check(self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None, weights: list[Any]) -> None:
+        """torch's checks, which look at ``_flat_weights``."""
+        kept = self._flat_weights
+        if weights is not kept:
+            self._flat_weights = weights
+        try:
+            self.check_forward_args(input, self._as_given(states), batch_sizes)
+        finally:
+            if weights is not kept:
+                self._flat_weights = kept
+
     def _call(
-        self, input: Tensor, states: tuple[Tensor, ...], *form: Any, batch_sizes: tuple[Tensor, ...] = ()
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...],
+        weights: list[Any],
+        *form: Any,
+        batch_sizes: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(output, final states, (cell states) if wanted) from either form of the functional."""
         if self.state_dtype is not None:
@@ -178,7 +222,7 @@ class Layers(torch.nn.RNNBase, Replaces):
             input,
             *batch_sizes,
             self._as_given(states),
-            self._flat_weights,
+            weights,
             self.bias,
             self.num_layers,
             self.dropout,
@@ -190,7 +234,7 @@ class Layers(torch.nn.RNNBase, Replaces):
         count = len(self._states)
         return output, tuple(rest[:count]), tuple(rest[count:])
 
-    def _step(self, input: Any, hx: Any) -> tuple[Any, Any] | None:
+    def _step(self, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any] | None:
         """A single step of a single plain layer, if it may take the short way."""
         if self.num_layers != 1 or self.bidirectional or self.proj_size or type(input) is not Tensor:
             return None
@@ -200,28 +244,24 @@ class Layers(torch.nn.RNNBase, Replaces):
             return None
         if self.num_heads > 1 or self.state_dtype is not None or self._keywords():
             return None
-        states, weights = self._as_tuple(hx), self._parameters
-        weight_ih, weight_hh, *biases = map(weights.get, self._step_weights)
-        # A missing one may be parametrised, which the long way knows how to find.
-        if weight_ih is None or weight_hh is None or (self.bias and any(b is None for b in biases)):
+        states = self._as_tuple(hx)
+        if states[0].dim() != 3 or states[0].size(0) != 1 or len(weights) != (4 if self.bias else 2):
             return None
-        if states[0].dim() != 3 or states[0].size(0) != 1:
-            return None
-        new = step(self._function, input, states, weight_ih, weight_hh, *biases)
+        new = step(self._function, input, states, *weights, *(() if self.bias else (None, None)))
         if new is None:
             return None
         # Not the same tensor twice: what is written into the output stays out of the state.
         y = new[0].clone()
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[Any, ...]:
+    def _forward_packed(self, input: PackedSequence, hx: Any, weights: list[Any]) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None:
             states = self._zeros(data, int(batch_sizes[0]))
         else:
             states = self._permuted(self._as_tuple(hx), sorted_indices)
-        self.check_forward_args(data, self._as_given(states), batch_sizes)
-        output, finals, cells = self._call(data, states, batch_sizes=(batch_sizes,))
+        self._check(data, states, batch_sizes, weights)
+        output, finals, cells = self._call(data, states, weights, batch_sizes=(batch_sizes,))
 
         def packed(data: Tensor) -> PackedSequence:
             return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices)
@@ -253,3 +293,6 @@ class Layers(torch.nn.RNNBase, Replaces):
         raise RuntimeError(
             f"For {kind} {wanted}-D input, {' and '.join(self._states)} should also be {wanted}-D but got {got}"
         )
+
+
+admit(Layers)

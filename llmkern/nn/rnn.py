@@ -10,10 +10,8 @@ from torch import Tensor
 
 from ._rnn import Layers
 
-_PROJ_SIZE_ERROR = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
-
-class RNN(Layers):
+class RNN(Layers, torch.nn.RNN):
     """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs.
 
     Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
@@ -22,24 +20,15 @@ class RNN(Layers):
 
     _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError(_PROJ_SIZE_ERROR)
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
     @property
     def _function(self) -> str:  # type: ignore[override]
         return self.mode.lower()
 
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
+        return self._forward(input, hx)
 
-class LSTM(Layers):
+
+class LSTM(Layers, torch.nn.LSTM):
     """Long short-term memory; see :class:`torch.nn.LSTM`. Same arguments, inputs and outputs.
 
     Keywords that torch has not, with neutral defaults:
@@ -69,11 +58,6 @@ class LSTM(Layers):
     _dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
     _states = ("hx", "cx")
 
-    # Of the pair (h, c), which RNNBase does not know.
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
-
     def __init__(
         self,
         *args: Any,
@@ -83,10 +67,13 @@ class LSTM(Layers):
         **kwargs: Any,
     ) -> None:
         self.forget_bias, self.peephole, self.return_cell_states = forget_bias, peephole, return_cell_states
-        super().__init__("LSTM", *args, **kwargs)
+        super().__init__(*args, **kwargs)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
+        return self._forward(input, hx)
 
 
-class GRU(Layers):
+class GRU(Layers, torch.nn.GRU):
     """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs.
 
     Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
@@ -96,10 +83,8 @@ class GRU(Layers):
     _function = "gru"
     _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError(_PROJ_SIZE_ERROR)
-        super().__init__("GRU", *args, **kwargs)
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
+        return self._forward(input, hx)
 
 
 class sLSTM(Layers):
@@ -132,3 +117,6 @@ class sLSTM(Layers):
         self.return_cell_states = return_cell_states
         # Parameters have an LSTM's shapes.
         super().__init__("LSTM", *args, **kwargs)
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
+        return self._forward(input, hx)

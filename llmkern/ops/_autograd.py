@@ -69,10 +69,20 @@ class KernelFunction(Function):
     @classmethod
     def run(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return cls.apply(*args)
+            return cls.apply(*_distinct(args))
         if torch._C._are_functorch_transforms_active():
             return _transformed(cls).apply(*args)
         return _eager(cls).apply(*args)
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """The compiler takes no tensor twice in one call (h as c, tied weights, a target that is the input): from the
+    second time on it comes as a view of itself, and autograd adds the gradients of both."""
+    result: list[Any] = []
+    for arg in args:
+        repeated = isinstance(arg, Tensor) and any(arg is other for other in result)
+        result.append(arg.view_as(arg) if repeated else arg)
+    return result
 
 
 @cache

@@ -1,0 +1,66 @@
+"""Lets the compiler trace our recurrent layers, which are torch's by class.
+
+The compiler refuses every instance of ``torch.nn.RNN``, ``LSTM`` and ``GRU``: their kernels cannot be traced. Ours can,
+but they are instances too. Its setting ``allow_rnn`` would admit them all, torch's included, which would then be
+unrolled step by step; so it is set for a module of ours alone, while the compiler looks at that module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+_BUILDER = "torch._dynamo.variables.builder"
+
+
+def admit(ours: type) -> None:
+    """Admits instances of ``ours``: now, if the compiler is loaded, else when it is. Loading it takes seconds."""
+    if builder := sys.modules.get(_BUILDER):
+        _patch(builder, ours)
+    else:
+        sys.meta_path.insert(0, _WhenLoaded(lambda module: _patch(module, ours)))
+
+
+def _patch(builder: ModuleType, ours: type) -> None:
+    variables: Any = getattr(builder, "VariableBuilder", None)
+    config: Any = getattr(builder, "config", None)
+    wrap = getattr(variables, "wrap_module", None)
+    if wrap is None or not hasattr(config, "allow_rnn"):
+        # Another version of the compiler, with another rule.
+        return
+
+    @wraps(wrap)
+    def wrap_module(self: Any, value: Any) -> Any:
+        if not isinstance(value, ours):
+            return wrap(self, value)
+        with config.patch(allow_rnn=True):
+            return wrap(self, value)
+
+    variables.wrap_module = wrap_module
+
+
+class _WhenLoaded(MetaPathFinder):
+    """Calls ``then`` with the compiler's module right after it was executed."""
+
+    def __init__(self, then: Callable[[ModuleType], None]) -> None:
+        self.then = then
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _BUILDER:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.then(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
