@@ -211,27 +211,166 @@ def same(ours: Any, theirs: Any) -> None:
             torch.testing.assert_close(ours[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_giving_other_weights_reaches_every_way_through(way: str, name: str) -> None:
-    run(way, name)
+# What compiling takes seconds to show: each way with one class.
+COMPILED = [
+    ("old_weight_norm", "GRU"),
+    ("old_spectral_norm", "RNNCell"),
+    ("weight_norm", "LSTM"),
+    ("spectral_norm", "RNN"),
+    ("orthogonal", "GRUCell"),
+    ("parametrised_and_back", "LSTM"),
+    ("pruned", "RNN"),
+    ("functional_call", "LSTM"),
+    ("functional_call", "LSTMCell"),
+    ("weight_dropping", "GRU"),
+    ("deleted_and_replaced", "GRU"),
+    ("swapped_data", "LSTM"),
+    ("assigned", "RNN"),
+    ("tied_biases", "GRU"),
+    ("tied_within", "LSTM"),
+    ("copy_of_parametrised", "GRU"),
+]
 
 
-def run(way, name, export=True):
+@pytest.fixture(autouse=True)
+def _forgotten() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("way", "name"), COMPILED)
+def test_other_weights_reach_every_way_through(way: str, name: str) -> None:
     ours, theirs = build(nn, name, way), build(torch.nn, name, way)
 
     def both(f: Any, states: bool) -> None:
         same(call(f, ours, name, way, states), call(theirs, theirs, name, way, states))
 
-    torch._dynamo.reset()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     both(ours, True)
     both(compiled, False)
     with torch.no_grad():
+        # The second time the short way of a step.
         both(ours, True)
-        for m in (ours, theirs):
-            for p in m.parameters():
-                p.mul_(0.75)
+        for parameter in (*ours.parameters(), *theirs.parameters()):
+            parameter.mul_(0.75)
         both(ours, True)
     both(compiled, False)
     both(ours, False)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+@pytest.mark.parametrize("way", WAYS)
+def test_other_weights_reach_eager_calls_of_every_class(way: str, name: str) -> None:
+    ours, theirs = build(nn, name, way), build(torch.nn, name, way)
+    for states in (False, True):
+        same(call(ours, ours, name, way, states), call(theirs, theirs, name, way, states))
+        with torch.no_grad():
+            same(call(ours, ours, name, way, states), call(theirs, theirs, name, way, states))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("way", "name"), [("weight_norm", "LSTM"), ("functional_call", "GRU"), ("tied_biases", "LSTM"), ("pruned", "RNN")]
+)
+def test_other_weights_reach_exported_programs(way: str, name: str, strict: bool) -> None:
+    ours, theirs = build(nn, name, way), build(torch.nn, name, way)
+    if way == "functional_call":
+        # What it calls must be part of the program.
+        ours.inner = ours.module[0]
+    program = torch.export.export(ours, (torch.randn(1, B, I),), strict=strict).module()
+    (got, _), (want, _) = (call(f, m, name, way, False) for f, m in ((program, ours), (theirs, theirs)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _by_hand(package: Any, name: str) -> Any:
+    torch.manual_seed(5)
+    module = getattr(package, name)(I, H)
+    module._flat_weights = [torch.nn.Parameter(w.detach() * 3) for w in module._flat_weights]
+    return module
+
+
+@pytest.mark.parametrize("name", ["LSTM", "RNN"])
+def test_flat_weights_set_by_hand_serve_training_and_decoding(name: str) -> None:
+    ours, theirs = _by_hand(nn, name), _by_hand(torch.nn, name)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for f in (ours, compiled):
+        for states in (False, True):
+            got, want = (call(g, m, name, "", states) for g, m in ((f, ours), (theirs, theirs)))
+            same(got, want)
+            assert all(grad is None for grad in got[1].values())
+            for a, b in zip(ours._flat_weights, theirs._flat_weights, strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        same(call(ours, ours, name, "", True), call(theirs, theirs, name, "", True))
+        for module in (ours, theirs):
+            # One parameter is replaced: all of them serve again.
+            module.weight_ih_l0 = torch.nn.Parameter(module.weight_ih_l0 * 2)
+        same(call(ours, ours, name, "", True), call(theirs, theirs, name, "", True))
+    same(call(compiled, ours, name, "", False), call(theirs, theirs, name, "", False))
+
+
+@pytest.mark.parametrize("name", ["LSTM"])
+def test_nothing_of_a_functional_call_stays(name: str) -> None:
+    torch.manual_seed(2)
+    module, x = getattr(nn, name)(I, H), torch.randn(3, B, I)
+    others = {n: p.detach() * 2 for n, p in module.named_parameters()}
+    plain = [t.detach() for t in _flat(module(x))]
+
+    def function(x: Tensor) -> Any:
+        return functional_call(module, others, (x,))
+
+    different = [t.detach() for t in _flat(function(x))]
+    compiled, inner = (torch.compile(f, backend="aot_eager", fullgraph=True) for f in (module, function))
+    for f, want in (
+        (compiled, plain),
+        (inner, different),
+        (compiled, plain),
+        (module, plain),
+        (function, different),
+    ) * 2:
+        torch.testing.assert_close(_flat(f(x)), want, rtol=1e-5, atol=1e-6)
+    same_objects = [a is b for a, b in zip(copy.deepcopy(module)._flat_weights, module.parameters(), strict=True)]
+    assert not any(same_objects)
+    module(x)
+    assert all(a is b for a, b in zip(module._flat_weights, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["GRU"])
+def test_weights_of_another_dtype_are_checked_as_given(name: str) -> None:
+    module = getattr(nn, name)(I, H)
+    others = {n: p.detach().double() for n, p in module.named_parameters()}
+    x = torch.randn(3, B, I, dtype=torch.float64)
+
+    def function(x: Tensor) -> Any:
+        return functional_call(module, others, (x,))
+
+    want = _flat(copy.deepcopy(module).double()(x))
+    for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(_flat(f(x)), [t.detach() for t in want])
+
+
+@pytest.mark.parametrize("name", ["LSTM"])
+def test_one_weight_in_several_places_has_the_sum_of_its_gradients(name: str) -> None:
+    def make(package: Any) -> Any:
+        torch.manual_seed(4)
+        first, second = (getattr(package, name)(H, H, num_layers=2) for _ in range(2))
+        first.weight_hh_l1 = first.weight_hh_l0
+        second.weight_ih_l0, second.bias_hh_l1 = first.weight_ih_l0, first.bias_ih_l0
+        return torch.nn.ModuleList([first, second])
+
+    ours, theirs = make(nn), make(torch.nn)
+    x = torch.randn(3, B, H)
+
+    def results(f: Any, m: Any) -> Any:
+        y = f(x)
+        m.zero_grad()
+        y.square().sum().backward()
+        return [y], {n: p.grad for n, p in m.named_parameters()}
+
+    want = results(lambda x: theirs[1](theirs[0](x)[0])[0], theirs)
+
+    def function(x: Tensor) -> Tensor:
+        return ours[1](ours[0](x)[0])[0]
+
+    for f in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        same(results(f, ours), want)

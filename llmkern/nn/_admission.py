@@ -36,7 +36,8 @@ def _patch(builder: ModuleType, ours: type) -> None:
 
     @wraps(wrap)
     def wrap_module(self: Any, value: Any) -> Any:
-        if not isinstance(value, ours):
+        # Not `isinstance`, which takes torch's for ours.
+        if ours not in type(value).__mro__:
             return wrap(self, value)
         with config.patch(allow_rnn=True):
             return wrap(self, value)
