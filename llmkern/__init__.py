@@ -10,6 +10,7 @@ Submodules load on first use, so that ``llmkern.numpy`` works without torch.
 from __future__ import annotations
 
 import importlib
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +39,18 @@ _HOME = {
 _SUBMODULES = {"dispatch", "functional", "kernels", "native", "nn", "numpy", "ops", "optim", "reference"}
 
 
+def _submodule(path: str) -> Any:
+    # This copy's own: `sys.modules` has another's, if llmkern has been imported again since.
+    first, *rest = path.split(".")
+    module = globals().get(first)
+    return reduce(getattr, rest, module) if module else importlib.import_module(f"{__name__}.{path}")
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(_submodule(_HOME[name]), name)
     if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _submodule(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -13,7 +13,13 @@ import torch
 
 from .. import dispatch
 
-_library = torch.library.Library("llmkern", "DEF")
+# torch's registry takes a name once in a process. What is defined is kept beside it, so that llmkern may be imported
+# again (after its modules were purged from `sys.modules`), and so that nothing is undone when an earlier copy goes.
+_registry: dict[str, Any] = vars(torch.ops.llmkern)
+_schemas: dict[str, str] = _registry.setdefault("_schemas", {})
+if "_library" not in _registry:
+    _registry["_library"] = torch.library.Library("llmkern", "DEF")
+_library: torch.library.Library = _registry["_library"]
 
 
 def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,9 +39,15 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         with torch._C._DisableAutocast():
             return implementation(*arguments)
 
-    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    if _schemas.setdefault(name, schema) != schema:
+        raise RuntimeError(
+            f"llmkern::{name}: got a second version of llmkern in this process, with another schema than the first, but"
+            " torch keeps the ops of the first until the process ends; restart Python"
+        )
+    if not hasattr(getattr(torch.ops.llmkern, function, None), overload or "default"):
+        _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
     return getattr(getattr(torch.ops.llmkern, function), overload or "default")
 
 
