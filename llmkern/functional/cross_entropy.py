@@ -135,9 +135,9 @@ def cross_entropy(
     backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=[name for name, on in used.items() if on])
     if backend == "torch":
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    logits = _canonical(x)
+    logits, *probabilities = _canonical(x, t) if soft else _canonical(x)
     shape = (logits.shape[0], *logits.shape[2:])
-    t = _canonical(t) if soft else t.reshape(shape).to(torch.int64).contiguous()
+    t = probabilities[0] if soft else t.reshape(shape).to(torch.int64).contiguous()
     reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, losses_dtype(x))
     rows = ops.cross_entropy(
         logits,
@@ -159,14 +159,16 @@ def _tensors(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _canonical(input: Tensor) -> Tensor:
-    """(C), (N, C) or (N, C, d1, ...) as contiguous (N, C) or (N, C, D): classes side by side if they lie so."""
+def _canonical(input: Tensor, *others: Tensor) -> list[Tensor]:
+    """Tensors of one shape, (C), (N, C) or (N, C, d1, ...), all as contiguous (N, C) or all as (N, C, D): classes side
+    by side if the first one's lie so. Rows of one are rows of all, however each lies in memory."""
+    tensors = (input, *others)
     if input.dim() <= 2:
-        return torch.atleast_2d(input).contiguous()
+        return [torch.atleast_2d(t).contiguous() for t in tensors]
     if input.movedim(1, -1).is_contiguous():
-        return input.movedim(1, -1).reshape(-1, input.shape[1]).contiguous()
-    flat = input.reshape(*input.shape[:2], -1).contiguous()
-    return flat.squeeze(2) if flat.shape[2] == 1 else flat
+        return [t.movedim(1, -1).reshape(-1, t.shape[1]).contiguous() for t in tensors]
+    flat = [t.reshape(*t.shape[:2], -1).contiguous() for t in tensors]
+    return [t.squeeze(2) for t in flat] if flat[0].shape[2] == 1 else flat
 
 
 def _well_formed(
