@@ -18,6 +18,10 @@ def the_product_is_torchs(dtype: torch.dtype, sizes: dict[str, int]) -> str | No
     return "would call torch's product too"
 
 
+def batched_by_torch(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return "torch.func batches torch's own function" if sizes.get("mapped") else None
+
+
 def composition_is_better(dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
     return "torch.func batches the composition" if sizes["transformed"] else None
 

@@ -27,6 +27,10 @@ import torch
 
 from . import _sizes
 from ._graphs import asked_by_the_compiler, leaving
+from ._plain import NESTED as NESTED
+from ._plain import TRANSFORMS
+from ._plain import mapped as mapped
+from ._plain import strange as strange
 
 BACKENDS = ("native", "triton", "torch", "reference")
 _MODULES = {"native": "llmkern.native", "triton": "llmkern.kernels", "reference": "llmkern.reference"}
@@ -97,14 +101,14 @@ _TORCHS_STEPS = (
 # TORCH_LACKS and REFERENCE_LACKS.
 TABLE: dict[str, dict[str, Support]] = {
     "cross_entropy": {
-        "native": _cpu(*_LOSS_OPTIONS),
-        "triton": _gpu(*_LOSS_OPTIONS),
+        "native": _cpu(*_LOSS_OPTIONS, unless=_sizes.batched_by_torch),
+        "triton": _gpu(*_LOSS_OPTIONS, unless=_sizes.batched_by_torch),
     },
     "nll_loss": {},
     "dropout": {"native": _cpu(), "triton": _gpu()},
     "embedding": {
-        "native": _cpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
-        "triton": _gpu("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+        backend: on("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", unless=_sizes.batched_by_torch)
+        for backend, on in (("native", _cpu), ("triton", _gpu))
     },
     "embedding_bag": {
         backend: on(*("padding_idx", "max_norm", "scale_grad_by_freq", "sparse", "per_sample_weights", "weighted_mean"))
@@ -161,9 +165,10 @@ TABLE: dict[str, dict[str, Support]] = {
 TORCH_LACKS: dict[str, frozenset[str]] = {
     "quantized_embedding": frozenset({"bits"}),
     "cross_entropy": frozenset({"z_loss", "softcap", "logit_scale", "token_weight", "outputs"}),
-    "embedding_bag": frozenset({"weighted_mean"}),
-    "lstm": frozenset({*_RNN_OPTIONS, "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
-    **{mode: frozenset(_RNN_OPTIONS) for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    "embedding_bag": frozenset({"weighted_mean", *TRANSFORMS}),
+    "lstm": frozenset({*_RNN_OPTIONS, *TRANSFORMS, "peepholes", "forget_bias", "zoneout_cell", "clipped_projection"}),
+    **{mode: frozenset({*_RNN_OPTIONS, *TRANSFORMS}) for mode in ("gru", "rnn_tanh", "rnn_relu")},
+    **{f"{mode}_cell": frozenset(TRANSFORMS) for mode in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
     "slstm": frozenset({"mode", *_RNN_OPTIONS}),
     "row_optim": frozenset({"row_grad"}),
     **{name: frozenset({"state_dtype"}) for name in ("adam", "sgd", "adagrad")},
@@ -285,7 +290,8 @@ def pick(
     Args:
         op: a key of ``TABLE``.
         tensors: the floating tensors of the call; they must share device and dtype for a kernel to serve them.
-        options: names of the options that are in use with other than their neutral values.
+        options: names of the options that are in use with other than their neutral values, and what :func:`strange`
+            says of all tensors of the call.
         torch_does: what the caller does on ``"torch"``, where that is not torch's own function; for explain.
         sizes: what a size rule of the table may want to see.
 

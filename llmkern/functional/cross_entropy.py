@@ -114,9 +114,12 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_outputs(outputs)
-    if not _well_formed(input, target, weight, ignore_index, reduction, label_smoothing, token_weight):
+    strange = dispatch.strange(input, target, weight, token_weight)
+    if strange != dispatch.NESTED and not _well_formed(
+        input, target, weight, ignore_index, reduction, label_smoothing, token_weight
+    ):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    soft = target.shape == input.shape
+    soft = strange != dispatch.NESTED and target.shape == input.shape
     used = {
         "weight": weight is not None,
         "label_smoothing": label_smoothing != 0,
@@ -132,7 +135,8 @@ def cross_entropy(
         x, weight = x.float(), None if weight is None else weight.float()
     if soft:
         x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))
-    backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=[name for name, on in used.items() if on])
+    options = [*strange, *(name for name, on in used.items() if on)]
+    backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=options, mapped=dispatch.mapped())
     if backend == "torch":
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     logits, *probabilities = _canonical(x, t) if soft else _canonical(x)

@@ -25,6 +25,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     # A seed is a number: the compiler would leave its graph for it, vmap has its own rules for random numbers, and a
     # CUDA graph would replay one mask.
     options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
+    options += dispatch.strange(input)
     backend = "torch"
     if training and 0 < p <= 1 and input.numel():
         backend = dispatch.pick("dropout", input, options=options)

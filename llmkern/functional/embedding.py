@@ -55,13 +55,18 @@ def embedding(
         options.append("scale_grad_by_freq")
     if sparse:
         options.append("sparse")
+    strange = dispatch.strange(input, weight)
     served = weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
-    if padding_idx is not None:
+    if padding_idx is not None and strange != dispatch.NESTED:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
     if max_norm is not None or sparse:
         # torch's gradient says that it has no sparse one by frequency.
         served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
-    backend = "torch" if not served else dispatch.pick("embedding", weight, options=options)
+    backend = (
+        "torch"
+        if not served
+        else dispatch.pick("embedding", weight, options=[*options, *strange], mapped=dispatch.mapped())
+    )
     if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     indices = input.reshape(-1).contiguous()

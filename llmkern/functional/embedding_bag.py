@@ -68,13 +68,16 @@ def embedding_bag(
         "weighted_mean": mode == "mean" and per_sample_weights is not None,
     }
     options = [name for name, value in values.items() if value is not None and value is not False]
-    served = _is_bag_call(input, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    strange = dispatch.strange(input, weight, offsets, per_sample_weights)
+    served = strange == dispatch.NESTED or _is_bag_call(
+        input, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx
+    )
     served = served and not (mode == "max" and (scale_grad_by_freq or sparse))
     if max_norm is not None or sparse:
         # torch's gradient says that it has no sparse one by frequency.
         served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
     floats = [weight] if per_sample_weights is None else [weight, per_sample_weights]
-    backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=options)
+    backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=[*options, *strange])
     if backend == "torch":
         return F.embedding_bag(*as_written)
     indices, num_bags = input.reshape(-1).contiguous(), input.shape[0]
@@ -121,7 +124,7 @@ def _is_bag_call(
     """Whether the call is well-formed, but for the values of indices and offsets."""
     if weight.dim() != 2 or not weight.is_floating_point() or mode not in ("sum", "mean", "max"):
         return False
-    if input.dtype not in INDEX_DTYPES or input.device != weight.device or input.is_nested:
+    if input.dtype not in INDEX_DTYPES or input.device != weight.device:
         return False
     if input.dim() != (2 if offsets is None else 1):
         return False

@@ -85,11 +85,14 @@ def by_backend(grads: list[Tensor], norm_type: float = 2.0) -> list[tuple[str, l
     for grad in grads:
         dense = grad._values() if grad.is_sparse else grad
         several = grad.is_sparse and grad.sparse_dim() != 1
-        kinds.setdefault((grad.is_sparse, several, dense.is_contiguous(), grad.device, grad.dtype), []).append(grad)
+        strange = tuple(dispatch.strange(dense))
+        contiguous = bool(strange) or dense.is_contiguous()
+        kinds.setdefault((grad.is_sparse, several, contiguous, strange, grad.device, grad.dtype), []).append(grad)
     result = []
-    for (sparse, several, contiguous, *_), members in kinds.items():
+    for (sparse, several, contiguous, strange, *_), members in kinds.items():
         used = {"norm_type": float(norm_type) != 2, "several sparse dimensions": several}
         used["non-contiguous tensors"] = not contiguous
+        used |= dict.fromkeys(strange, True)
         first = members[0]._values() if sparse else members[0]
         op = "sparse_grad_norm" if sparse else "grad_norm"
         backend = dispatch.pick(op, first, options=[name for name, on in used.items() if on])

@@ -24,16 +24,22 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if overridden("linear", input, weight, bias):
         return F.linear(input, weight, bias)
     tensors = [t for t in (input, weight, bias) if t is not None]
-    fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and input.numel() > 0
-    fits = fits and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])
-    if not fits or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+    strange = dispatch.strange(*tensors)
+    if strange != dispatch.NESTED and not _fits(input, weight, bias):
         return F.linear(input, weight, bias)
-    rows = input.numel() // input.shape[-1]
-    cast = ["autocast"] if torch.is_autocast_enabled(input.device.type) else []
+    rows = 0 if strange == dispatch.NESTED else input.numel() // input.shape[-1]
+    options = [*strange, "autocast"] if torch.is_autocast_enabled(input.device.type) else strange
     transformed = int(torch._C._are_functorch_transforms_active())
-    backend = dispatch.pick("linear", *tensors, options=cast, products=rows * weight.numel(), transformed=transformed)
+    products = rows * weight.numel()
+    backend = dispatch.pick("linear", *tensors, options=options, products=products, transformed=transformed)
     if backend == "torch":
         return F.linear(input, weight, bias)
     flat = bias if bias is None else bias.contiguous()
     y = ops.linear(input.reshape(rows, -1).contiguous(), weight.contiguous(), flat, backend)
     return y.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is something to do, and torch would do it."""
+    fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and input.numel() > 0
+    return fits and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])

@@ -142,6 +142,7 @@ def linear_cross_entropy(
     operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
     if autocast:
         operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
+    strange = dispatch.strange(input, linear_weight, linear_bias, target, weight, token_weight)
     if overridden("linear_cross_entropy", *operands, target, weight, token_weight):
         # torch's composition asks in each of its parts.
         backend = "torch"
@@ -149,7 +150,7 @@ def linear_cross_entropy(
         backend = dispatch.pick(
             "linear_cross_entropy",
             *operands,
-            options=[*extras, *["options"] * chunked],
+            options=[*extras, *["options"] * chunked, *strange],
             torch_does=None if chunked else "linear, then cross_entropy",
             transformed=int(torch._C._are_functorch_transforms_active()),
         )

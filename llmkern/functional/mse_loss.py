@@ -41,14 +41,20 @@ def mse_loss(
     if overridden("mse_loss", input, target, weight):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     tensors = (input, target) if weight is None else (input, target, weight)
+    strange = dispatch.strange(*tensors)
     served = all(t.is_floating_point() and t.device == input.device for t in tensors)
-    served = served and reduction in ("none", "mean", "sum") and (weight is None or weight.shape == input.shape)
+    served = (
+        served
+        and reduction in ("none", "mean", "sum")
+        and (weight is None or strange == dispatch.NESTED or weight.shape == input.shape)
+    )
     if not served:
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     # As torch's autocast treats a loss.
     cast = weight is None and torch.is_autocast_enabled(input.device.type)
     x, t = (_single(input), _single(target)) if cast else (input, target)
-    backend = dispatch.pick("mse_loss", x, t, *tensors[2:], options=["weight"] * (weight is not None))
+    options = [*strange, *["weight"] * (weight is not None)]
+    backend = dispatch.pick("mse_loss", x, t, *tensors[2:], options=options)
     if backend == "torch":
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     if size_average is not None or reduce is not None:

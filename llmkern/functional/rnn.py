@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
 from .._torch import VF
@@ -53,6 +53,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         call = served or call
         tensors = [call.input, *call.params, *call.extras.tensors()]
         tensors += [state for state in call.states if "state_dtype" not in used]
+        used += dispatch.strange(*tensors, *call.states, call.batch_sizes)
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
         torchs = not dispatch.TORCH_LACKS[mode].intersection(used)
@@ -70,6 +71,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
     return y.to(call.states[0].dtype), *rest
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _STEP_MODES = {"gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 
 
@@ -86,9 +88,9 @@ def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | No
         The new states, shaped as the old ones; ``None`` if the call must go another way, be it to be refused.
     """
     kernels = dispatch.shortcut("native")
-    if kernels is None or type(x) is not Tensor or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if kernels is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    if has_torch_function_variadic(x, *states, *weights) or differentiating(x, *states, *weights):
+    if not _PLAIN.issuperset(map(type, (x, *states, *weights))) or differentiating(x, *states, *weights):
         return None
     try:
         if mode == "lstm":
@@ -134,9 +136,11 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     backend = "torch"
     if _cell_is_well_formed(mode, input, states, weights):
         tensors = [t for t in (*states, *weights) if t is not None]
-        autocast = ["autocast"] if torch.is_autocast_enabled(input.device.type) else []
+        options = dispatch.strange(input, *tensors)
+        if torch.is_autocast_enabled(input.device.type):
+            options = [*options, "autocast"]
         graph = ops.differentiating(input, *tensors)
-        backend = dispatch.pick(name, input, *tensors, options=autocast, B=input.shape[0], torchs=True, graph=graph)
+        backend = dispatch.pick(name, input, *tensors, options=options, B=input.shape[0], torchs=True, graph=graph)
     if backend == "torch":
         return getattr(VF, name)(input, hx, *weights)
     x, h, *c = (t.contiguous() for t in (input, *states))

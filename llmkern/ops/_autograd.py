@@ -46,10 +46,13 @@ def traced(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def plain_backward() -> bool:
-    """Whether a backward is a plain one: no graph of it, no transform. To others nothing computed before, on a bet on
-    the gradient that they would get, may be handed out."""
-    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+def plain_backward(*cotangents: Tensor | None) -> bool:
+    """Whether a backward is a plain one: no graph of it, no transform, no batch of them
+    (``autograd.grad(..., is_grads_batched=True)``). To others nothing computed before, on a bet on the gradient that
+    they would get, may be handed out."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents if d is not None)
 
 
 class KernelFunction(Function):
@@ -71,7 +74,7 @@ class KernelFunction(Function):
         if torch.compiler.is_compiling():
             return cls.apply(*_distinct(args))
         if torch._C._are_functorch_transforms_active():
-            return _transformed(cls).apply(*args)
+            return _transformed(cls).apply(*(_Whole(arg) if isinstance(arg, tuple) else arg for arg in args))
         return _eager(cls).apply(*args)
 
 
@@ -85,9 +88,27 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
     return result
 
 
+class _Whole:
+    """A tuple that ``torch.func``, which looks for tensors in all arguments, takes for one argument."""
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        self.value = value
+
+    @staticmethod
+    def bare(args: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(arg.value if isinstance(arg, _Whole) else arg for arg in args)
+
+
 @cache
 def _transformed(function: type[KernelFunction]) -> type[Function]:
-    return type(function.__name__, (function,), {"jvp": staticmethod(function.tangent)})
+    def forward(*args: Any) -> Any:
+        return function.forward(*_Whole.bare(args))
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        function.setup_context(ctx, _Whole.bare(inputs), output)
+
+    methods = {"forward": forward, "setup_context": setup_context, "jvp": function.tangent}
+    return type(function.__name__, (function,), {name: staticmethod(f) for name, f in methods.items()})
 
 
 @cache

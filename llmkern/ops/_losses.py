@@ -19,6 +19,7 @@ from .. import reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    plain_backward,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
@@ -118,7 +119,8 @@ class LossFunction(KernelFunction):
         nothing = (None,) * (3 + len(ctx.options) + 4)
         if dtotal is None and all(d is None for d in given):
             return (None,) * 4 + nothing
-        if ctx.bet is not None and dtotal is not None and _plain(given):
+        total_alone = all(d is None for d in given)
+        if ctx.bet is not None and dtotal is not None and total_alone and plain_backward(dtotal):
             gradients, ctx.bet = ctx.bet, None
             # Mostly it is 1.
             if may_change(dtotal):
@@ -240,13 +242,6 @@ def _spread(linear: bool, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """The forward's gradients in the order of the primals; None for what is empty because it was not wanted."""
     places = gradients if linear else (gradients[0], None, None, gradients[1])
     return [g if g is not None and g.numel() else None for g in places]
-
-
-def _plain(drows: Sequence[Tensor | None]) -> bool:
-    """Whether the backward is one of total alone: no graph of it, no transform."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(d is None for d in drows)
 
 
 def _reference(

@@ -98,8 +98,9 @@ class FusedEmbeddingFunction(KernelFunction):
         if ctx.options.norm == "none":
             # Linear: as with torch's embedding, a table may change before the backward, which asks for its shape only.
             tensors[:_TABLES] = [None if t is None else t.new_zeros(()).expand(t.shape) for t in tensors[:_TABLES]]
+        # vmap takes the two lists for one.
         ctx.save_for_backward(*tensors, stats)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_forward(*tensors, stats)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -114,8 +115,9 @@ class FusedEmbeddingFunction(KernelFunction):
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        function, primals = _reference(ctx.saved_tensors, _unruled(ctx.options))
-        return reference_jvp(function, primals, _present(tangents, ctx.saved_tensors, primals)), None
+        inputs = ctx.saved_tensors[:_TENSORS]
+        function, primals = _reference(inputs, _unruled(ctx.options))
+        return reference_jvp(function, primals, _present(tangents, inputs, primals)), None
 
 
 class FusedEmbeddingBackwardFunction(KernelFunction):

@@ -42,7 +42,7 @@ def _settled(
 ) -> bool:
     """Whether the forward's gradients may be handed out. A GPU's kernel compares what came with the bet, and puts them
     right if it was lost: the host would have to wait for the number."""
-    if not plain_backward():
+    if not plain_backward(dloss):
         return False
     settle = getattr(dispatch.load(backend), "mse_loss_settle_", None)
     if settle is None:

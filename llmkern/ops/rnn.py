@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._autograd import KernelFunction, differentiating, reference_jvp, reference_vjp_vjp, zeros_for_none
+from ._autograd import (
+    KernelFunction,
+    differentiating,
+    reference_jvp,
+    reference_vjp,
+    reference_vjp_vjp,
+    zeros_for_none,
+)
 from ._library import define
 
 
@@ -52,9 +60,14 @@ def _forward_fake(x: Tensor, hx: Tensor, cx: Tensor | None, *args: Any) -> tuple
     )
 
 
+def _by_want(wants: Sequence[bool]) -> list[bool]:
+    """Which primals are meant by (dx, dstates, dweights)."""
+    dx, dstates, dweights = wants
+    return [dx, *[dstates] * 2, *[dweights] * 7]
+
+
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, (needs_dx, needs_dstates, needs_dweights) = args[4 : 4 + _PRIMALS], args[-3:]
-    wanted = [needs_dx, *[needs_dstates] * 2, *[needs_dweights] * 7]
+    inputs, wanted = args[4 : 4 + _PRIMALS], _by_want(args[-3:])
     x = inputs[0]
     return tuple(
         torch.empty_like(t) if w and t is not None else x.new_empty(0) for t, w in zip(inputs, wanted, strict=True)
@@ -109,8 +122,10 @@ class RNNFunction(KernelFunction):
         ctx.mark_non_differentiable(gates, normed, *(() if tensors[2] is not None else (cy, cells)))
         # Autograd would make zeros for the gates, the largest of all tensors, on every backward.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, y, gates, cells, normed)
-        ctx.save_for_forward(*tensors)
+        # vmap takes the two lists for one.
+        saved = (*tensors, y, gates, cells, normed)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(
@@ -173,7 +188,7 @@ class RNNBackwardFunction(KernelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.options = inputs[: 4 + _PRIMALS + 1], inputs[-3]
+        tensors, (ctx.options, ctx.wants) = inputs[: 4 + _PRIMALS + 1], inputs[-3:-1]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -190,6 +205,25 @@ class RNNBackwardFunction(KernelFunction):
         grads = [None if t is None else next(of_cotangents) for t in cotangents]
         grads += [None if t is None else next(of_primals) for t in inputs[:_PRIMALS]]
         return *grads, *[None] * 8
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        cotangents, inputs = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        directions = tuple(d for d in cotangents if d is not None)
+        function, primals = _reference(inputs, ctx.options, len(directions))
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return reference_vjp(function, tensors[len(directions) :], tensors[: len(directions)])
+
+        here = [t is not None for t in (*cotangents, *inputs[:_PRIMALS])]
+        moved = [d for d, present in zip(tangents, here, strict=False) if present]
+        everything = (*directions, *primals)
+        moves = iter(reference_jvp(gradients, everything, zeros_for_none(moved, everything)))
+        full = [next(moves) if present else None for present in here[4:]]
+        # What is not wanted is empty, and so is its direction.
+        wanted = _by_want(ctx.wants)
+        nothing = primals[0].new_empty(0)
+        return tuple(d if w and d is not None else nothing for w, d in zip(wanted, full, strict=True))
 
 
 def _wanted(grads: tuple[Tensor, ...], inputs: Any, needs: Any) -> list[Tensor | None]:

@@ -275,8 +275,9 @@ def _options(group: dict[str, Any], tensors: list[Tensor]) -> list[str]:
     used = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
     used["state_dtype"] = len({t.dtype for t in tensors}) > 1
     used["complex tensors"] = tensors[0].is_complex()
-    used["non-contiguous tensors"] = not all([t.is_contiguous() for t in tensors])  # noqa: C419
-    return [name for name, on in used.items() if on]
+    strange = dispatch.strange(*tensors)
+    used["non-contiguous tensors"] = not (strange or all([t.is_contiguous() for t in tensors]))  # noqa: C419
+    return [*strange, *(name for name, on in used.items() if on)]
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:
