@@ -23,9 +23,10 @@ class Layers(torch.nn.RNNBase, Replaces):
     """What the three have in common: states in, states out, packed, unbatched or neither."""
 
     _function: str
-    # The words of torch's messages, which differ between its classes.
-    _dim_error: str
-    _states: tuple[str, ...] = ("hx",)
+    # Whose forward refuses a malformed call.
+    _torchs: type[torch.nn.RNNBase]
+    # Whether there is a c beside h.
+    _pair = False
     _cells = 1  # the width of c, in hidden_size
 
     # What torch's layers have not, with neutral defaults; a module pickled without them has these.
@@ -78,7 +79,7 @@ class Layers(torch.nn.RNNBase, Replaces):
                 raise ValueError(
                     f"{name}: got {given}, expected a share between 0 and 1, or for zoneout a pair of them"
                 )
-        if isinstance(self.zoneout, tuple) and len(self._states) == 1:
+        if isinstance(self.zoneout, tuple) and not self._pair:
             raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
         if not self.clip >= 0:
             raise ValueError(f"clip: got {self.clip}, expected a bound > 0, or 0 for none")
@@ -176,14 +177,13 @@ class Layers(torch.nn.RNNBase, Replaces):
         short = hx is not None and not torch.compiler.is_compiling()
         if short and (result := self._step(input, hx, weights)) is not None:
             return result
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, weights)
-        if input.dim() not in (2, 3):
-            raise ValueError(self._dim_error.format(input.dim()))
-        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         states = None if hx is None else self._as_tuple(hx)
-        if states is not None:
-            self._check_state_dims(states, batched)
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, states, weights)
+        tensors = (input, *(states or ()))
+        if not all(isinstance(t, Tensor) and t.dim() == tensors[0].dim() and 1 < t.dim() < 4 for t in tensors):
+            return self._refused(input, hx)
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
         if not batched:
             input = input.unsqueeze(batch_dim)
             states = states and tuple(state.unsqueeze(1) for state in states)
@@ -231,7 +231,7 @@ class Layers(torch.nn.RNNBase, Replaces):
             *form,
             **self._keywords(),
         )
-        count = len(self._states)
+        count = 1 + self._pair
         return output, tuple(rest[:count]), tuple(rest[count:])
 
     def _step(self, input: Any, hx: Any, weights: list[Any]) -> tuple[Any, Any] | None:
@@ -242,9 +242,9 @@ class Layers(torch.nn.RNNBase, Replaces):
             return None
         if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
             return None
-        if self.num_heads > 1 or self.state_dtype is not None or self._keywords():
-            return None
         states = self._as_tuple(hx)
+        if self._added() or not all(isinstance(state, Tensor) for state in states):
+            return None
         if states[0].dim() != 3 or states[0].size(0) != 1 or len(weights) != (4 if self.bias else 2):
             return None
         new = step(self._function, input, states, *weights, *(() if self.bias else (None, None)))
@@ -254,12 +254,22 @@ class Layers(torch.nn.RNNBase, Replaces):
         y = new[0].clone()
         return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
 
-    def _forward_packed(self, input: PackedSequence, hx: Any, weights: list[Any]) -> tuple[Any, ...]:
+    def _forward_packed(
+        self, input: PackedSequence, hx: Any, states: tuple[Any, ...] | None, weights: list[Any]
+    ) -> tuple[Any, ...]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            states = self._zeros(data, int(batch_sizes[0]))
-        else:
-            states = self._permuted(self._as_tuple(hx), sorted_indices)
+        fits = _is_packed(data, batch_sizes) and data.shape[1] == self.input_size
+        fits = fits and (data.dtype == weights[0].dtype or torch._C._is_any_autocast_enabled())
+        if states is not None:
+            given = [state for state in states if isinstance(state, Tensor) and state.dim() > 2]
+            if self._pair and not all(map(self._has_layers, given)):
+                # torch would read outside of memory. It has checks, which it makes for other inputs.
+                self._check(data, states, batch_sizes, weights)
+            fits = fits and (sorted_indices is None or sorted_indices.numel() == int(batch_sizes[0]))
+            fits = fits and self._are_states(states, int(batch_sizes[0]))
+        if not fits:
+            return self._refused(input, hx)
+        states = self._zeros(data, int(batch_sizes[0])) if states is None else self._permuted(states, sorted_indices)
         self._check(data, states, batch_sizes, weights)
         output, finals, cells = self._call(data, states, weights, batch_sizes=(batch_sizes,))
 
@@ -268,11 +278,33 @@ class Layers(torch.nn.RNNBase, Replaces):
 
         return packed(output), self._as_given(self._permuted(finals, unsorted_indices)), *map(packed, cells)
 
-    def _as_tuple(self, hx: Any) -> tuple[Tensor, ...]:
-        return tuple(hx) if len(self._states) == 2 else (hx,)
+    def _has_layers(self, state: Tensor) -> bool:
+        return state.dim() == 3 and state.shape[0] == self.num_layers * (1 + self.bidirectional)
+
+    def _are_states(self, states: tuple[Any, ...], batch: int) -> bool:
+        shapes = ((batch, width) for width in (self.proj_size or self.hidden_size, self._cells * self.hidden_size))
+        pairs = zip(states, shapes, strict=False)
+        return all(isinstance(s, Tensor) and self._has_layers(s) and s.shape[1:] == shape for s, shape in pairs)
+
+    def _refused(self, input: Any, hx: Any) -> tuple[Any, ...]:
+        """What torch's class says to a malformed call; or what it computes, where it knows all that is asked for."""
+        result = self._torchs.forward(self, input, hx)
+        if self._added():
+            raise ValueError(f"{type(self).__name__}: input or states are malformed, which only torch's options allow")
+        return result
+
+    def _added(self) -> bool:
+        """Whether this layer does what torch's does not."""
+        return self.num_heads > 1 or self.state_dtype is not None or bool(self._keywords())
+
+    def _as_tuple(self, hx: Any) -> tuple[Any, ...]:
+        """The states; what is no pair where it should be is ``(None,)``."""
+        if not self._pair:
+            return (hx,)
+        return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else (None,)
 
     def _as_given(self, states: tuple[Tensor, ...]) -> Any:
-        return states if len(self._states) == 2 else states[0]
+        return states if self._pair else states[0]
 
     @staticmethod
     def _permuted(states: tuple[Tensor, ...], permutation: Tensor | None) -> tuple[Tensor, ...]:
@@ -281,18 +313,18 @@ class Layers(torch.nn.RNNBase, Replaces):
     def _zeros(self, like: Tensor, batch: int) -> tuple[Tensor, ...]:
         layers = self.num_layers * (2 if self.bidirectional else 1)
         dtype = self.state_dtype or like.dtype
-        widths = (self.proj_size or self.hidden_size, self._cells * self.hidden_size)[: len(self._states)]
+        widths = (self.proj_size or self.hidden_size, self._cells * self.hidden_size)[: 1 + self._pair]
         return tuple(torch.zeros(layers, batch, width, dtype=dtype, device=like.device) for width in widths)
 
-    def _check_state_dims(self, states: tuple[Tensor, ...], batched: bool) -> None:
-        wanted, kind = (3, "batched") if batched else (2, "unbatched")
-        if all(state.dim() == wanted for state in states):
-            return
-        got = ", ".join(f"{state.dim()}-D" for state in states)
-        got = f"({got}) tensors" if len(states) == 2 else f"{got} tensor"
-        raise RuntimeError(
-            f"For {kind} {wanted}-D input, {' and '.join(self._states)} should also be {wanted}-D but got {got}"
-        )
+
+def _is_packed(data: Tensor, batch_sizes: Tensor) -> bool:
+    """Whether sizes and rows agree; somebody may have put the sequence together."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or not batch_sizes.is_contiguous() or data.dim() != 2:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    sizes = batch_sizes.tolist()
+    return bool(sizes) and sizes[-1] > 0 and sum(sizes) == data.shape[0] and sizes == sorted(sizes, reverse=True)
 
 
 admit(Layers)

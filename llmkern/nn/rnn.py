@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ._rnn import Layers
 
@@ -18,7 +19,7 @@ class RNN(Layers, torch.nn.RNN):
     ``zoneout`` is one number.
     """
 
-    _dim_error = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
+    _torchs = torch.nn.RNN
 
     @property
     def _function(self) -> str:  # type: ignore[override]
@@ -55,8 +56,8 @@ class LSTM(Layers, torch.nn.LSTM):
     """
 
     _function = "lstm"
-    _dim_error = "LSTM: Expected input to be 2D or 3D, got {}D instead"
-    _states = ("hx", "cx")
+    _torchs = torch.nn.LSTM
+    _pair = True
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class GRU(Layers, torch.nn.GRU):
     """
 
     _function = "gru"
-    _dim_error = "GRU: Expected input to be 2D or 3D, got {}D instead"
+    _torchs = torch.nn.GRU
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
         return self._forward(input, hx)
@@ -101,8 +102,8 @@ class sLSTM(Layers):
     """
 
     _function = "slstm"
-    _dim_error = "sLSTM: Expected input to be 2D or 3D, got {}D instead"
-    _states = ("hx", "cx")
+    _torchs = torch.nn.LSTM
+    _pair = True
     _cells = 3
 
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -110,6 +111,11 @@ class sLSTM(Layers):
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         layers, batch, hidden = self.get_expected_hidden_size(input, batch_sizes)
         return layers, batch, 3 * hidden
+
+    def _refused(self, input: Any, hx: Any) -> tuple[Any, ...]:
+        if not isinstance(input, PackedSequence):
+            super()._refused(input, hx)
+        raise ValueError("sLSTM: got a malformed input or states; expected a tensor or PackedSequence and (h, c)")
 
     def __init__(self, *args: Any, return_cell_states: bool = False, **kwargs: Any) -> None:
         if kwargs.get("proj_size"):
