@@ -208,6 +208,16 @@ def test_states_may_be_wider_than_the_input(dtype: torch.dtype) -> None:
         torch.nn.GRU(3, 4).to(dtype)(x, h)
 
 
+def test_a_packed_lstm_needs_states_of_all_layers() -> None:
+    lstm = nn.LSTM(3, 4, num_layers=2)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    h, short = torch.randn(2, 2, 4), torch.randn(1, 2, 4)
+    for states, which in (((short, h), 0), ((h, short), 1), ((h[None], h[None]), 0)):
+        shape = list(states[which].shape)
+        with pytest.raises(RuntimeError, match=re.escape(f"Expected hidden[{which}] size (2, 2, 4), got {shape}")):
+            lstm(packed, states)
+
+
 def test_projections_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
