@@ -90,6 +90,7 @@ _TRITON_RNN_OPTIONS = ("batch_sizes", *(option for option in _RNN_OPTIONS if opt
 # What only torch's optimizers do. The last three with sparse gradients only.
 _TORCHS_STEPS = (
     "complex tensors",
+    "tensors that do not fit together",
     "capturable",
     "differentiable",
     "several sparse dimensions",

@@ -9,6 +9,7 @@ import torch
 from checks import INTERPRETING
 from torch import Tensor
 
+import llmkern.optim
 from llmkern.nn import Embedding
 
 # An odd number of columns has a tail in every vector length; 130 passes the four vectors that are summed together.
@@ -54,3 +55,23 @@ def results(module: torch.nn.Embedding, optimizer: torch.optim.Optimizer) -> lis
     """The table and its states as others read them."""
     states = optimizer.state_dict()["state"].get(0, {})
     return [module.state_dict()["weight"].clone(), *(states[key] for key in sorted(states) if states[key] is not None)]
+
+
+class Pair:
+    """A table with row gradients, whose rows wait, and its dense twin; both step with the same kernels' bits."""
+
+    def __init__(self, rows: Any = "replay", steps: int = 6) -> None:
+        self.rows, self.dense = embedding(rows=rows), Embedding(V, D, _weight=embedding().weight.data)
+        self.optimizers = [llmkern.optim.AdamW(m.parameters(), lr=0.1) for m in (self.rows, self.dense)]
+        self.train(steps)
+        assert self.rows.weight.table.count == steps, "nothing was pending"
+
+    def train(self, steps: int = 3, seed: int = 2) -> None:
+        for module, optimizer in zip((self.rows, self.dense), self.optimizers, strict=True):
+            train(module, optimizer, batches(steps, seed))
+
+    def agree(self) -> bool:
+        states = [optimizer.state_dict()["state"][0] for optimizer in self.optimizers]
+        return torch.equal(self.rows.weight, self.dense.weight) and all(
+            torch.equal(states[0][key], states[1][key]) for key in states[1]
+        )

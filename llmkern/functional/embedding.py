@@ -42,10 +42,12 @@ def embedding(
     The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
     saturate, as torch's do.
     """
-    if issubclass(type(weight), RowParameter) and not overridden("embedding", input):
-        return ops.row_embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if overridden("embedding", input, weight):
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if issubclass(type(weight), RowParameter):
+        # `max_norm` and frequencies are of torch's dense gradient, and transforms know no sparse one.
+        rows = max_norm is None and not scale_grad_by_freq and not torch._C._are_functorch_transforms_active()
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse or rows)
     options = []
     if padding_idx is not None:
         options.append("padding_idx")

@@ -64,6 +64,12 @@ def clip_grad_norm_(
             "`error_if_nonfinite=False`"
         )
     factor = clip_factor(norm, max_norm)
+    tables: list[Any] = [p for p in parameters if issubclass(type(p), ops.RowParameter) and p.grad is not None]
+    if tables and not factor.isfinite():
+        # Times NaN, the zeros of all rows are NaN.
+        for p in tables:
+            p.grad = p.grad.to_dense()
+        kinds = by_backend([p.grad for p in parameters if p.grad is not None], norm_type)
     if ops.may_change(factor):
         for backend, members in kinds:
             values = [grad._values() if grad.is_sparse else grad for grad in members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn
@@ -19,7 +20,8 @@ class Embedding(torch.nn.Embedding, Replaces):
     tensor, and lets the optimizers of ``llmkern.optim`` leave the others alone until they are next looked up or read:
     a step costs what the batch costs, whatever the size of the table. The results are those of the dense optimizer,
     to the rounding of fp32 (for fp32 with SGD, Adam without L2 penalty, AdamW) or to the last bit;
-    ``row_grad="replay"`` asks for the bits always. Not with ``max_norm`` or ``scale_grad_by_freq``.
+    ``row_grad="replay"`` asks for the bits always. Not with ``max_norm`` or ``scale_grad_by_freq``. ``sparse`` is
+    ``True`` then, as long as ``weight`` is the parameter that this made.
     """
 
     def __init__(
@@ -49,6 +51,28 @@ class Embedding(torch.nn.Embedding, Replaces):
         if row_grad:
             RowParameter.adopt(self.weight, replay=row_grad == "replay")
 
+    @property
+    def sparse(self) -> bool:
+        return self.__dict__["sparse"] or issubclass(type(self._parameters.get("weight")), RowParameter)
+
+    @sparse.setter
+    def sparse(self, value: bool) -> None:
+        self.__dict__["sparse"] = value
+
+    @classmethod
+    def from_pretrained(cls, embeddings: Tensor, *args: Any, **kwargs: Any) -> Embedding:
+        """See :meth:`torch.nn.Embedding.from_pretrained`."""
+        rows = issubclass(type(embeddings), RowParameter)
+        return super().from_pretrained(embeddings.data if rows else embeddings, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding:
+        before = self._parameters.get("weight")
+        super()._apply(fn, recurse)
+        # torch makes another parameter where it cannot give this one other memory: from the meta device, say.
+        if isinstance(before, RowParameter) and type(self.weight) is torch.nn.Parameter:
+            RowParameter.adopt(self.weight, before.replay)
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(
             input,
@@ -61,7 +85,7 @@ class Embedding(torch.nn.Embedding, Replaces):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", row_grad=True" if isinstance(self.weight, RowParameter) else "")
+        return super().extra_repr() + (", row_grad=True" if issubclass(type(self.weight), RowParameter) else "")
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag, Replaces):

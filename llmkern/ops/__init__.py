@@ -8,6 +8,7 @@ from ..reference._random import draw_seed
 from ._autograd import capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
 from ._losses import Rows
+from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
 from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding, renormalise
@@ -22,7 +23,7 @@ from .optim import adagrad_step, adam_step, advance, sgd_step
 from .quantized_embedding import quantize_rows, quantized_embedding
 from .rnn import Options as RNNOptions
 from .rnn import rnn
-from .row_optim import RowParameter, RowRule, RowStep, RowTable, row_embedding
+from .row_optim import RowRule, RowStep, RowTable, same_memory
 from .sparse_optim import (
     rowwise_adagrad_step,
     sparse_adagrad_step,
@@ -32,13 +33,16 @@ from .sparse_optim import (
 )
 
 __all__ = [
+    "ROW_LOCK",
     "BagIndexError",
     "FusedEmbeddingOptions",
     "RNNOptions",
     "RowParameter",
     "RowRule",
+    "RowState",
     "RowStep",
     "RowTable",
+    "RowTensor",
     "Rows",
     "adagrad_step",
     "adam_step",
@@ -60,8 +64,8 @@ __all__ = [
     "quantized_embedding",
     "renormalise",
     "rnn",
-    "row_embedding",
     "rowwise_adagrad_step",
+    "same_memory",
     "scale_",
     "seed_freezes",
     "sgd_step",

@@ -110,14 +110,13 @@ class Step(torch.optim.Optimizer, Replaces):
 
     def catch_up(self) -> None:
         """Makes the steps that wait for rows to be looked up (``llmkern.nn.Embedding(row_grad=True)``), on parameters
-        and
-        states. ``state_dict``, copies and readers of parameters do it by themselves; for readers of ``state``."""
+        and states. Whatever reads them through torch does it by itself; docs/architecture.md lists what does not."""
         _rows.catch_up(self)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`torch.optim.Optimizer.state_dict`."""
-        self.catch_up()
-        return super().state_dict()
+        saved = super().state_dict()
+        return {**saved, "state": {key: _rows.plain(state) for key, state in saved["state"].items()}}
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
@@ -186,8 +185,9 @@ class Step(torch.optim.Optimizer, Replaces):
                 self._serve_rows(group, [part[i : i + 1] for part in lists], folded)
             return False
         params, grads = lists[:2]
-        tensors = [*params, *grads, *(t for state in lists[2 : self._counts] for t in state if t is not None)]
-        backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors))
+        others = [each for each in lists[1 : self._counts] if each]
+        tensors = [*params, *(t for each in others for t in each if t is not None)]
+        backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors, _fit(params, others)))
         self._place_counts(group, lists, backend)
         if backend == "torch":
             self._torch_step(group, lists, folded)
@@ -198,9 +198,12 @@ class Step(torch.optim.Optimizer, Replaces):
     def _serve_rows(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         """Steps the rows of one table that a sparse gradient names."""
         (p,), (grad,) = lists[:2]
-        values = grad._values()
-        tensors = [p, values, *(t for state in lists[2 : self._counts] for t in state if t is not None)]
-        options = [*_options(group, tensors), *(key for key in ("momentum", "weight_decay") if group.get(key))]
+        values, others = grad._values(), [each for each in lists[1 : self._counts] if each]
+        tensors = [p, values, *(t for each in others[1:] for t in each if t is not None)]
+        options = [
+            *_options(group, tensors, _fit([p], others)),
+            *(key for key in ("momentum", "weight_decay") if group.get(key)),
+        ]
         options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
         backend = dispatch.pick(self._rows_op, p, values, options=options)
         self._place_counts(group, lists, backend)
@@ -270,14 +273,26 @@ class Step(torch.optim.Optimizer, Replaces):
                     self.state[p][name] = value.to(device=p.device, dtype=self._state_dtype_of(p))
 
 
-def _options(group: dict[str, Any], tensors: list[Tensor]) -> list[str]:
+def _options(group: dict[str, Any], tensors: list[Tensor], fit: bool) -> list[str]:
     """What a kernel may not serve; the parameter comes first."""
     used = {key: bool(group.get(key)) for key in ("capturable", "differentiable")}
-    used["state_dtype"] = len({t.dtype for t in tensors}) > 1
+    used["state_dtype"] = fit and len({t.dtype for t in tensors}) > 1
+    used["tensors that do not fit together"] = not fit
     used["complex tensors"] = tensors[0].is_complex()
     strange = dispatch.strange(*tensors)
     used["non-contiguous tensors"] = not (strange or all([t.is_contiguous() for t in tensors]))  # noqa: C419
     return [*strange, *(name for name, on in used.items() if on)]
+
+
+def _fit(params: list[Tensor], others: list[list[Any]]) -> bool:
+    """Whether gradients and states have the shapes of their parameters, and dtypes that go with them. torch says of
+    others what is wrong."""
+    shapes = [p.shape for p in params]
+    for each in others:
+        if [p.shape if t is None else t.shape for p, t in zip(params, each, strict=True)] != shapes:
+            return False
+    dtypes = {t.dtype for each in others for t in each if t is not None} - {params[0].dtype}
+    return not dtypes or (dtypes == {torch.float32} and params[0].dtype != torch.float64)
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:
