@@ -12,6 +12,7 @@ import torch.nn
 from .. import functional
 from .._torch_tree import mount
 from . import utils
+from ._quantization import convert_ours
 from .cross_entropy import CrossEntropyLoss, NLLLoss
 from .dropout import Dropout
 from .embedding import Embedding, EmbeddingBag
@@ -49,6 +50,7 @@ sys.modules[f"{__name__}.functional"] = functional
 _classes = [name for name in torch.nn.modules.__all__ if name in __all__]
 _replaced = {getattr(torch.nn.modules, name): globals()[name] for name in _classes}
 mount(__name__, torch.nn, {torch.nn.utils.clip_grad.clip_grad_norm_: functional.clip_grad_norm_, **_replaced})
+convert_ours(_replaced)
 
 
 def __getattr__(name: str) -> Any:
