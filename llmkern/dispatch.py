@@ -322,6 +322,15 @@ def note(op: str, backend: str, reason: str) -> None:
         _trace.append(Choice(op, backend, reason))
 
 
+def leaves(op: str) -> bool:
+    """Whether a graph of this call of ``op`` is being made to run elsewhere, which torch's own functions are left to,
+    unless a backend is forced. For who can go torch's way as a whole, earlier than :func:`pick` is asked."""
+    if _forced != "auto" or (maker := leaving()) is None:
+        return False
+    note(op, "torch", f"{maker} makes a graph to run elsewhere")
+    return True
+
+
 def shortcut(name: str) -> ModuleType | None:
     """The namespace of backend ``name``, if it may serve a call that does not ask :func:`pick`: it is here, nothing
     forbids it, nobody listens (to choices, or in a dispatch mode to ops). For calls that ``pick`` would give to it,

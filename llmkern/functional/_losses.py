@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,8 +76,7 @@ class Reduction:
             if not soft:
                 counts = _target_weights(target, weight, ignore_index, dtype)
                 per_row = counts if tokens is None else counts * tokens
-            rows = shape.numel() if isinstance(shape, torch.Size) else torch.Size(shape).numel()
-            total = target.new_full((), rows, dtype=dtype) if per_row is None else per_row.sum()
+            total = target.new_full((), math.prod(shape), dtype=dtype) if per_row is None else per_row.sum()
         # The op sums where that needs no derivative of the factors. An empty mean is no sum: it is NaN.
         if name == "none" or target.numel() == 0 or (tokens is not None and tokens.requires_grad):
             return cls(name, tokens, total, None)

@@ -16,19 +16,20 @@ def overridden(op: str, *arguments: Any) -> bool:
     torch's function, which asks them under its own name; what torch has not, to ``handle_torch_function``.
 
     A default device is a mode too. It has nothing to say about functions that take tensors: it is not asked, or
-    setting one would switch every kernel off.
+    setting one would switch every kernel off. Nor are those of torch.export: torch's functions ask them, if they serve.
     """
-    if not has_torch_function_variadic(*arguments) or _only_a_default_device(arguments):
+    if not has_torch_function_variadic(*arguments) or _nobody_speaks(arguments):
         return False
     dispatch.note(op, "torch", "a __torch_function__ of an argument, or a TorchFunctionMode, is asked")
     return True
 
 
-def _only_a_default_device(arguments: tuple[Any, ...]) -> bool:
-    if not torch._C._is_torch_function_mode_enabled() or torch.compiler.is_compiling():
+def _nobody_speaks(arguments: tuple[Any, ...]) -> bool:
+    if not torch._C._is_torch_function_mode_enabled() or torch.compiler.is_dynamo_compiling():
         return False
-    if any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()):
-        return False
+    for mode in map(type, torch.overrides._get_current_function_mode_stack()):
+        if mode is not DeviceContext and not mode.__module__.startswith(("torch._export.", "torch.fx.")):
+            return False
     kinds = {type(argument) for argument in arguments} - {torch.Tensor, torch.nn.Parameter}
     silent = (None, torch._C._disabled_torch_function_impl)
     return all(getattr(kind, "__torch_function__", None) in silent for kind in kinds)

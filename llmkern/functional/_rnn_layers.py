@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
+from .. import dispatch, ops
 from .dropout import dropout
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
@@ -209,7 +209,8 @@ class Call:
             return (y, hy, every) if cx is None else (y, hy, cy, every)
 
         states = tuple(state[index].contiguous() for state in self.states)
-        if extras.checkpoint_chunks > 1:
+        # What is computed again, and when, is no part of a graph that is made to run elsewhere.
+        if extras.checkpoint_chunks > 1 and dispatch.leaving() is None:
             return self._in_chunks(run, x, states, reverse)
         return run(x, self.batch_sizes, *states)
 

@@ -82,7 +82,7 @@ def embedding_bag(
         return F.embedding_bag(*as_written)
     indices, num_bags = input.reshape(-1).contiguous(), input.shape[0]
     if offsets is not None:
-        offsets, num_bags = offsets.contiguous(), offsets.shape[0] - include_last_offset
+        offsets, num_bags = offsets.contiguous(), offsets.shape[0] - int(include_last_offset)
         if scale_grad_by_freq and include_last_offset and backend == "reference":
             # What lies behind the last bag does not count; kernels know.
             indices = indices[: int(offsets[-1])]

@@ -13,13 +13,14 @@ import torch.nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import dispatch
 from .. import functional as F
-from .._torch_tree import Replaces
 from ..functional.rnn import step
 from ._admission import admit
+from ._deploy import Deployable
 
 
-class Layers(torch.nn.RNNBase, Replaces):
+class Layers(torch.nn.RNNBase, Deployable):
     """What the three have in common: states in, states out, packed, unbatched or neither."""
 
     _function: str
@@ -139,9 +140,12 @@ class Layers(torch.nn.RNNBase, Replaces):
         return used
 
     def extra_repr(self) -> str:
-        shown = ("peephole", "num_heads", "layer_norm", "state_dtype", *self._OPTIONS)
-        used = [f"{n}={getattr(self, n)}" for n in shown if getattr(self, n) != getattr(Layers, n)]
+        used = [f"{name}={getattr(self, name)}" for name in self._options_beyond_torch()]
         return ", ".join([super().extra_repr(), *used])
+
+    def _options_beyond_torch(self) -> list[str]:
+        shown = ("peephole", "num_heads", "layer_norm", "state_dtype", *self._OPTIONS)
+        return [name for name in shown if getattr(self, name) != getattr(Layers, name)]
 
     def _weights_have_changed(self) -> bool:
         """torch's answer in a fraction of its time: decoding asks in every step."""
@@ -173,6 +177,8 @@ class Layers(torch.nn.RNNBase, Replaces):
         return self._flat_weights
 
     def _forward(self, input: Any, hx: Any) -> tuple[Any, ...]:
+        if dispatch.leaving() is not None and (forward := self._torchs_forward()) and dispatch.leaves(self._function):
+            return forward(self, input, hx)
         weights = self._weights()
         short = hx is not None and not torch.compiler.is_compiling()
         if short and (result := self._step(input, hx, weights)) is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn
 from torch import Tensor
 
 from .. import functional as F
-from .._torch_tree import Replaces
+from ._deploy import Deployable
 
 
-class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Replaces):
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Deployable):
     """Cross-entropy from logits; see :class:`torch.nn.CrossEntropyLoss`.
 
     Takes five options more, with neutral defaults: ``z_loss``, ``softcap``, ``logit_scale``, ``outputs`` and
     ``inplace``, and a ``token_weight`` at call; see :func:`llmkern.functional.cross_entropy`.
     """
+
+    _beyond_torch: ClassVar[dict[str, Any]] = {"z_loss": 0.0, "softcap": None, "logit_scale": 1.0, "outputs": ()}
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss, Replaces):
         )
 
 
-class NLLLoss(torch.nn.NLLLoss, Replaces):
+class NLLLoss(torch.nn.NLLLoss, Deployable):
     """Negative log-likelihood of log-probabilities; see :class:`torch.nn.NLLLoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
-from .._torch_tree import Replaces
+from ._deploy import Deployable
 
 
-class Dropout(torch.nn.Dropout, Replaces):
+class Dropout(torch.nn.Dropout, Deployable):
     """Zeroes elements in training; see :class:`torch.nn.Dropout` and :func:`llmkern.functional.dropout`."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
-from .._torch_tree import Replaces
 from ..functional.embedding import RowParameter
+from ._deploy import Deployable
 
 
-class Embedding(torch.nn.Embedding, Replaces):
+class Embedding(torch.nn.Embedding, Deployable):
     """A lookup table; see :class:`torch.nn.Embedding`. Same arguments, parameters and ``from_pretrained``.
 
     ``row_grad=True`` (default: ``False``) gives ``weight`` a gradient of the rows that a batch looked up, as a sparse
@@ -88,7 +88,7 @@ class Embedding(torch.nn.Embedding, Replaces):
         return super().extra_repr() + (", row_grad=True" if issubclass(type(self.weight), RowParameter) else "")
 
 
-class EmbeddingBag(torch.nn.EmbeddingBag, Replaces):
+class EmbeddingBag(torch.nn.EmbeddingBag, Deployable):
     """Sums, means or maxes of bags; see :class:`torch.nn.EmbeddingBag`.
 
     Same arguments, parameters and ``from_pretrained``. ``per_sample_weights`` may also go with a mean: the sum of the

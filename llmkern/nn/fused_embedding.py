@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from .. import functional as F
+from ._deploy import Deployable
 
 
-class FusedEmbedding(torch.nn.Module):
+class FusedEmbedding(torch.nn.Module, Deployable):
     """Token + position + token type, norm and dropout in one pass; see :func:`llmkern.functional.fused_embedding`.
 
     Args:

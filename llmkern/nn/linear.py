@@ -6,10 +6,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
-from .._torch_tree import Replaces
+from ._deploy import Deployable
 
 
-class Linear(torch.nn.Linear, Replaces):
+class Linear(torch.nn.Linear, Deployable):
     """``x weight^T + bias``; see :class:`torch.nn.Linear`. Same arguments and parameters."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.modules.loss import _WeightedLoss
 
 from .. import functional as F
-from .._torch_tree import Replaces
 from ..functional.linear_cross_entropy import WORKSPACE
+from ._deploy import Deployable
 
 _Base: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _WeightedLoss)
 
 
-class LinearCrossEntropyLoss(_Base, Replaces):
+class LinearCrossEntropyLoss(_Base, Deployable):
     """Cross-entropy of a linear layer's logits; see torch 2.13's module of that name.
 
     Args:
@@ -40,6 +40,8 @@ class LinearCrossEntropyLoss(_Base, Replaces):
 
     The parameters are those of ``self.linear``: weight ``(C * d_1 * ... * d_K, H)`` and, if wanted, bias.
     """
+
+    _beyond_torch: ClassVar[dict[str, Any]] = {"z_loss": 0.0, "softcap": None, "logit_scale": 1.0, "outputs": ()}
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class LinearCrossEntropyLoss(_Base, Replaces):
             f" reduction={self.reduction}, ignore_index={self.ignore_index},"
             f" label_smoothing={self.label_smoothing}, options={self.options}"
         )
-        own = {"z_loss": 0.0, "softcap": None, "logit_scale": 1.0, "outputs": (), "workspace": WORKSPACE}
+        own = {**self._beyond_torch, "workspace": WORKSPACE}
         return text + "".join(
             f", {name}={getattr(self, name)}" for name, neutral in own.items() if getattr(self, name) != neutral
         )

@@ -6,10 +6,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
-from .._torch_tree import Replaces
+from ._deploy import Deployable
 
 
-class MSELoss(torch.nn.MSELoss, Replaces):
+class MSELoss(torch.nn.MSELoss, Deployable):
     """Mean squared error; see :class:`torch.nn.MSELoss`. Same arguments."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch.nn
 from torch import Tensor
 
 from .. import functional as F
+from ._deploy import Deployable
 
 
-class QuantizedEmbedding(torch.nn.Module):
+class QuantizedEmbedding(torch.nn.Module, Deployable):
     """A lookup table of 8 or 4 bits an element with a scale and an offset for each row; no gradient.
 
     Made by :func:`llmkern.quantize_embedding`; the constructor makes a table of zeros, to load a ``state_dict`` into.

@@ -8,12 +8,13 @@ import torch
 import torch.nn
 from torch import Tensor
 
+from .. import dispatch
 from .. import functional as F
-from .._torch_tree import Replaces
 from ..functional.rnn import step
+from ._deploy import Deployable
 
 
-class _Cell(torch.nn.RNNCellBase, Replaces):
+class _Cell(torch.nn.RNNCellBase, Deployable):
     """One step: checks of torch's class, then ``llmkern.functional``."""
 
     _pair = False
@@ -23,6 +24,8 @@ class _Cell(torch.nn.RNNCellBase, Replaces):
         raise NotImplementedError
 
     def _forward(self, input: Any, hx: Any) -> Any:
+        if dispatch.leaving() is not None and (forward := self._torchs_forward()) and dispatch.leaves(self._function):
+            return forward(self, input, hx)
         if hx is None:
             states: tuple[Any, ...] = ()
         elif self._pair:

@@ -28,7 +28,7 @@ def embedding_bag(
     Raises:
         IndexError: if an index is outside [0, V).
     """
-    N, B = indices.shape[0], offsets.shape[0] - include_last_offset
+    N, B = indices.shape[0], offsets.shape[0] - int(include_last_offset)
     position = torch.arange(N, device=indices.device)
     bag = torch.bucketize(position, offsets[:B].long(), right=True) - 1
     absent = bag < 0

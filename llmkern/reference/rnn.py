@@ -148,14 +148,14 @@ def rnn(
     assert w_ih is not None
     assert w_hh is not None
     steps_first = x.transpose(0, 1) if batch_first else x
-    sizes = [steps_first.shape[1]] * steps_first.shape[0] if batch_sizes is None else batch_sizes.tolist()
     step_norms: list[Tensor] = []
     product = linear(steps_first.to(wide), w_ih, b_ih if scales is None else None)
     if scales is not None:
         rows, H = w_ih.shape[0], (scales.shape[0] - 2 * w_ih.shape[0]) // 2
         norm_ih, *step_norms = scales.split([rows, rows, H, H] if H else [rows, rows])
         product = normalised(product, norm_ih, b_ih)
-    steps = product.reshape(-1, w_ih.shape[0]).split(sizes)
+    # Not by the numbers of rows where they are all one: a graph may be made of this, and run with another batch.
+    steps = product.unbind(0) if batch_sizes is None else product.split(batch_sizes.tolist())
     h = hx.to(wide)
     c = h.new_zeros((h.shape[0], 0)) if cx is None else cx.to(wide)
     B, outputs, cells = h.shape[0], [], []
