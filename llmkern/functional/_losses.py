@@ -47,6 +47,11 @@ def losses_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def single(t: Tensor) -> Tensor:
+    """As autocast hands a tensor to a loss: float16 and bfloat16 as float32, all else as it is."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
 @dataclass(frozen=True)
 class Reduction:
     """From losses per row to what the user gets. ``tokens`` and ``count`` are None where they are 1 and the rows."""

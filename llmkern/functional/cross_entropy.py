@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
 from .._torch import F
-from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
+from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present, single
 from ._overrides import overridden
 
 
@@ -132,7 +132,7 @@ def cross_entropy(
     }
     x, t = input, target
     if torch.is_autocast_enabled(input.device.type):
-        x, weight = x.float(), None if weight is None else weight.float()
+        x, t, weight = single(x), single(t), None if weight is None else single(weight)
     if soft:
         x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))
     options = [*strange, *(name for name, on in used.items() if on)]

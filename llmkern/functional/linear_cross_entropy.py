@@ -21,6 +21,7 @@ from ._overrides import overridden
 
 _TORCH_CHUNKS = hasattr(F, "linear_cross_entropy")
 WORKSPACE = 64 << 20
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -138,8 +139,10 @@ def linear_cross_entropy(
     extras = {name: value for name, value in own.items() if value is not None}
     common: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
     chunked = options is not None
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
     operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
+    # What is float64 stays so, and mixed with others it is torch's to refuse.
+    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast and all(t.dtype != torch.float64 for t in operands)
     if autocast:
         operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
     strange = dispatch.strange(input, linear_weight, linear_bias, target, weight, token_weight)
@@ -187,7 +190,7 @@ def _well_formed(
     else:
         fits = target.shape == (*batch, *inner) and target.dtype in (torch.int64, torch.uint8)
     if weight is not None:
-        fits = fits and weight.shape == (classes,) and (autocast or weight.dtype == input.dtype)
+        fits = fits and weight.shape == (classes,) and weight.dtype in (_CAST if autocast else (input.dtype,))
         fits = fits and not weight.requires_grad
     fits = fits and classes > 0 and 0 not in inner and common["reduction"] in ("none", "mean", "sum")
     return fits and 0 <= common["label_smoothing"] <= 1

@@ -10,6 +10,7 @@ from torch.nn import _reduction
 
 from .. import dispatch, ops
 from .._torch import F
+from ._losses import single
 from ._overrides import overridden
 
 
@@ -52,7 +53,7 @@ def mse_loss(
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     # As torch's autocast treats a loss.
     cast = weight is None and torch.is_autocast_enabled(input.device.type)
-    x, t = (_single(input), _single(target)) if cast else (input, target)
+    x, t = (single(input), single(target)) if cast else (input, target)
     options = [*strange, *["weight"] * (weight is not None)]
     backend = dispatch.pick("mse_loss", x, t, *tensors[2:], options=options)
     if backend == "torch":
@@ -85,7 +86,3 @@ def _expected_gradient(x: Tensor, t: Tensor, reduction: str) -> Tensor | None:
         return None
     one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return one / x.numel() if reduction == "mean" else one
-
-
-def _single(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
