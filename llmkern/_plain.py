@@ -59,6 +59,12 @@ def _transform(compiling: bool) -> str | None:
     return TRANSFORMS[2] if "Functionalize" in levels else None
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor is; torch knows no autocast of the meta device, and raises."""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def mapped() -> int:
     """Whether vmap is at work, which has no better rule for a kernel than one call for each element."""
     if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():

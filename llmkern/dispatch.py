@@ -29,6 +29,7 @@ from . import _sizes
 from ._graphs import asked_by_the_compiler, leaving
 from ._plain import NESTED as NESTED
 from ._plain import TRANSFORMS
+from ._plain import autocasts as autocasts
 from ._plain import mapped as mapped
 from ._plain import strange as strange
 

@@ -131,7 +131,7 @@ def cross_entropy(
         "outputs": bool(outputs),
     }
     x, t = input, target
-    if torch.is_autocast_enabled(input.device.type):
+    if dispatch.autocasts(input):
         x, t, weight = single(x), single(t), None if weight is None else single(weight)
     if soft:
         x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))

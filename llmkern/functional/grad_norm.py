@@ -123,4 +123,6 @@ def _norms(backend: str, grads: list[Tensor], norm_type: float) -> list[Tensor]:
         return [ops.grad_norm(grads, backend)]
     # Entries of one index are parts of one sum.
     values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in grads]
-    return [get_total_norm(values, norm_type).double()]
+    norm = get_total_norm(values, norm_type)
+    # That of a DTensor may be a sum that is not taken yet.
+    return [(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double()]

@@ -28,7 +28,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if strange != dispatch.NESTED and not _fits(input, weight, bias):
         return F.linear(input, weight, bias)
     rows = 0 if strange == dispatch.NESTED else input.numel() // input.shape[-1]
-    options = [*strange, "autocast"] if torch.is_autocast_enabled(input.device.type) else strange
+    options = [*strange, "autocast"] if dispatch.autocasts(input) else strange
     transformed = int(torch._C._are_functorch_transforms_active())
     products = rows * weight.numel()
     backend = dispatch.pick("linear", *tensors, options=options, products=products, transformed=transformed)

@@ -141,7 +141,7 @@ def linear_cross_entropy(
     chunked = options is not None
     operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
     # What is float64 stays so, and mixed with others it is torch's to refuse.
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = dispatch.autocasts(input)
     autocast = autocast and all(t.dtype != torch.float64 for t in operands)
     if autocast:
         operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
@@ -274,9 +274,12 @@ def _composed(
             **common,
         )
     num_classes, *out_features, in_features = linear_weight.shape
-    flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
-    logits = functional.linear(input, linear_weight.reshape(-1, in_features), flat_bias)
-    logits = logits.reshape(*input.shape[:-1], num_classes, *out_features)
+    flat_weight, flat_bias = linear_weight, linear_bias
+    if out_features:
+        flat_weight = linear_weight.reshape(-1, in_features)
+        flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = functional.linear(input, flat_weight, flat_bias)
+    logits = logits.reshape(*input.shape[:-1], num_classes, *out_features) if out_features else logits
     ignored = -100 if ignore_index is None else ignore_index
     return functional.cross_entropy(logits, target, ignore_index=ignored, **common, **extras)
 

@@ -52,7 +52,7 @@ def mse_loss(
     if not served:
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     # As torch's autocast treats a loss.
-    cast = weight is None and torch.is_autocast_enabled(input.device.type)
+    cast = weight is None and dispatch.autocasts(input)
     x, t = (single(input), single(target)) if cast else (input, target)
     options = [*strange, *["weight"] * (weight is not None)]
     backend = dispatch.pick("mse_loss", x, t, *tensors[2:], options=options)

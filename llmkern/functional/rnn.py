@@ -46,7 +46,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         return getattr(VF, mode)(*args)
     call = Call.parse(mode, args, Extras(**options))
     backend, kind = "torch", call.input.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = dispatch.autocasts(call.input)
     if call.well_formed():
         served = call.autocast(torch.get_autocast_dtype(kind)) if autocast else call
         used = (served or call).options() + (["autocast"] if served is None else [])
@@ -137,7 +137,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     if _cell_is_well_formed(mode, input, states, weights):
         tensors = [t for t in (*states, *weights) if t is not None]
         options = dispatch.strange(input, *tensors)
-        if torch.is_autocast_enabled(input.device.type):
+        if dispatch.autocasts(input):
             options = [*options, "autocast"]
         graph = ops.differentiating(input, *tensors)
         backend = dispatch.pick(name, input, *tensors, options=options, B=input.shape[0], torchs=True, graph=graph)
