@@ -342,24 +342,6 @@ def test_any_size(N: int, V: int, seed: int, scale: float) -> None:
         assert_accurate(ours, right, theirs)
 
 
-def _samples(module: str) -> list[Any]:
-    common = pytest.importorskip("torch.testing._internal.common_modules")
-    (info,) = (m for m in common.module_db if m.module_cls.__name__ == module)
-    return info.module_inputs_func(info, "cpu", torch.float64, requires_grad=True, training=True)
-
-
-@pytest.mark.parametrize("name", ["CrossEntropyLoss", "NLLLoss"])
-def test_torchs_own_samples(name: str) -> None:
-    for sample in _samples(name):
-        build, call = sample.constructor_input, sample.forward_input
-        ours = getattr(nn, name)(*build.args, **build.kwargs)
-        theirs = getattr(torch.nn, name)(*build.args, **build.kwargs)
-        (got, want) = (module(*call.args, **call.kwargs) for module in (ours, theirs))
-        torch.testing.assert_close(got, want, equal_nan=True, msg=lambda text, s=sample: f"{s.desc}: {text}")
-        grads = [torch.autograd.grad(loss.sum(), call.args[0])[0] for loss in (got, want)]
-        torch.testing.assert_close(*grads, equal_nan=True, msg=lambda text, s=sample: f"{s.desc}: {text}")
-
-
 def test_modules() -> None:
     weight = torch.rand(6)
     loss = nn.CrossEntropyLoss(weight, ignore_index=2, label_smoothing=0.1, z_loss=0.1, softcap=4.0)
