@@ -176,6 +176,26 @@ def test_torchs_answer_to_every_malformed_call_of_a_cell(name: str) -> None:
                     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_torchs_answer_where_a_weight_was_taken_away(name: str) -> None:
+    x = torch.randn(3, 2, I)
+    for what in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        modules = [getattr(package, name)(I, H) for package in (nn, torch.nn)]
+        modules[1].load_state_dict(modules[0].state_dict())
+        for module in modules:
+            setattr(module, what if "Cell" in name else f"{what}_l0", None)
+        states = torch.randn(*(() if "Cell" in name else (1,)), 2, H)
+        hx = (states, states) if "LSTM" in name else states
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for given in (None, hx):
+                    got, want = (answer(m, x[0] if "Cell" in name else x[:1], given) for m in modules)
+                    if isinstance(want, tuple):
+                        assert got == want, what
+                    else:
+                        torch.testing.assert_close(got, want)
+
+
 def test_an_slstm_says_what_it_expects() -> None:
     layer, x = nn.sLSTM(I, H), torch.randn(5, 2, I)
     with pytest.raises(ValueError, match="2D or 3D"):

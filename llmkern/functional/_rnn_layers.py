@@ -97,6 +97,8 @@ class Call:
         expected = (4 if self.has_biases else 2) + (self.mode == "lstm" and self.per_layer in (3, 5))
         if x.dim() != (2 if packed else 3) or not x.numel() or self.per_layer != expected:
             return False
+        if not all(isinstance(weight, Tensor) for weight in self.params):
+            return False
         if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if self.mode in CELLS else 1):
             return False
         B = int(self.batch_sizes[0]) if self.batch_sizes is not None else x.shape[0 if self.batch_first else 1]

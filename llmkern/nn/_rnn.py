@@ -249,7 +249,7 @@ class Layers(torch.nn.RNNBase, Deployable):
         if input.dim() != 3 or input.size(1 if self.batch_first else 0) != 1:
             return None
         states = self._as_tuple(hx)
-        if self._added() or not all(isinstance(state, Tensor) for state in states):
+        if self._added() or not all(isinstance(t, Tensor) for t in (*states, *weights)):
             return None
         if states[0].dim() != 3 or states[0].size(0) != 1 or len(weights) != (4 if self.bias else 2):
             return None
