@@ -97,7 +97,7 @@ def _odd_state(p: Tensor, kind: str, state: dict[str, Any], names: list[str]) ->
     dtypes = p.dtype, torch.promote_types(p.dtype, torch.float32)
     for name in names if kind == "sgd" else [*names, "step"]:
         t: Any = state.get(name)
-        like = isinstance(t, Tensor) and t.layout is torch.strided
+        like = isinstance(t, Tensor) and t.layout is torch.strided and (name != "step" or t.numel() == 1)
         if like and name != "step":
             like = (t.shape, t.device) == (p.shape, p.device) and t.is_contiguous()
             like = like and t.dtype in dtypes and t.dtype == state[names[0]].dtype

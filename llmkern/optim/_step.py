@@ -76,6 +76,8 @@ class Step(torch.optim.Optimizer, Replaces):
     # How many lists torch's `_init_group` fills, and which of them is that of step counts; states come before.
     _lists: int
     _counts: int | None = None
+    # Whether states are None before the first step.
+    _states_come_late = False
     # torch's function, and the entries of a group that are its arguments.
     _torch: tuple[Callable[..., None], tuple[str, ...]]
     max_grad_norm: float | None = None
@@ -185,9 +187,10 @@ class Step(torch.optim.Optimizer, Replaces):
                 self._serve_rows(group, [part[i : i + 1] for part in lists], folded)
             return False
         params, grads = lists[:2]
-        others = [each for each in lists[1 : self._counts] if each]
-        tensors = [*params, *(t for each in others for t in each if t is not None)]
-        backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors, _fit(params, others)))
+        others, counts = self._others(lists)
+        fit = _fit(params, others, counts)
+        tensors = [*params, *(t for each in others for t in each)] if fit else [*params, *grads]
+        backend = dispatch.pick(self._op, params[0], grads[0], options=_options(group, tensors, fit))
         self._place_counts(group, lists, backend)
         if backend == "torch":
             self._torch_step(group, lists, folded)
@@ -195,15 +198,20 @@ class Step(torch.optim.Optimizer, Replaces):
             self._kernel_step(group, lists, folded, backend)
         return backend != "torch" and folded.after == "zero" and not folded.skipped
 
+    def _others(self, lists: list[list[Any]]) -> tuple[list[list[Any]], list[Any]]:
+        """Gradients and states, and step counts."""
+        others = [each for each in lists[1 : self._counts] if each]
+        if self._states_come_late:
+            others = [[p if t is None else t for p, t in zip(lists[0], each, strict=True)] for each in others]
+        return others, [] if self._counts is None else lists[self._counts]
+
     def _serve_rows(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         """Steps the rows of one table that a sparse gradient names."""
         (p,), (grad,) = lists[:2]
-        values, others = grad._values(), [each for each in lists[1 : self._counts] if each]
-        tensors = [p, values, *(t for each in others[1:] for t in each if t is not None)]
-        options = [
-            *_options(group, tensors, _fit([p], others)),
-            *(key for key in ("momentum", "weight_decay") if group.get(key)),
-        ]
+        values, (others, counts) = grad._values(), self._others(lists)
+        fit = _fit([p], others, counts)
+        tensors = [p, values, *(t for each in others[1:] for t in each)] if fit else [p, values]
+        options = [*_options(group, tensors, fit), *(key for key in ("momentum", "weight_decay") if group.get(key))]
         options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
         backend = dispatch.pick(self._rows_op, p, values, options=options)
         self._place_counts(group, lists, backend)
@@ -284,15 +292,18 @@ def _options(group: dict[str, Any], tensors: list[Tensor], fit: bool) -> list[st
     return [*strange, *(name for name, on in used.items() if on)]
 
 
-def _fit(params: list[Tensor], others: list[list[Any]]) -> bool:
-    """Whether gradients and states have the shapes of their parameters, and dtypes that go with them. torch says of
-    others what is wrong."""
-    shapes = [p.shape for p in params]
-    for each in others:
-        if [p.shape if t is None else t.shape for p, t in zip(params, each, strict=True)] != shapes:
+def _fit(params: list[Tensor], others: list[list[Any]], counts: list[Any]) -> bool:
+    """Whether gradients and states are on the device of their parameters, have their shapes and dtypes that go with
+    them, and step counts are numbers. torch says of others what is wrong."""
+    shapes, kind = [p.shape for p in params], (params[0].dtype, params[0].device)
+    try:
+        if any([each.shape for each in list_] != shapes for list_ in others):
             return False
-    dtypes = {t.dtype for each in others for t in each if t is not None} - {params[0].dtype}
-    return not dtypes or (dtypes == {torch.float32} and params[0].dtype != torch.float64)
+        kinds = {(t.dtype, t.device) for list_ in others for t in list_} - {kind}
+        numbers = all([t.is_floating_point() and t.numel() == 1 for t in counts])  # noqa: C419
+    except AttributeError:
+        return False
+    return numbers and (not kinds or (kinds == {(torch.float32, kind[1])} and kind[0] != torch.float64))
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:

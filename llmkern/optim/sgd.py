@@ -20,6 +20,7 @@ class SGD(Step, torch.optim.SGD):
     _op = "sgd"
     _rows_op = "sparse_sgd"
     _lists = 3
+    _states_come_late = True
     _torch = sgd, ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
 
     def _kernel_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded, backend: str) -> None:
