@@ -10,7 +10,11 @@
 
 #include "core/dtype.h"
 #if defined(__x86_64__)
+// GCC's header passes operands that it leaves undefined on purpose, and warns of each (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace llmkern::cpu::LLMKERN_ISA {
