@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <map>
 #include <sstream>
 #include <string>
@@ -17,11 +18,15 @@
 #include "core/gemm.h"
 #include "core/isa.h"
 #include "core/probe.h"
+#include "core/threads.h"
 
 namespace py = pybind11;
 
 namespace llmkern {
 namespace {
+
+// What set_num_threads was given last; 0: nothing yet.
+std::atomic<int> chosen_threads{0};
 
 void require(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
@@ -161,10 +166,19 @@ double peak_flops(const std::string& dtype, double seconds) {
 
 void set_num_threads(int n) {
   if (n < 1) throw std::invalid_argument("set_num_threads: got " + std::to_string(n) + ", expected 1 or more");
+  chosen_threads = n;
   omp_set_num_threads(n);
 }
 
 }  // namespace
+
+// OpenMP's number. A thread that comes here for the first time takes over what was set before, as torch's threads do.
+int cpu::num_threads() {
+  thread_local bool asked = false;
+  if (const int chosen = chosen_threads; !std::exchange(asked, true) && chosen > 0) omp_set_num_threads(chosen);
+  return omp_get_max_threads();
+}
+
 }  // namespace llmkern
 
 PYBIND11_MODULE(_native, m) {
@@ -172,7 +186,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "llmkern's native core: instruction set, build facts, threads, probes, NumPy entry points.";
   m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); }, "The instruction set selected for this process.");
   m.def("build_info", &build_info, "Version, compiler, the instruction sets built and the one selected.");
-  m.def("num_threads", &omp_get_max_threads, "Threads of the next parallel region of the calling thread.");
+  m.def("num_threads", &cpu::num_threads, "Threads of the next parallel region of the calling thread.");
   m.def("set_num_threads", &set_num_threads, py::arg("n"), "The same as torch.set_num_threads, without torch.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds") = 0.2,
         "Measured GF/s of FMAs (bfloat16: dot products) on all threads. ValueError, with the reason, if the "

@@ -10,6 +10,7 @@ the threads of the process's OpenMP runtime, which is torch's own where torch is
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,13 @@ def _matrix(x: Array) -> Array:
     return x if usable else np.ascontiguousarray(x)
 
 
+def _obey_torch() -> None:
+    """Where torch is in use, gives this thread torch's number of threads: OpenMP's own is a setting of each thread."""
+    torch = sys.modules.get("torch")
+    if hasattr(torch, "get_num_threads"):
+        torch.get_num_threads()  # type: ignore[union-attr]
+
+
 def isa() -> str:
     """The instruction set in use: ``baseline``, ``avx2`` or ``avx512``. LLMKERN_CPU_ISA overrides it."""
     return _native.isa()
@@ -79,6 +87,7 @@ def build_info() -> dict[str, Any]:
 
 def num_threads() -> int:
     """How many threads the next kernel may use."""
+    _obey_torch()
     return _native.num_threads()
 
 
@@ -148,6 +157,7 @@ def gemm(a: Array, b: Array, out: Array | None = None, *, accumulate: bool = Fal
         raise ValueError("gemm: out must be C-contiguous, aligned and writeable; pass such an array, or none")
     elif np.may_share_memory(out, a) or np.may_share_memory(out, b):
         raise ValueError("gemm: out overlaps an operand; pass another array, or none")
+    _obey_torch()
     _native.gemm(_matrix(a), _matrix(b), out, accumulate)
     return out
 
@@ -167,7 +177,9 @@ def embedding_forward(weight: Array, indices: Array, *, dtype: str | None = None
         IndexError: if an index is outside [0, V).
         ValueError: for shapes or dtypes that do not fit, saying which.
     """
-    return _native.embedding_forward(np.ascontiguousarray(_floating(weight, "weight", 2, dtype)), _indices(indices))
+    weight, indices = np.ascontiguousarray(_floating(weight, "weight", 2, dtype)), _indices(indices)
+    _obey_torch()
+    return _native.embedding_forward(weight, indices)
 
 
 def embedding_backward(
@@ -205,4 +217,5 @@ def embedding_backward(
         bounds = f"[{-num_weights}, {num_weights})"
         raise ValueError(f"embedding_backward: got padding_idx {padding_idx}, expected one in {bounds}")
     padding = -1 if padding_idx is None else padding_idx % num_weights
+    _obey_torch()
     return _native.embedding_backward(dout, indices, num_weights, padding, scale_grad_by_freq)

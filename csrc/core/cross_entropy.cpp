@@ -220,7 +220,7 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
                   of(gradients.dtarget, op.target_dtype),
                   gradients.dtype};
   };
-  if (op.N >= omp_get_max_threads() || call.slabs() == 1 || narrowed || omp_in_parallel())
+  if (op.N >= threads_of_region() || call.slabs() == 1 || narrowed)
     return parallel_for(op.N, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, op.V)),
                         [&](int64_t begin, int64_t end) {
                           // The gradient of a row is written while the next is reduced: memory and arithmetic keep each

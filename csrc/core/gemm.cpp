@@ -65,9 +65,8 @@ S* workspace(int64_t n) {
 }
 
 int threads_for(int64_t M, int64_t N, int64_t K) {
-  if (omp_in_parallel()) return 1;
   const double worth = static_cast<double>(M) * static_cast<double>(N) * static_cast<double>(K) / kWorkPerThread;
-  return static_cast<int>(std::clamp<double>(worth, 1, omp_get_max_threads()));
+  return static_cast<int>(std::clamp<double>(worth, 1, threads_of_region()));
 }
 
 // A block of k: `depth` numbers from `first` on; `steps` elements of a panel, `at` from where the pass over k begins.

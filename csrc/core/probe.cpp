@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "core/memory.h"
+#include "core/threads.h"
 
 namespace llmkern::cpu {
 namespace {
@@ -28,7 +29,7 @@ double best_slice(double seconds, const F& f) {
   const double end = now() + seconds;
   do {
     const double start = now();
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_of_region())
     f(omp_get_thread_num(), omp_get_num_threads());
     best = std::min(best, now() - start);
   } while (now() < end);
@@ -70,7 +71,7 @@ double peak_bandwidth(Traffic traffic, double seconds) {
   const auto& kernels = LLMKERN_SELECT(probe);
   const Buffer<char> from(kBytes), to(traffic == Traffic::copy ? kBytes : 0);
   const auto part = [](int thread, int threads) { return kBytes / 64 * thread / threads * 64; };
-#pragma omp parallel
+#pragma omp parallel num_threads(threads_of_region())
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t begin = part(thread, threads), n = part(thread + 1, threads) - begin;

@@ -57,6 +57,8 @@ class Forward {
     const Plan plan(op_);
     const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
     const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * size_of(wide_));
+    const Buffer<S> norm_scratch(op_.norms ? plan.threads * norm_scratch_size() : 0);
+    norm_scratch_ = norm_scratch.get();
     for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), scratch.get());
     kernels_.copy(B * P, h.get(), wide_, hy_, op_.state_dtype);
     if (op_.cx) kernels_.copy(B * cells_of(op_), c.get(), wide_, cy_, op_.state_dtype);
@@ -114,18 +116,19 @@ class Forward {
          op_.norms ? nullptr : bias_);
     if (op_.norms) normalise(first, last);
     share_out(plan, tokens_, weights_.count(), projection_.count(),
-              [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
+              [&](const Share& share, Barrier& barrier) {
                 if (op_.norms)
-                  normalised_loop(s0, s1, sequences);
+                  normalised_loop(s0, s1, share.sequences, norm_scratch_ + share.thread * norm_scratch_size());
                 else
-                  loop(s0, s1, sequences, panels, projected, barrier);
+                  loop(s0, s1, share, barrier);
               });
   }
   int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
 
-  // One thread's share of steps [s0, s1): sequences and panels.
-  void loop(int64_t s0, int64_t s1, Range sequences, Range panels, Range projected, Barrier& barrier) {
+  // One thread's share of steps [s0, s1).
+  void loop(int64_t s0, int64_t s1, const Share& share, Barrier& barrier) {
     alignas(64) S sums[kTile];
+    const auto& [thread, sequences, panels, projected] = share;
     RnnForwardArgs args = arguments();
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = tokens_.time(s), first = tokens_.first(t), stride = tokens_.stride();
@@ -162,14 +165,18 @@ class Forward {
     });
   }
 
+  // A thread's: two vectors of units, and the products of a block of rows, where those are not kept.
+  int64_t norm_scratch_size() const {
+    return 2 * op_.H + (normed_ ? 0 : kNormedRows * gates_of(op_.mode) * op_.H);
+  }
+
   // One thread's sequences of steps [s0, s1) of layer-normalised cells.
-  void normalised_loop(int64_t s0, int64_t s1, Range sequences) {
+  void normalised_loop(int64_t s0, int64_t s1, Range sequences, S* scratch) {
     alignas(64) S sums[kTile];
     const int64_t n = gates_of(op_.mode) * op_.H, stride = tokens_.stride(), ld = normed_of(op_);
-    const Buffer<S> hidden(normed_ ? 0 : kNormedRows * n), scratch(2 * op_.H);
     RnnForwardArgs args = arguments();
-    RnnNormArgs norm{norms_,  bias_,       nullptr,      stride * gx_ld_, hidden.get(), normed_ ? stride * ld : n,
-                     nullptr, stride * ld, scratch.get()};
+    RnnNormArgs norm{norms_,  bias_,       nullptr, stride * gx_ld_, scratch + 2 * op_.H, normed_ ? stride * ld : n,
+                     nullptr, stride * ld, scratch};
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = tokens_.time(s), first = tokens_.first(t), end = std::min(sequences.end, tokens_.rows(t));
       if (!op_.weight_hr) args.next = operands_[(s + 1) % 2];
@@ -243,6 +250,7 @@ class Forward {
   void *y_, *hy_, *cy_, *gates_, *cells_, *normed_;
   S *h_ = nullptr, *c_ = nullptr;
   const S *bias_ = nullptr, *hidden_bias_ = nullptr, *norms_ = nullptr;
+  S* norm_scratch_ = nullptr;  // of every thread
   void *operands_[2], *m_ = nullptr;
   int64_t ld_ = 0, ld_m_ = 0;
   void* gx_ = nullptr;

@@ -121,19 +121,21 @@ class Backward {
   }
 
   void time() {
-    share_out(Plan(op_), tokens_, weights_.count(), projection_.count(),
-              [&](Range sequences, Range panels, Range projected, Barrier& barrier) {
-                loop(sequences, panels, projected, barrier);
-              });
+    const Plan plan(op_);
+    const int64_t size = op_.norms ? dgates_of(op_) + 3 * op_.H : 0;
+    const Buffer<S> scratch(plan.threads * size);
+    share_out(plan, tokens_, weights_.count(), projection_.count(), [&](const Share& share, Barrier& barrier) {
+      loop(share, scratch.get() + share.thread * size, barrier);
+    });
   }
 
-  // One thread's share: sequences and panels. The cell's units are those of the panels that it is the gradient of.
-  void loop(Range sequences, Range panels, Range projected, Barrier& barrier) const {
+  // One thread's share. The cell's units are those of the panels that it is the gradient of.
+  void loop(const Share& share, S* norm_scratch, Barrier& barrier) const {
     alignas(64) S sums[kTile];
+    const auto& [thread, sequences, panels, projected] = share;
     RnnBackwardArgs args = args_;
     RnnNormBackwardArgs norm = norm_;
-    const Buffer<S> scratch(op_.norms ? dgates_of(op_) + 3 * op_.H : 0);
-    norm.scratch = scratch.get();
+    norm.scratch = norm_scratch;
     const int64_t stride = tokens_.stride(), ld = dhidden_ld_;
     const Range units = op_.weight_hr ? projection_.units(projected) : weights_.units(panels);
     for (int64_t s = op_.T - 1; s >= 0; --s) {

@@ -96,7 +96,7 @@ struct Plan {
   explicit Plan(const Rnn& op) {
     // Multiply-adds of a step of all sequences.
     const int64_t macs = op.B * (gates_of(op.mode) * op.H * op.P / op.heads + (op.weight_hr ? op.H * op.P : 0));
-    const int64_t most = omp_in_parallel() ? 1 : omp_get_max_threads(), total = macs * op.T;
+    const int64_t most = threads_of_region(), total = macs * op.T;
     threads = static_cast<int>(std::clamp<int64_t>(total / kMacsPerThread, 1, most));
     // Few sequences do not share what a panel's load costs. Where all panels fit a thread's own cache, it costs little.
     const bool large = macs / op.B * size_of(op.dtype) > kOwnBytes;
@@ -114,23 +114,29 @@ struct Plan {
 
 inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index / count, n * (index + 1) / count}; }
 
-// Calls f(sequences, panels, projected, barrier) once for each thread of the plan with its share of all sequences, or
-// of the panels of both products.
+// One thread's: all panels of both products for some sequences, or some panels for all. `thread` counts from 0.
+struct Share {
+  int thread;
+  Range sequences, panels, projected;
+};
+
+// Calls f(share, barrier), which may not throw, once for each thread of the plan.
 template <class F>
 void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t projected, const F& f) {
   Barrier barrier(plan.by_units ? plan.threads : 1);
-  const auto alone = [&](double from, double to) {
+  const auto alone = [&](int index, int count) {
     Barrier none(1);
-    f(Range{tokens.sequences(from), tokens.sequences(to)}, Range{0, panels}, Range{0, projected}, none);
+    const Range sequences{tokens.sequences(1.0 * index / count), tokens.sequences(1.0 * (index + 1) / count)};
+    f(Share{index, sequences, {0, panels}, {0, projected}}, none);
   };
   if (plan.threads == 1) return alone(0, 1);
 #pragma omp parallel num_threads(plan.threads)
   {
     const int count = omp_get_num_threads(), index = omp_get_thread_num();
     if (!plan.by_units)
-      alone(1.0 * index / count, 1.0 * (index + 1) / count);
+      alone(index, count);
     else if (count == plan.threads)
-      f(tokens.all(), part(panels, index, count), part(projected, index, count), barrier);
+      f(Share{index, tokens.all(), part(panels, index, count), part(projected, index, count)}, barrier);
     else if (index == 0)
       // A smaller team than was asked for, which the barrier would wait for: right, if not fast.
       alone(0, 1);

@@ -41,7 +41,7 @@ class Steps {
     const int64_t t = tokens_.time(s), n = tokens_.rows(t), L = kernels_.lanes(), G = gates_of(op_.mode);
     const int64_t width = G > 1 ? L : 4 * L, count = ceil_div(op_.H, width);
     const int64_t macs = n * G * op_.H * (op_.I + op_.H);
-    const int64_t most = std::min<int64_t>(omp_in_parallel() ? 1 : omp_get_max_threads(), count);
+    const int64_t most = std::min<int64_t>(threads_of_region(), count);
     const int threads = static_cast<int>(std::clamp<int64_t>(macs / kWorkPerThread, 1, most));
     const auto units = [&](Range range) {
       for (int64_t u = range.begin * width; u < std::min(op_.H, range.end * width); u += width)

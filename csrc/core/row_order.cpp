@@ -25,8 +25,7 @@ constexpr int64_t kShare = 8 * 1024;
 
 struct Shares {
   int64_t N, count;
-  explicit Shares(int64_t N)
-      : N(N), count(omp_in_parallel() ? 1 : std::clamp<int64_t>(N / kShare, 1, omp_get_max_threads())) {}
+  explicit Shares(int64_t N) : N(N), count(std::clamp<int64_t>(N / kShare, 1, threads_of_region())) {}
   int64_t begin(int64_t share) const { return N * share / count; }
   // f(share, begin, end)
   template <class F>

@@ -5,9 +5,8 @@
 // are NaN before a kernel writes them, and are compared with plain loops in double. Loosely: what an error may be, the
 // Python tests measure. An op is one function `check_<op>`, in the file of its stem, and one line here; `sanitize gemm`
 // runs one.
-#include <omp.h>
-
 #include "core/isa.h"
+#include "core/threads.h"
 #include "sanitize.h"
 
 namespace llmkern::sanitize {
@@ -61,8 +60,6 @@ int run(const char* wanted) {
     std::printf("sanitize: %s%s\n", lacking ? "skipped: " : "", error.what());
     return lacking ? 0 : 2;
   }
-  // More than one, so that work is shared out, and no power of two.
-  omp_set_num_threads(3);
   bool known = false;
   for (const auto& [name, check] : kChecks) {
     if (wanted && std::strcmp(wanted, name) != 0) continue;
@@ -78,5 +75,8 @@ int run(const char* wanted) {
 
 }  // namespace
 }  // namespace llmkern::sanitize
+
+// More than one, so that work is shared out, and no power of two.
+int llmkern::cpu::num_threads() { return 3; }
 
 int main(int argc, char** argv) { return llmkern::sanitize::run(argc > 1 ? argv[1] : nullptr); }
