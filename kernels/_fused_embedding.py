@@ -52,11 +52,11 @@ def _sum(tokens, positions, types, scale, n, inside, d, D, ACC: tl.constexpr):
 
 @triton.jit
 def _dropped(x, n, d, D, dropout):
-    """``dropout``: (seed_low, seed_high, limit or None, 1 / (1 - p)). What is dropped may be infinite."""
+    """``dropout``: (seed_low, seed_high, limit or None, 1 / (1 - p)). What is dropped and not finite is NaN."""
     seed_low, seed_high, limit, keep = dropout
     if limit is not None:
         bits = _random.random_bits(seed_low, seed_high, n[:, None] * D + d[None, :], 0)
-        x = tl.where(bits.to(tl.int64) < limit, 0.0, x * tl.full((), keep, x.dtype))
+        x *= tl.where(bits.to(tl.int64) < limit, 0.0, tl.full((), keep, x.dtype))
     return x
 
 

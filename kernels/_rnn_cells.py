@@ -139,5 +139,5 @@ def cell_backward(
         dc, dn, dm = dc * kept, dn * kept, df
     else:
         dout = within(s0, clip, dout)
-        d0 = dout * (1.0 - s0 * s0) if MODE == "rnn_tanh" else tl.where(s0 > 0, dout, 0.0)
+        d0 = dout * (1.0 - s0 * s0) if MODE == "rnn_tanh" else tl.where(s0 <= 0, 0.0, dout)
     return dh, dc, dn, dm, d0, d1, d2, d3

@@ -22,7 +22,8 @@ BLOCK = 1024
 def _drop(x_ptr, y_ptr, i, mask, seed_low, seed_high, limit, scale):
     x = load(x_ptr, i, mask).to(scale.dtype)
     bits = _random.random_bits(seed_low, seed_high, i, 0)
-    y = tl.where(bits.to(tl.int64) < limit, 0.0, x * scale)
+    # A product with the mask, as torch's: what is dropped and not finite is NaN, so that guards see it.
+    y = x * tl.where(bits.to(tl.int64) < limit, 0.0, scale)
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -11,9 +11,10 @@ from ._random import keeps
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """``x / (1 - p)`` where an element is kept, else 0; it is dropped with probability ``p``, by ``seed`` and index.
 
-    Hinton et al., 2012; inverted, so that evaluation needs no scale. ``p`` = 1 drops all.
+    Hinton et al., 2012; inverted, so that evaluation needs no scale. ``p`` = 1 drops all. As in torch what is dropped
+    and not finite is NaN.
     """
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = x.to(wide) * (1 / (1 - p) if p < 1 else 0.0)
-    return torch.where(keeps(p, seed, index, 0), 0.0, scaled).to(x.dtype)
+    scale = keeps(p, seed, index, 0).logical_not().to(wide) * (1 / (1 - p) if p < 1 else 0.0)
+    return (x.to(wide) * scale).to(x.dtype)

@@ -14,8 +14,8 @@ void dropout_of(const T* x, int64_t begin, int64_t end, double p, uint64_t seed,
   for (int64_t i = begin; i < end; i += L) {
     const int n = end - i < L ? static_cast<int>(end - i) : L;
     const Vec<S> v = n == L ? load<S>(x + i) : load<S>(x + i, n, S{0});
-    // Not a product with the mask: what is dropped may be infinite.
-    const Vec<S> kept = drawn<S>(p, seed, static_cast<uint64_t>(i), 0) != 0 ? Vec<S>{} : v * scale;
+    // A product with the mask, as torch's: what is dropped and not finite is NaN, so that guards see it.
+    const Vec<S> kept = v * (drawn<S>(p, seed, static_cast<uint64_t>(i), 0) != 0 ? Vec<S>{} : splat(scale));
     n == L ? store(y + i, kept) : store(y + i, kept, n);
   }
 }

@@ -60,10 +60,10 @@ class Row {
     if (type_) s += load_n<A>(type_ + d, n);
     return s;
   }
-  // Not a product with the mask: what is dropped may be infinite.
+  // A product with the mask, as torch's: what is dropped and not finite is NaN.
   Vec<A> dropped(Vec<A> v, int64_t d) const {
     if (p_ == 0) return v;
-    return drawn<A>(p_, seed_, first_ + static_cast<uint64_t>(d), 0) != 0 ? Vec<A>{} : v * keep_;
+    return v * (drawn<A>(p_, seed_, first_ + static_cast<uint64_t>(d), 0) != 0 ? Vec<A>{} : splat(keep_));
   }
   Vec<A> weight(int64_t d, int n) const { return weight_ ? load_n<A>(weight_ + d, n) : splat(A{1}); }
   Vec<A> bias(int64_t d, int n) const { return bias_ ? load_n<A>(bias_ + d, n) : Vec<A>{}; }

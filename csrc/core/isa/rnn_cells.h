@@ -279,7 +279,8 @@ struct ElmanCell {
     if constexpr (kTanh)
       at.store(dgates, dout * (1 - out * out));
     else
-      at.store(dgates, out > 0 ? dout : V{});
+      // A NaN lets the gradient through, as in torch.
+      at.store(dgates, out <= 0 ? V{} : dout);
     return V{};
   }
 };
