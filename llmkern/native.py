@@ -32,6 +32,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"the op library does not load: {error}"
+    # A setting that means nothing is an error when the library loads, and not when something first reads it.
+    torch.ops.llmkern_cpu.check_settings()
     return None
 
 

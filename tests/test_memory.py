@@ -145,3 +145,30 @@ def test_the_backward_of_an_lstm_makes_no_zeros_for_its_gates() -> None:
     with _Made(T * B * 4 * H) as made:
         y.sum().backward()
     assert [name for name in made.names if "zero" in name] == []
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "12MB", " ", "0x10", "99999999999999999999"])
+def test_a_limit_that_is_no_number_is_an_error(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMKERN_CACHE_MB", value)
+    with pytest.raises(
+        ValueError, match=f"LLMKERN_CACHE_MB={value}; expected a whole number of MiB, such as 512, or 0"
+    ):
+        torch.ops.llmkern_cpu.check_settings()
+    for good in ("", "0", "512", "00512"):
+        monkeypatch.setenv("LLMKERN_CACHE_MB", good)
+        torch.ops.llmkern_cpu.check_settings()
+    monkeypatch.setenv("LLMKERN_POISON", "yes")
+    with pytest.raises(ValueError, match="LLMKERN_POISON=yes; expected 0 or 1"):
+        torch.ops.llmkern_cpu.check_settings()
+
+
+def test_a_wrong_setting_is_an_error_of_the_first_call() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch, llmkern; llmkern.nn.Embedding(3, 2)(torch.tensor([1]))"],
+        env={**os.environ, "LLMKERN_CACHE_MB": "abc"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ValueError: LLMKERN_CACHE_MB=abc; expected a whole number of MiB" in done.stderr

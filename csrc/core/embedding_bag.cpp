@@ -39,8 +39,9 @@ void over_bags(const Table& table, const Bags& bags, const F& f) {
 void bag_starts(Indices offsets, int64_t N, int64_t B, bool include_last, int64_t* starts) {
   const auto text = [](int64_t x) { return std::to_string(x); };
   for (int64_t b = 0; b < B; ++b) starts[b] = offsets.data ? offsets[b] : b * (N / B);
-  starts[B] = include_last ? offsets[B] : N;
-  if (B > 0 && starts[0] != 0)
+  // Without a bag no index lies in one.
+  starts[B] = include_last ? offsets[B] : B > 0 ? N : 0;
+  if (starts[0] != 0)
     throw std::runtime_error(
         "offsets[0] has to be 0, i.e., the first sequence in the mini-batch has to start from position 0. However, "
         "got " +

@@ -1,7 +1,7 @@
 // Large blocks that were given back are kept, oldest first, up to a limit; a request takes the smallest that holds it
 // and wastes no more than a quarter.
 //
-// LLMKERN_CACHE_MB sets the limit (0 keeps nothing). With LLMKERN_POISON every block is filled with NaN, so that the
+// LLMKERN_CACHE_MB sets the limit (0 keeps nothing). With LLMKERN_POISON=1 every block is filled with NaN, so that the
 // tests see an element that a kernel forgot to write.
 #include "core/memory.h"
 
@@ -11,6 +11,8 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 #if defined(__unix__)
 #include <pthread.h>
@@ -33,8 +35,23 @@ size_t whole(size_t bytes) {
   return bytes < kLargeBytes ? round_up(bytes ? bytes : 1, 64) : round_up(bytes, kHugePage);
 }
 
+// The whole number, at most `most`, that environment variable `name` holds; -1 if it is unset or empty.
+int64_t setting(const char* name, int64_t most, const char* expected) {
+  const char* const value = std::getenv(name);
+  if (!value || !*value) return -1;
+  int64_t number = 0;
+  for (const char* digit = value; *digit && number >= 0; ++digit)
+    number = *digit >= '0' && *digit <= '9' && number <= most ? number * 10 + (*digit - '0') : -1;
+  if (number < 0 || number > most)
+    throw std::invalid_argument(std::string(name) + "=" + value + "; expected " + expected);
+  return number;
+}
+
 size_t limit() {
-  if (const char* megabytes = std::getenv("LLMKERN_CACHE_MB")) return std::strtoull(megabytes, nullptr, 10) << 20;
+  constexpr int64_t kMostMegabytes = int64_t{1} << 40;
+  if (const int64_t megabytes = setting("LLMKERN_CACHE_MB", kMostMegabytes, "a whole number of MiB, such as 512, or 0");
+      megabytes >= 0)
+    return static_cast<size_t>(megabytes) << 20;
   constexpr size_t kMost = size_t{2} << 30;
 #if defined(_SC_PHYS_PAGES)
   const size_t machine = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -43,6 +60,8 @@ size_t limit() {
   return kMost;
 #endif
 }
+
+bool poisons() { return setting("LLMKERN_POISON", 1, "0 or 1") == 1; }
 
 void* allocate(size_t bytes) {
   void* const p = std::aligned_alloc(bytes < kLargeBytes ? 64 : kHugePage, bytes);
@@ -130,7 +149,9 @@ class Cache {
 }  // namespace
 
 void* acquire(size_t bytes) {
-  static const bool poison = std::getenv("LLMKERN_POISON") != nullptr;
+  static const bool poison = poisons();
+  // So much that rounding it up would give little.
+  if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   const size_t size = whole(bytes);
   void* p = size < kLargeBytes ? nullptr : Cache::instance().take(size);
   if (!p) p = allocate(size);
@@ -146,6 +167,8 @@ void release(void* p, size_t bytes) noexcept {
   mark(p, 0, size);
   size < kLargeBytes ? std::free(p) : Cache::instance().keep({p, size});
 }
+
+void check_memory_settings() { limit(), poisons(); }
 
 void empty_cache() noexcept { Cache::instance().empty(); }
 

@@ -3,6 +3,7 @@
 // of a training loop asks for the same sizes again. See memory.cpp.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 namespace llmkern::cpu {
@@ -14,6 +15,8 @@ inline constexpr size_t kLargeBytes = size_t{1} << 20;
 void* acquire(size_t bytes);
 // What acquire(bytes) gave.
 void release(void* p, size_t bytes) noexcept;
+// Throws std::invalid_argument if an environment variable does not say what this file may take it to say.
+void check_memory_settings();
 // Gives all kept memory back to the system.
 void empty_cache() noexcept;
 
@@ -21,7 +24,8 @@ void empty_cache() noexcept;
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t n) : bytes_(n * sizeof(T)), data_(static_cast<T*>(acquire(bytes_))) {}
+  explicit Buffer(size_t n)
+      : bytes_(n > SIZE_MAX / sizeof(T) ? SIZE_MAX : n * sizeof(T)), data_(static_cast<T*>(acquire(bytes_))) {}
   Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(bytes_, other.bytes_), std::swap(data_, other.data_);

@@ -21,6 +21,7 @@ Tensor embedding_forward(const Tensor& weight, const Tensor& indices) {
 
 cpu::RowOrder order_of(const Tensor& dout, const Tensor& indices, int64_t num_weights) {
   require_contiguous(dout, "dout");
+  require(num_weights >= 0, "embedding_backward: expected num_weights that is not negative");
   require(dout.dim() == 2 && indices.dim() == 1 && dout.size(0) == indices.numel(),
           "embedding_backward: expected dout (N, D) and indices (N)");
   return cpu::RowOrder(indices_of(indices, "indices"), indices.numel(), num_weights);

@@ -11,7 +11,7 @@ struct Call {
 
   Call(const Tensor& indices, const std::optional<Tensor>& offsets, int64_t num_bags, bool include_last_offset,
        int64_t padding_idx)
-      : starts(num_bags + 1) {
+      : starts(checked(num_bags) + 1) {
     require(indices.dim() == 1, "embedding_bag: expected indices (N)");
     const int64_t N = indices.numel();
     if (offsets)
@@ -22,6 +22,10 @@ struct Call {
     cpu::bag_starts(offsets ? indices_of(*offsets, "offsets") : cpu::Indices{nullptr, true}, N, num_bags,
                     offsets && include_last_offset, starts.get());
     bags = {indices_of(indices, "indices"), N, num_bags, starts.get(), padding_idx};
+  }
+  static int64_t checked(int64_t num_bags) {
+    require(num_bags >= 0 && num_bags < INT32_MAX, "embedding_bag: expected between 0 and 2^31 - 2 bags");
+    return num_bags;
   }
 };
 
@@ -68,6 +72,7 @@ std::tuple<Tensor, Tensor> embedding_bag_max_forward(const Tensor& weight, const
 cpu::BagGradient gradient_of(const Tensor& dout, const std::optional<Tensor>& samples, const cpu::Bags& bags,
                              const Tensor& indices, const std::optional<Tensor>& largest, int64_t num_weights,
                              bool mean) {
+  require(num_weights >= 0, "embedding_bag: expected num_weights that is not negative");
   const void* const factors = samples_of(samples, indices, dout);
   const cpu::Table table{nullptr, factors, dtype_of(dout), num_weights, dout.size(1)};
   const int32_t* at = nullptr;

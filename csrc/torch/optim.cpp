@@ -49,7 +49,8 @@ std::vector<cpu::OptimTensor> gather(const Tensors& params, const Tensors& grads
 std::vector<double> advance(Tensors steps) {
   std::vector<double> counts;
   for (const Tensor& step : steps) {
-    require(step.is_cpu() && step.numel() == 1, "steps: expected CPU tensors of one element");
+    require_contiguous(step, "steps");
+    require(step.numel() == 1, "steps: expected tensors of one element");
     const DType dtype = dtype_of(step);
     require(dtype == DType::f32 || dtype == DType::f64, "steps: expected float32 or float64");
     void* const at = step.mutable_data_ptr();

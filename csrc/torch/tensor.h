@@ -1,7 +1,7 @@
 // What every binding needs: torch tensors in, raw pointers out.
 //
 // Bindings trust their caller (llmkern/ops): tensors come in contiguous and of the right shapes; what memory safety
-// depends on is checked again here.
+// depends on is checked again here, for whoever calls torch.ops.llmkern_cpu by hand: a wrong call is an error.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -45,9 +45,17 @@ inline DType dtype_of(ScalarType type) {
 
 inline DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
+// Throws what torch does for a tensor whose elements do not lie in its storage, which was resized.
+[[noreturn]] void throw_storage_error(const Tensor& t, int64_t storage_bytes);
+
+// What every tensor goes through before its data are touched.
 inline void require_contiguous(const Tensor& t, const char* name) {
   if (!t.is_cpu() || !t.is_contiguous())
     throw std::invalid_argument(std::string(name) + ": expected a contiguous CPU tensor");
+  int64_t bytes = 0;
+  require(aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS, "expected a tensor with a storage");
+  const int64_t n = t.numel();
+  if (n > 0 && (t.storage_offset() + n) * static_cast<int64_t>(t.element_size()) > bytes) throw_storage_error(t, bytes);
 }
 
 // Uninitialised, like `self` but of these sizes; large ones lie in kept memory (core/memory.h).
