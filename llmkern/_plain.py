@@ -33,9 +33,11 @@ def strange(*tensors: Tensor | None) -> list[str]:
     for t in tensors:
         if t is None:
             continue
+        kind = type(t)
+        if not issubclass(kind, Tensor):
+            return ["arguments that are not tensors"]
         if t.is_nested:
             return NESTED
-        kind = type(t)
         if kind is not Tensor and kind is not Parameter and (compiling or _knows_aten_only(kind)):
             return [f"tensors of class {kind.__name__}"]
         if t.layout is not torch.strided:

@@ -58,9 +58,9 @@ def test_half_precision_gradients_do_not_saturate(dtype: torch.dtype) -> None:
 
 
 def test_a_bad_index_leaves_the_table_as_it_was() -> None:
-    for f, text in ((F, "index out of range in self"), (TF, r"select\(\): index 9 out of range")):
+    for f in (F, TF):
         table = torch.full((6, 2), 10.0)
-        with pytest.raises(IndexError, match=text):
+        with pytest.raises(IndexError, match=r"select\(\): index 9 out of range"):
             f.embedding(torch.tensor([5, 9]), table, max_norm=1.0)
         assert bool((table == 10).all()) == (f is F)
 

@@ -149,24 +149,22 @@ def test_errors_are_torchs(change: dict[str, Any], kernel: str) -> None:
 @pytest.mark.parametrize("bad", [-1, 6, 2**40])
 @pytest.mark.parametrize("mode", MODES)
 def test_index_out_of_range(mode: str, bad: int, kernel: str) -> None:
-    """torch has several texts for it, by mode and dtype: a kernel's is one of them. Nothing is changed."""
+    """torch has several texts for it, by mode and dtype: on the CPU it is asked. Nothing is changed."""
     N = 100 if INTERPRETING else 5000
     for dtype in FLOATS[1::2] if INTERPRETING else FLOATS:
         for place in (0, N * 3 // 5, N - 1):
             table = torch.randn(6, 9).to(dtype).mul_(10)
             weight, indices = table.clone().requires_grad_(), torch.randint(6, (N,))
             indices[place] = bad
-            text = {
-                "native": rf"Index {place} of input takes value {bad} which is not in the valid range \[0, 6\)",
-                "triton": f"Expected idx >= 0 && idx < num_embeddings but found idx to be {bad}",
-            }[kernel]
             with llmkern.backend(kernel):
                 for input in (indices, indices.view(-1, 50)):
                     offsets = torch.arange(0, N, 7) if input.dim() == 1 else None
-                    for error in (IndexError, RuntimeError):
-                        with pytest.raises(error, match=text):
-                            LF.embedding_bag(input, weight, offsets, mode=mode)
-                with pytest.raises(IndexError):
+                    with pytest.raises(RuntimeError) as theirs:
+                        F.embedding_bag(input, weight, offsets, mode=mode)
+                    with pytest.raises(RuntimeError) as ours:
+                        LF.embedding_bag(input, weight, offsets, mode=mode)
+                    assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
+                with pytest.raises((IndexError, RuntimeError)):
                     LF.embedding_bag(indices.view(-1, 100), weight, mode=mode, max_norm=0.1)
             assert torch.equal(weight, table)
 

@@ -83,7 +83,10 @@ def test_a_bad_index_changes_nothing(bad: int) -> None:
     for name in ("auto", *KERNELS, "reference"):
         for table in (torch.randn(6, 4), torch.randn(4, 6).t()):
             before = table.clone()
-            with llmkern.backend(name), pytest.raises(IndexError, match="index out of range in self"):
+            with (
+                llmkern.backend(name),
+                pytest.raises(IndexError, match=r"index out of range in self|out of range for tensor"),
+            ):
                 LF.embedding(torch.tensor([0, 1, bad]), table, max_norm=0.1)
             assert torch.equal(table, before)
 

@@ -185,6 +185,8 @@ def _well_formed(
     token_weight: Tensor | None,
 ) -> bool:
     """Whether the call is one that torch would accept; if not, torch gets it, for its error."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        return False
     if input.dim() == 0 or not input.is_floating_point() or target.device != input.device:
         return False
     classes = input.shape[0 if input.dim() == 1 else 1]

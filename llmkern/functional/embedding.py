@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,8 @@ def embedding(
         ``(*, D)``, of ``weight``'s dtype.
 
     Raises:
-        IndexError: if an index is outside ``[0, V)``: "index out of range in self". ``weight`` is as it was.
+        IndexError: if an index is outside ``[0, V)``, as torch says it, also where torch's is a RuntimeError (a table
+            without rows). ``weight`` is as it was.
 
     The gradient adds duplicates up in fp32 (fp64 for fp64), in the order of the batch: bf16 sums do not
     saturate, as torch's do.
@@ -58,7 +62,8 @@ def embedding(
     if sparse:
         options.append("sparse")
     strange = dispatch.strange(input, weight)
-    served = weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
+    served = isinstance(input, Tensor) and isinstance(weight, Tensor)
+    served = served and weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
     if padding_idx is not None and strange != dispatch.NESTED:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
     if max_norm is not None or sparse:
@@ -72,11 +77,25 @@ def embedding(
     if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     indices = input.reshape(-1).contiguous()
-    if max_norm is not None:
-        ops.renormalise(weight, indices, max_norm, norm_type, backend)
-    padding_idx = row_number(padding_idx, weight)
-    out = ops.embedding(weight.contiguous(), indices, padding_idx, scale_grad_by_freq, sparse, backend)
+    row = row_number(padding_idx, weight)
+    try:
+        if max_norm is not None:
+            ops.renormalise(weight, indices, max_norm, norm_type, backend)
+        out = ops.embedding(weight.contiguous(), indices, row, scale_grad_by_freq, sparse, backend)
+    except IndexError:
+        raise_as_torch(F.embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        raise
     return out.view(*input.shape, weight.shape[1])
+
+
+def raise_as_torch(function: Callable[..., Tensor], input: Tensor, weight: Tensor, *arguments: Any) -> None:
+    """Raises what torch's ``function`` says of a call that a kernel refused: its texts differ from path to path.
+
+    ``weight`` stays as it is: the second of ``arguments`` is max_norm. On a GPU torch would end the context.
+    """
+    if not input.is_cuda:
+        with torch.no_grad():
+            function(input, weight if arguments[1] is None else weight.detach().clone(), *arguments)
 
 
 def row_number(padding_idx: int | None, weight: Tensor) -> int:

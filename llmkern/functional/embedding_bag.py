@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function
 from .. import dispatch, ops
 from .._torch import F
 from ._overrides import overridden
-from .embedding import INDEX_DTYPES, row_number
+from .embedding import INDEX_DTYPES, raise_as_torch, row_number
 
 
 def embedding_bag(
@@ -44,8 +44,8 @@ def embedding_bag(
         ``(B, D)``, of ``weight``'s dtype. An empty bag gives zeros; a max goes to the first of equal rows.
 
     Raises:
-        IndexError: if an index is outside ``[0, V)``; it is a RuntimeError too, as torch's is. ``weight`` is as it was.
-        RuntimeError: if ``offsets`` does not begin with 0 or ends past ``N``.
+        RuntimeError: if an index is outside ``[0, V)``, as torch says it (an IndexError with ``max_norm``; on a GPU one
+            that is both), or if ``offsets`` does not begin with 0 or ends past ``N``. ``weight`` is as it was.
         ValueError: if ``offsets`` decreases.
 
     On the CPU, unlike torch's, the gradient can be differentiated again, and ``scale_grad_by_freq`` divides by the
@@ -103,12 +103,11 @@ def embedding_bag(
             sparse,
             backend,
         )
-    except IndexError as error:
-        raise ops.BagIndexError(str(error)) from None
-    except RuntimeError:
-        # Offsets that are out of bounds: torch says so in its own words, on a GPU by ending the context.
-        if not input.is_cuda:
-            F.embedding_bag(*as_written)
+    except (IndexError, RuntimeError) as error:
+        # Indices or offsets that are out of bounds.
+        raise_as_torch(F.embedding_bag, *as_written)
+        if isinstance(error, IndexError):
+            raise ops.BagIndexError(str(error)) from None
         raise
 
 
@@ -122,6 +121,10 @@ def _is_bag_call(
     padding_idx: int | None,
 ) -> bool:
     """Whether the call is well-formed, but for the values of indices and offsets."""
+    if not all(
+        isinstance(t, Tensor) for t in (input, weight, *(t for t in (offsets, per_sample_weights) if t is not None))
+    ):
+        return False
     if weight.dim() != 2 or not weight.is_floating_point() or mode not in ("sum", "mean", "max"):
         return False
     if input.dtype not in INDEX_DTYPES or input.device != weight.device:

@@ -35,7 +35,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if backend == "torch":
         return F.linear(input, weight, bias)
     flat = bias if bias is None else bias.contiguous()
-    y = ops.linear(input.reshape(rows, -1).contiguous(), weight.contiguous(), flat, backend)
+    y = ops.linear(input.reshape(rows, weight.shape[1]).contiguous(), weight.contiguous(), flat, backend)
     return y.reshape(*input.shape[:-1], weight.shape[0])
 
 

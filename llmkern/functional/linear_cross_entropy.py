@@ -157,7 +157,7 @@ def linear_cross_entropy(
             torch_does=None if chunked else "linear, then cross_entropy",
             transformed=int(torch._C._are_functorch_transforms_active()),
         )
-    # What is not well formed is composed, for torch's errors.
+    # What is not well formed is composed, for torch's errors; a product of nothing needs no kernel.
     well_formed = _well_formed(input, linear_weight, target, linear_bias, common, autocast)
     if backend in ("torch", "reference") or not well_formed:
         loss = _composed(input, linear_weight, target, linear_bias, ignore_index, options, backend, common, extras)
@@ -183,8 +183,8 @@ def _well_formed(
     common: dict[str, Any],
     autocast: bool,
 ) -> bool:
-    """Whether torch would accept the call, but for what :func:`_check` knows."""
-    weight, batch, (classes, *inner, _) = common["weight"], input.shape[:-1], linear_weight.shape
+    """Whether torch would accept the call, but for what :func:`_check` knows, and there is something to multiply."""
+    weight, batch, (classes, *inner, in_features) = common["weight"], input.shape[:-1], linear_weight.shape
     if target.shape == (*batch, classes, *inner):
         fits = target.is_floating_point()
     else:
@@ -192,7 +192,7 @@ def _well_formed(
     if weight is not None:
         fits = fits and weight.shape == (classes,) and weight.dtype in (_CAST if autocast else (input.dtype,))
         fits = fits and not weight.requires_grad
-    fits = fits and classes > 0 and 0 not in inner and common["reduction"] in ("none", "mean", "sum")
+    fits = fits and 0 not in (classes, *inner, in_features) and common["reduction"] in ("none", "mean", "sum")
     return fits and 0 <= common["label_smoothing"] <= 1
 
 
@@ -208,7 +208,7 @@ def _fused(
 ) -> Tensor | CrossEntropyOutput:
     input, linear_weight, *bias = operands
     classes, *inner, in_features = linear_weight.shape
-    x = input.reshape(-1, in_features).contiguous()
+    x = input.reshape(math.prod(input.shape[:-1]), in_features).contiguous()
     accumulated, weight, wanted = losses_dtype(input), common["weight"], own["outputs"] or ()
     soft = target.shape == (*input.shape[:-1], classes, *inner)
     if soft:
@@ -273,10 +273,10 @@ def _composed(
             options=options,
             **common,
         )
-    num_classes, *out_features, in_features = linear_weight.shape
+    num_classes, *out_features, _ = linear_weight.shape
     flat_weight, flat_bias = linear_weight, linear_bias
     if out_features:
-        flat_weight = linear_weight.reshape(-1, in_features)
+        flat_weight = linear_weight.flatten(0, -2)
         flat_bias = None if linear_bias is None else linear_bias.reshape(-1)
     logits = functional.linear(input, flat_weight, flat_bias)
     logits = logits.reshape(*input.shape[:-1], num_classes, *out_features) if out_features else logits

@@ -43,7 +43,7 @@ def mse_loss(
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     tensors = (input, target) if weight is None else (input, target, weight)
     strange = dispatch.strange(*tensors)
-    served = all(t.is_floating_point() and t.device == input.device for t in tensors)
+    served = all(isinstance(t, Tensor) and t.is_floating_point() and t.device == input.device for t in tensors)
     served = (
         served
         and reduction in ("none", "mean", "sum")
