@@ -49,9 +49,8 @@ def _cell(mode: str, gates: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return getattr(F, f"{mode}_cell"), (X[0], hx, *_weights(gates))
 
 
-def _clipped(x: torch.Tensor) -> torch.Tensor:
-    parameter = torch.nn.Parameter(x)
-    parameter.grad = x * 3
+def _clipped(parameter: torch.nn.Parameter) -> torch.Tensor:
+    parameter.grad = parameter.detach() * 3
     return F.clip_grad_norm_([parameter], 1.0)
 
 
@@ -77,7 +76,7 @@ MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "sLSTM": (nn.sLSTM(5, 4), (X,)),
 }
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "clip_grad_norm_": (_clipped, (X,)),
+    "clip_grad_norm_": (_clipped, (torch.nn.Parameter(X.clone()),)),
     "cross_entropy": (F.cross_entropy, (H, CLASSES)),
     "dropout": (lambda x: F.dropout(x, 1.0), (X,)),
     "embedding": (F.embedding, (IDS, GATE["hh"])),

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": {"dispatch", "reference", "_torch"},
     "dispatch": {"_graphs", "_plain", "_sizes"},
     "_graphs": set(),
-    "_plain": set(),
+    "_plain": {"_graphs"},
     "_sizes": set(),
     "_torch": set(),
     "_torch_tree": set(),
