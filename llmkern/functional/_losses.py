@@ -120,5 +120,5 @@ def present(
         right = (rows.argmax == (target.argmax(1) if soft else target)) & counted
         accuracy = right.sum() / counted.sum()
     of_rows = {"lse": rows.lse, "entropy": rows.entropy, "argmax": rows.argmax}
-    wanted = {name: t.reshape(shape) for name, t in of_rows.items() if name in outputs and t is not None}
+    wanted = {name: ops.as_shape(t, shape) for name, t in of_rows.items() if name in outputs and t is not None}
     return CrossEntropyOutput(loss, accuracy=accuracy, **wanted)

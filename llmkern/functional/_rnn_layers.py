@@ -254,4 +254,4 @@ def _joined(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _stacked(states: Sequence[Tensor]) -> Tensor:
-    return states[0].unsqueeze(0) if len(states) == 1 else torch.stack(list(states))
+    return ops.as_shape(states[0], (1, *states[0].shape)) if len(states) == 1 else torch.stack(list(states))

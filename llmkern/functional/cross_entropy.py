@@ -156,7 +156,7 @@ def cross_entropy(
     )
     outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     loss = reduced(rows).to(x.dtype)
-    return present(loss.reshape(outer) if reduction == "none" else loss, rows, outputs, t, soft, outer)
+    return present(ops.as_shape(loss, outer) if reduction == "none" else loss, rows, outputs, t, soft, outer)
 
 
 def _tensors(*tensors: Tensor | None) -> list[Tensor]:

@@ -85,7 +85,7 @@ def embedding(
     except IndexError:
         raise_as_torch(F.embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         raise
-    return out.view(*input.shape, weight.shape[1])
+    return ops.as_shape(out, (*input.shape, weight.shape[1]))
 
 
 def raise_as_torch(function: Callable[..., Tensor], input: Tensor, weight: Tensor, *arguments: Any) -> None:

@@ -114,7 +114,7 @@ def fused_embedding(
     optional = (None if t is None else t.contiguous() for t in operands[1:])
     rows = (input.reshape(-1).contiguous(), _repeated(positions, input), _repeated(token_types, input))
     out = ops.fused_embedding(weight.contiguous(), tuple(optional), rows, steps, backend)
-    return out.view(*input.shape, weight.shape[1])
+    return ops.as_shape(out, (*input.shape, weight.shape[1]))
 
 
 def _check_operands(

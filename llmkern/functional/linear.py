@@ -36,7 +36,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, weight, bias)
     flat = bias if bias is None else bias.contiguous()
     y = ops.linear(input.reshape(rows, weight.shape[1]).contiguous(), weight.contiguous(), flat, backend)
-    return y.reshape(*input.shape[:-1], weight.shape[0])
+    return ops.as_shape(y, (*input.shape[:-1], weight.shape[0]))
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -170,9 +170,9 @@ def linear_cross_entropy(
     if len(batch) < 2:
         return loss
     if isinstance(loss, CrossEntropyOutput):
-        shaped = [t if t is None or t.dim() == 0 else t.reshape(*batch, *out_features) for t in loss]
+        shaped = [t if t is None or t.dim() == 0 else ops.as_shape(t, (*batch, *out_features)) for t in loss]
         return CrossEntropyOutput._make(shaped)
-    return loss.reshape(*batch, *out_features) if reduction == "none" else loss
+    return ops.as_shape(loss, (*batch, *out_features)) if reduction == "none" else loss
 
 
 def _well_formed(
@@ -248,7 +248,7 @@ def _fused(
         rows = run(linear_weight, bias[0] if bias else None, t, reduced.scale)
     outer = (*input.shape[:-1], *inner)
     loss = reduced(rows).to(result)
-    return present(loss.reshape(outer) if common["reduction"] == "none" else loss, rows, wanted, t, soft, outer)
+    return present(ops.as_shape(loss, outer) if common["reduction"] == "none" else loss, rows, wanted, t, soft, outer)
 
 
 def _composed(

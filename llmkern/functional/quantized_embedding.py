@@ -100,4 +100,4 @@ def quantized_embedding(
     backend = dispatch.pick("quantized_embedding", scale, offset, options=options)
     indices = input.reshape(-1).contiguous()
     table = (weight.contiguous(), scale.contiguous(), offset.contiguous())
-    return ops.quantized_embedding(*table, indices, D, bits, dtype, backend).view(*input.shape, D)
+    return ops.as_shape(ops.quantized_embedding(*table, indices, D, bits, dtype, backend), (*input.shape, D))

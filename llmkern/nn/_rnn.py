@@ -257,8 +257,8 @@ class Layers(torch.nn.RNNBase, Deployable):
         if new is None:
             return None
         # Not the same tensor twice: what is written into the output stays out of the state.
-        y = new[0].clone()
-        return (y.transpose(0, 1) if self.batch_first else y), self._as_given(new)
+        y = torch.stack(new[0].unbind(0), 1) if self.batch_first else new[0].clone()
+        return y, self._as_given(new)
 
     def _forward_packed(
         self, input: PackedSequence, hx: Any, states: tuple[Any, ...] | None, weights: list[Any]

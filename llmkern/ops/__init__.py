@@ -5,7 +5,7 @@ argument, so that a backward runs where its forward ran. Everything a user may w
 """
 
 from ..reference._random import draw_seed
-from ._autograd import capturing, differentiating, seed_freezes, traced
+from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
 from ._losses import Rows
 from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
@@ -47,6 +47,7 @@ __all__ = [
     "adagrad_step",
     "adam_step",
     "advance",
+    "as_shape",
     "capturing",
     "cross_entropy",
     "differentiating",

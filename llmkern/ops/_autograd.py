@@ -26,12 +26,15 @@ def differentiating(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def pure() -> bool:
+    """Whether a compiler or a transform takes the call for a pure function: nothing may be kept beside its results."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def seed_freezes() -> bool:
     """Whether a seed that is drawn now would be that of all later runs too, which are replays of this one: compiled,
     transformed, or captured by a CUDA graph."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return capturing()
+    return pure() or capturing()
 
 
 def capturing() -> bool:
@@ -41,9 +44,7 @@ def capturing() -> bool:
 
 def traced(tensor: Tensor) -> bool:
     """Whether a call on this tensor is more than plain eager autograd: compiled, transformed, or in forward mode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return pure() or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
 
 
 def plain_backward(*cotangents: Tensor | None) -> bool:
@@ -53,6 +54,16 @@ def plain_backward(*cotangents: Tensor | None) -> bool:
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return not any(torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents if d is not None)
+
+
+def as_shape(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """A contiguous result in another shape, for a caller who may change it in place: no view if it is made without grad
+    mode, as autograd refuses to change such a view once grad mode is on."""
+    if result.shape == shape:
+        return result
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return result.view(shape)
+    return torch.ops.aten._unsafe_view(result, shape)
 
 
 class KernelFunction(Function):

@@ -12,12 +12,14 @@ from .. import reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    pure,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
     zeros_for_none,
 )
 from ._library import define
+from ._rnn_saved import keep, kept
 
 
 class Options(NamedTuple):
@@ -122,16 +124,15 @@ class RNNFunction(KernelFunction):
         ctx.mark_non_differentiable(gates, normed, *(() if tensors[2] is not None else (cy, cells)))
         # Autograd would make zeros for the gates, the largest of all tensors, on every backward.
         ctx.set_materialize_grads(False)
+        keep(ctx, tensors, (y, gates, cells, normed))
         # vmap takes the two lists for one.
-        saved = (*tensors, y, gates, cells, normed)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        ctx.save_for_forward(*tensors, y, gates, cells, normed)
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, dhy: Tensor | None, dcy: Tensor | None, dcells: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        tensors = kept(ctx, lambda *inputs: rnn_forward(*inputs, *ctx.options, True, ctx.backend))
         needs = ctx.needs_input_grad
         hx, cx, y = tensors[1], tensors[2], tensors[-4]
         cotangents = [
@@ -266,6 +267,8 @@ def rnn(
     if backend == "reference":
         return reference.rnn(*inputs, batch_sizes, *options)
     if differentiating(*inputs):
-        return RNNFunction.run(*inputs, batch_sizes, options, backend)[:4]
+        y, hy, cy, every = RNNFunction.run(*inputs, batch_sizes, options, backend)[:4]
+        # Compiled and transformed code keeps y for the backward, and cannot notice that a caller changes it.
+        return (y.clone(), hy, cy, every.clone()) if pure() else (y, hy, cy, every)
     y, hy, cy, _, every, _ = rnn_forward(*inputs, batch_sizes, *options, cells, backend)
     return y, hy, cy, every
