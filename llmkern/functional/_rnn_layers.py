@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import dispatch, ops
 from .dropout import dropout
@@ -196,47 +195,26 @@ class Call:
             weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         norms = torch.cat(list(extras.norms[index])) if extras.norms else None
-        zoned = extras.zoneout or extras.zoneout_cell
-        if zoned and self.train and ops.capturing():
-            raise RuntimeError("zoneout: a CUDA graph would replay one mask; call eval(), or capture without zoneout")
-        seed = ops.draw_seed() if zoned and self.train else -1
+        seed, drawn = self._seed()
         options = ops.RNNOptions(
             self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell, seed
         )
+        hx, cx, *_ = (*(state[index].contiguous() for state in self.states), None)
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
+        inputs, chunks = (x, hx, cx, *weights, self.batch_sizes), extras.checkpoint_chunks
+        if chunks > 1:
+            y, hy, cy, every = ops.rnn_in_chunks(inputs, options, chunks, extras.return_cell_states, drawn, backend)
+        else:
+            y, hy, cy, every = ops.rnn(*inputs, options, backend, extras.return_cell_states, drawn)
+        return (y, hy, every) if cx is None else (y, hy, cy, every)
 
-        def run(x: Tensor, batch_sizes: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
-            hx, cx = states if len(states) == 2 else (states[0], None)
-            weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
-            y, hy, cy, every = ops.rnn(x, hx, cx, *weights, batch_sizes, options, backend, extras.return_cell_states)
-            return (y, hy, every) if cx is None else (y, hy, cy, every)
-
-        states = tuple(state[index].contiguous() for state in self.states)
-        # What is computed again, and when, is no part of a graph that is made to run elsewhere.
-        if extras.checkpoint_chunks > 1 and dispatch.leaving() is None:
-            return self._in_chunks(run, x, states, reverse)
-        return run(x, self.batch_sizes, *states)
-
-    def _in_chunks(
-        self, run: Callable[..., tuple[Tensor, ...]], x: Tensor, states: tuple[Tensor, ...], reverse: bool
-    ) -> tuple[Tensor, ...]:
-        """The same, chunk by chunk of steps, each of which the backward computes again."""
-        packed, time = self.batch_sizes is not None, 1 if self.batch_first else 0
-        rows = self.batch_sizes.tolist() if self.batch_sizes is not None else [x.shape[1 - time]] * x.shape[time]
-        longest = -(-len(rows) // self.extras.checkpoint_chunks)
-        chunks = [rows[t : t + longest] for t in range(0, len(rows), longest)]
-        parts = list(x.split([sum(chunk) for chunk in chunks]) if packed else x.split(longest, time))
-        order = range(len(chunks))[:: -1 if reverse else 1]
-        results: list[tuple[Tensor, ...]] = [()] * len(chunks)
-        for i in order:
-            n = max(chunks[i])
-            sizes = torch.tensor(chunks[i]) if packed else None
-            before = tuple(state[:n] for state in states)
-            y, *after, every = checkpoint(run, parts[i].contiguous(), sizes, *before, use_reentrant=False)
-            states = tuple(torch.cat([new, old[n:]]) for new, old in zip(after, states, strict=True))
-            results[i] = (y, every)
-        ys, cells = zip(*results, strict=True)
-        dim = 0 if packed else time
-        return torch.cat(ys, dim), *states, torch.cat(cells, dim if cells[0].dim() > 1 else 0)
+    def _seed(self) -> tuple[int, Tensor | None]:
+        """What zoneout draws from: a number, -1 where it draws nothing, or a tensor where a graph has to draw."""
+        if not (self.train and (self.extras.zoneout or self.extras.zoneout_cell)):
+            return -1, None
+        if ops.capturing():
+            raise RuntimeError("zoneout: a CUDA graph would replay one mask; call eval(), or capture without zoneout")
+        return (0, ops.drawn_seed()) if ops.seed_freezes() else (ops.draw_seed(), None)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Between two layers."""

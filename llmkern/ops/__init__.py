@@ -4,10 +4,11 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
-from ..reference._random import draw_seed
+from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
 from ._losses import Rows
+from ._rnn_chunks import rnn_in_chunks
 from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
 from .cross_entropy import cross_entropy
 from .dropout import dropout
@@ -52,6 +53,7 @@ __all__ = [
     "cross_entropy",
     "differentiating",
     "draw_seed",
+    "drawn_seed",
     "dropout",
     "embedding",
     "embedding_bag",
@@ -65,11 +67,13 @@ __all__ = [
     "quantized_embedding",
     "renormalise",
     "rnn",
+    "rnn_in_chunks",
     "rowwise_adagrad_step",
     "same_memory",
     "scale_",
     "seed_freezes",
     "sgd_step",
+    "shifted",
     "sparse_adagrad_step",
     "sparse_adam_step",
     "sparse_grad_norm",

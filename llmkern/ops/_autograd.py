@@ -16,6 +16,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
+from .._graphs import leaving
+
 
 def differentiating(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors may be differentiated; if not, the kernel runs without an autograd node."""
@@ -32,9 +34,9 @@ def pure() -> bool:
 
 
 def seed_freezes() -> bool:
-    """Whether a seed that is drawn now would be that of all later runs too, which are replays of this one: compiled,
-    transformed, or captured by a CUDA graph."""
-    return pure() or capturing()
+    """Whether a number that is drawn now would be that of all later runs too, which are replays of this one: compiled,
+    transformed, traced, seen by a dispatch mode, or captured by a CUDA graph."""
+    return pure() or leaving() is not None or torch._C._len_torch_dispatch_stack() > 0 or capturing()
 
 
 def capturing() -> bool:

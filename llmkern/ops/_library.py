@@ -22,9 +22,10 @@ if "_library" not in _registry:
 _library: torch.library.Library = _registry["_library"]
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(schema: str, fake: Callable[..., Any], to_backend: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Defines ``llmkern::<schema>``; ``fake(*args)`` gives empty results of the right shapes, without the backend.
 
+    ``to_backend(*args)`` gives the arguments of a backend's function, where they are not the op's but ``backend``.
     Returns the callable op. The schema must end in ``str backend``; an overload has its op's implementation.
     """
     name = schema[: schema.index("(")]
@@ -32,6 +33,8 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
+        if to_backend is not None:
+            arguments = to_backend(*arguments)
         implementation = getattr(dispatch.load(backend), function)
         if not torch._C._is_any_autocast_enabled():
             return implementation(*arguments)

@@ -94,11 +94,11 @@ def rnn_step(
     raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh, rnn_relu or slstm")
 
 
-def _zone(new: Tensor, old: Tensor, share: float, seed: int, step: int, B: int, salt: int) -> Tensor:
+def _zone(new: Tensor, old: Tensor, share: float, seed: int | Tensor, step: int, B: int, salt: int) -> Tensor:
     if share == 0:
         return new
     kept: Tensor | float = share
-    if seed >= 0:
+    if isinstance(seed, Tensor) or seed >= 0:
         index = torch.arange(new.numel(), device=new.device).view(new.shape) + step * B * new.shape[1]
         kept = keeps(share, seed, index, salt).to(new.dtype)
     return kept * old + (1 - kept) * new
@@ -122,7 +122,7 @@ def rnn(
     clip: float = 0.0,
     zoneout: float = 0.0,
     zoneout_cell: float = 0.0,
-    seed: int = -1,
+    seed: int | Tensor = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, cells) of a whole sequence.
 
@@ -134,7 +134,7 @@ def rnn(
         norms: weights of the norms of W x and U h, (G*H) each, and for lstm weight and bias of that of c, (H) each, end
             to end; or none.
         reverse: time runs from the end of each sequence to its beginning; y[t] stays at its t.
-        seed: what zoneout is drawn from, in training; -1 in evaluation.
+        seed: what zoneout is drawn from, in training, a number or a tensor (); -1 in evaluation.
 
     Returns:
         y, shaped as x with H (P with a projection) in place of I, of ``x``'s dtype; hy and cy, of ``hx``'s, cy empty
