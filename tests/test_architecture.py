@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "nn": {"functional", "dispatch", "reference", "_torch_tree"},
     "functional": {"ops", "dispatch", "reference", "_torch"},
     "optim": {"functional", "ops", "dispatch", "reference", "_torch_tree"},
-    "ops": {"dispatch", "reference", "_torch"},
+    "ops": {"dispatch", "reference", "_torch", "_graphs"},
     "dispatch": {"_graphs", "_plain", "_sizes"},
     "_graphs": set(),
     "_plain": {"_graphs"},

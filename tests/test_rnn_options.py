@@ -261,26 +261,82 @@ def test_chunks_save_memory() -> None:
     assert kept[1] < kept[0] / 2
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "zoneout": ({"zoneout": 1.5}, "zoneout: got 1.5, expected a share"),
-    "weight_dropout": ({"weight_dropout": -0.1}, "weight_dropout: got -0.1, expected a share"),
-    "clip": ({"clip": -1.0}, "clip: got -1.0, expected a bound"),
-    "heads": ({"num_heads": 4}, "num_heads: got 4 for hidden_size 18"),
-    "chunks": ({"checkpoint_chunks": 0}, "checkpoint_chunks: got 0, expected at least 1"),
+WRONG: dict[str, tuple[Any, ...]] = {
+    "zoneout": ([0.1, 0.1], 1.5, True, float("nan"), "a", None, (0.1,), (0.1, 2.0), (0.1, True)),
+    "weight_dropout": ("a", -0.1, 2, None, True, float("nan")),
+    "clip": (None, -1.0, float("nan"), "a", True),
+    "forget_bias": (None, "a", float("nan"), True),
+    "num_heads": (2.0, 0, True, "2", None, 4),
+    "checkpoint_chunks": (1.5, 0, True, None),
+    "state_dtype": (torch.int32, "float32", torch.complex64),
+    "variational_dropout": (1, "yes", None),
+    "return_cell_states": (1, None),
+    "peephole": (1, None),
+    "layer_norm": (1, "a"),
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_options(name: str, wrong: str) -> None:
-    options, message = WRONG[wrong]
-    with pytest.raises(ValueError, match=message):
-        getattr(nn, name)(5, 18, **options)
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in WRONG.items() for value in values])
+def test_an_option_is_checked_whenever_it_is_set(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{option}: got .*expected "):
+        nn.LSTM(5, 18, **{option: value})
+    module = nn.LSTM(5, 18)
+    with pytest.raises(ValueError, match=f"^{option}: got .*expected "):
+        setattr(module, option, value)
+    assert getattr(module, option) == getattr(nn.LSTM(5, 18), option)
+
+
+def test_options_that_a_class_or_its_weights_do_not_fit() -> None:
     with pytest.raises(TypeError):
         nn.GRU(5, 18, peephole=True)
-    if name != "LSTM":
+    for name in ("GRU", "RNN", "sLSTM"):
         with pytest.raises(ValueError, match="has one state; expected a number"):
             getattr(nn, name)(5, 18, zoneout=(0.1, 0.1))
+    gru = nn.GRU(5, 18, num_heads=3)
+    with pytest.raises(ValueError, match="num_heads: got 2, expected 3"):
+        gru.num_heads = 2
+    gru.zoneout, gru.checkpoint_chunks = 0.25, 2
+    assert repr(gru) == "GRU(5, 18, num_heads=3, zoneout=0.25, checkpoint_chunks=2)"
+    with pytest.raises(ValueError, match="clip: got None"):
+        llmkern.functional.gru(
+            torch.randn(2, 1, 5), torch.randn(1, 1, 18), [], True, 1, 0.0, True, False, False, clip=None
+        )
+
+
+EXTRAS = ("clip", "zoneout", "heads", "weight dropout", "chunks", "norms", "none")
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "sLSTM"])
+def test_empty_batches(name: str) -> None:
+    for option in EXTRAS:
+        module = getattr(nn, name)(5, 18, 2, bidirectional=True, dropout=0.5, **OPTIONS[option][0])
+        x = torch.randn(4, 0, 5, requires_grad=True)
+        y, state = module(x)
+        assert y.shape == (4, 0, 36)
+        assert tensors(state)[0].shape == (4, 0, 18)
+        for grad, p in zip(
+            torch.autograd.grad(y.sum(), [x, *module.parameters()]), [x, *module.parameters()], strict=True
+        ):
+            assert torch.equal(grad, torch.zeros_like(p))
+        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+            module(torch.randn(0, 2, 5))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "sLSTM"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp32_states_under_autocast(name: str, dtype: torch.dtype) -> None:
+    module = build(name, 5, 18, state_dtype=torch.float32)
+    x, state = inputs(name, 3, "steps", torch.float32)
+    with torch.autocast("cpu", dtype):
+        y, final = module(x, state)
+        narrow, _ = module(x.to(dtype), state)
+    right, right_final = module(x, state)
+    assert y.dtype == narrow.dtype == dtype
+    assert all(t.dtype == torch.float32 for t in tensors(final))
+    for a, b in zip([y, narrow, *tensors(final)], [right, right, *tensors(right_final)], strict=True):
+        torch.testing.assert_close(a.float(), b, atol=0.1, rtol=0.1)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
 
 
 def test_options_show() -> None:

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch, ops
+from ._rnn_options import Extras
 from .dropout import dropout
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
 # Widths of the cell state, in H.
 CELLS = {"lstm": 1, "slstm": 3}
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What torch's layers have not; see :class:`llmkern.nn.LSTM`. Defaults are neutral."""
-
-    peepholes: Sequence[Tensor] = ()
-    norms: Sequence[Sequence[Tensor]] = ()
-    forget_bias: float = 0.0
-    clip: float = 0.0
-    zoneout: float = 0.0
-    zoneout_cell: float = 0.0
-    weight_dropout: float = 0.0
-    variational_dropout: bool = False
-    return_cell_states: bool = False
-    checkpoint_chunks: int = 1
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.peepholes, *(norm for norms in self.norms for norm in norms)]
-
-    def to(self, dtype: torch.dtype) -> Extras:
-        norms = [[norm.to(dtype) for norm in norms] for norms in self.norms]
-        return replace(self, peepholes=[p.to(dtype) for p in self.peepholes], norms=norms)
-
-    def used(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, [])]
 
 
 @dataclass
@@ -64,6 +39,8 @@ class Call:
     def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
         input, batch_sizes, hx, *rest = args if isinstance(args[3], (list, tuple)) else (args[0], None, *args[1:])
         states = tuple(hx) if mode in CELLS else (hx,)
+        if extras.state_dtype is not None:
+            states = tuple(state.to(extras.state_dtype) for state in states)
         params, biases, layers, dropout, train, bidirectional, *batch_first = rest
         first = bool(batch_first and batch_first[0])
         return cls(
@@ -94,7 +71,9 @@ class Call:
         """Whether torch would accept the call, or would if it had ``extras``; if not, torch gets it, for its error."""
         x, packed = self.input, self.batch_sizes is not None
         expected = (4 if self.has_biases else 2) + (self.mode == "lstm" and self.per_layer in (3, 5))
-        if x.dim() != (2 if packed else 3) or not x.numel() or self.per_layer != expected:
+        if x.dim() != (2 if packed else 3) or self.per_layer != expected:
+            return False
+        if not x.shape[1 if self.batch_first else 0]:
             return False
         if not all(isinstance(weight, Tensor) for weight in self.params):
             return False
@@ -118,21 +97,26 @@ class Call:
         return True
 
     def autocast(self, dtype: torch.dtype) -> Call | None:
-        """The call that autocast makes of this one, in bf16; ``None`` where only torch knows.
+        """The call that autocast makes of this one, in bf16, or of options that torch has not in any narrow dtype;
+        ``None`` where only torch knows.
 
         torch runs dense LSTMs and all Elman networks in bf16 as a whole; its steps of packed LSTMs and of GRUs round
         the operands of products only, and keep the dtype of the states.
         """
-        if dtype != torch.bfloat16 or self.projected or self.input.device.type != "cpu":
+        torchs = not dispatch.TORCH_LACKS[self.mode].intersection(self.options())
+        if self.input.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if torchs and self.extras.state_dtype is None and (dtype != torch.bfloat16 or self.projected):
             return None
         stepwise = self.mode == "gru" or (self.mode == "lstm" and self.batch_sizes is not None)
         if any(t.dtype not in (torch.float32, dtype) for t in (self.input, *self.states, *self.params)):
             return None
+        keeps = stepwise or self.extras.state_dtype is not None
         return replace(
             self,
             input=self.input.to(dtype),
             params=[p.to(dtype) for p in self.params],
-            states=self.states if stepwise else tuple(state.to(dtype) for state in self.states),
+            states=self.states if keeps else tuple(state.to(dtype) for state in self.states),
             extras=self.extras.to(dtype),
         )
 

@@ -15,8 +15,8 @@ Args:
         need not lie in one buffer. A weight_hh (G * H, H / n) holds the n blocks of a diagonal.
     dropout: probability of zeroing an element between two layers, if ``train``.
     peepholes, norms, forget_bias, clip, zoneout, zoneout_cell, weight_dropout, variational_dropout, return_cell_states,
-        checkpoint_chunks: keywords that torch has not; see :class:`llmkern.nn.LSTM`. ``peepholes`` are (3, H), one for
-        every layer and direction; ``norms`` the weights of ``layer_norm``, a sequence for each.
+        checkpoint_chunks, state_dtype: keywords that torch has not; see :class:`llmkern.nn.LSTM`. ``peepholes`` are
+        (3, H), one for every layer and direction; ``norms`` the weights of ``layer_norm``, a sequence for each.
 
 Returns:
     (output, h_n), for ``lstm`` and ``slstm`` (output, h_n, c_n), shaped as torch shapes them; with
@@ -35,7 +35,8 @@ from .. import dispatch, ops
 from .._torch import VF
 from ..ops import differentiating
 from ._overrides import overridden
-from ._rnn_layers import GATES, Call, Extras
+from ._rnn_layers import GATES, Call
+from ._rnn_options import Extras
 
 
 def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -44,7 +45,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         if mode == "slstm" or options:
             return handle_torch_function(_PUBLIC[mode], asked, *args, **options)
         return getattr(VF, mode)(*args)
-    call = Call.parse(mode, args, Extras(**options))
+    call = Call.parse(mode, args, Extras.of(options))
     backend, kind = "torch", call.input.device.type
     autocast = dispatch.autocasts(call.input)
     if call.well_formed():
@@ -57,8 +58,14 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
         torchs = not dispatch.TORCH_LACKS[mode].intersection(used)
-        backend = dispatch.pick(mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, torchs=torchs, graph=graph)
+        # Of nothing there is nothing to gain.
+        if not torchs or call.input.numel():
+            backend = dispatch.pick(
+                mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, torchs=torchs, graph=graph
+            )
     if backend == "torch" and mode == "slstm":
+        if not call.input.shape[1 if call.batch_first else 0]:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         shapes = [tuple(t.shape) for t in (call.input, *call.states, *call.params)]
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
     if backend == "torch":
@@ -68,7 +75,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
     with torch.autocast(kind, enabled=False):
         y, *rest = call.run(backend)
     # Where torch's steps carry fp32, its outputs are fp32.
-    return y.to(call.states[0].dtype), *rest
+    return (y if call.extras.state_dtype is not None else y.to(call.states[0].dtype)), *rest
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
 from .. import functional as F
+from ..functional._rnn_options import checked_option
 from ..functional.rnn import step
 from ._admission import admit
 from ._deploy import Deployable
@@ -39,7 +40,10 @@ class Layers(torch.nn.RNNBase, Deployable):
         "variational_dropout",
         "return_cell_states",
         "checkpoint_chunks",
+        "state_dtype",
     )
+    # Of those that weights have their shapes of.
+    _SHAPING = ("peephole", "num_heads", "layer_norm")
     forget_bias: float = 0.0
     peephole: bool = False
     clip: float = 0.0
@@ -69,25 +73,39 @@ class Layers(torch.nn.RNNBase, Deployable):
         self.clip, self.zoneout, self.weight_dropout = clip, zoneout, weight_dropout
         self.variational_dropout, self.num_heads, self.layer_norm = variational_dropout, num_heads, layer_norm
         self.checkpoint_chunks, self.state_dtype = checkpoint_chunks, state_dtype
-        self._check_options()
+        self._check_heads()
         if num_heads > 1 or self.peephole or layer_norm:
             self._add_parameters()
 
-    def _check_options(self) -> None:
-        for name in ("zoneout", "weight_dropout"):
-            given = getattr(self, name)
-            if not all(0 <= share <= 1 for share in (given if isinstance(given, tuple) else (given,))):
-                raise ValueError(
-                    f"{name}: got {given}, expected a share between 0 and 1, or for zoneout a pair of them"
-                )
-        if isinstance(self.zoneout, tuple) and not self._pair:
-            raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
-        if not self.clip >= 0:
-            raise ValueError(f"clip: got {self.clip}, expected a bound > 0, or 0 for none")
-        if self.checkpoint_chunks < 1:
-            raise ValueError(f"checkpoint_chunks: got {self.checkpoint_chunks}, expected at least 1")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OPTIONS or name in self._SHAPING:
+            value = self._checked(name, value)
+        super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """An option as it is kept.
+
+        Raises:
+            ValueError: if it takes no such value, or is one that weights have their shapes of, and they have others.
+        """
+        before = self.__dict__.get(name, value)
+        if name == "zoneout" and isinstance(value, tuple):
+            if self._function != "lstm":
+                raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
+            checked: Any = tuple(checked_option(name, share) for share in value)
+            if len(checked) != 2:
+                raise ValueError(f"zoneout: got {value}, expected a share between 0 and 1, or two, for h and for c")
+        else:
+            checked = checked_option(name, value)
+        if name in self._SHAPING and before != checked:
+            raise ValueError(
+                f"{name}: got {value}, expected {before}, for which there are weights; make another module"
+            )
+        return checked
+
+    def _check_heads(self) -> None:
         heads = self.num_heads
-        if heads < 1 or self.hidden_size % heads or (heads > 1 and self.proj_size):
+        if self.hidden_size % heads or (heads > 1 and self.proj_size):
             raise ValueError(
                 f"num_heads: got {heads} for hidden_size {self.hidden_size} and proj_size {self.proj_size}; expected a"
                 " divisor of hidden_size, and no projection beside several heads"
@@ -144,7 +162,7 @@ class Layers(torch.nn.RNNBase, Deployable):
         return ", ".join([super().extra_repr(), *used])
 
     def _options_beyond_torch(self) -> list[str]:
-        shown = ("peephole", "num_heads", "layer_norm", "state_dtype", *self._OPTIONS)
+        shown = (*self._SHAPING, *self._OPTIONS)
         return [name for name in shown if getattr(self, name) != getattr(Layers, name)]
 
     def _weights_have_changed(self) -> bool:
@@ -301,7 +319,7 @@ class Layers(torch.nn.RNNBase, Deployable):
 
     def _added(self) -> bool:
         """Whether this layer does what torch's does not."""
-        return self.num_heads > 1 or self.state_dtype is not None or bool(self._keywords())
+        return self.num_heads > 1 or bool(self._keywords())
 
     def _as_tuple(self, hx: Any) -> tuple[Any, ...]:
         """The states; what is no pair where it should be is ``(None,)``."""

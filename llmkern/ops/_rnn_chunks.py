@@ -102,7 +102,8 @@ class RNNChunksFunction(RNNFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options, ctx.chunks, ctx.cells, ctx.backend = inputs
         _, _, cy, cells, *befores = output
-        ctx.mark_non_differentiable(*befores, *(() if tensors[2] is not None else (cy, cells)))
+        without = [*([] if ctx.cells else [cells]), *([] if tensors[2] is not None else [cy, cells])]
+        ctx.mark_non_differentiable(*befores, *without)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *befores)
         ctx.save_for_forward(*tensors, *befores)
@@ -119,9 +120,9 @@ class RNNChunksFunction(RNNFunction):
         dh = torch.zeros_like(hx) if dhy is None else dhy
         dc = None if cx is None else torch.zeros_like(cx) if dcy is None else dcy
         if not plain_backward():
-            given = [d for d in (dy, dh, dc, dcells) if d is not None]
-            function, primals = reference_of(inputs, ctx.options, len(given))
-            found = iter(reference_vjp(function, primals, tuple(given)))
+            directions = tuple(d for d in (dy, dh, dc, dcells) if d is not None)
+            function, primals = reference_of(inputs, ctx.options, len(directions))
+            found = iter(reference_vjp(function, primals, directions))
             every = [None if t is None else next(found) for t in inputs[:10]]
             return *(grad if need else None for grad, need in zip(every, needs, strict=False)), *nothing
         dh, dc = dh.to(wide(x)), None if dc is None else dc.to(wide(x))
@@ -144,14 +145,19 @@ class RNNChunksFunction(RNNFunction):
         grads = (whole, dh.to(hx.dtype), None if cx is None or dc is None else dc.to(cx.dtype), *sums)
         return *wanted(grads, inputs, needs), *nothing
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        y, hy, cy, cells, *nothing = RNNFunction.tangent(ctx, *tangents)
+        return y, hy, cy, cells if ctx.cells else None, *nothing
+
 
 def rnn_in_chunks(
-    inputs: tuple[Any, ...], options: Options, chunks: int, cells: bool, drawn: Tensor | None, backend: str
+    inputs: Sequence[Any], options: Options, chunks: int, cells: bool, drawn: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`llmkern.ops.rnn`, whose first eleven arguments are ``inputs``, in ``chunks`` of time. Where there is
     nothing to save, or transforms of ``torch.func`` want a graph of every step, in one."""
     primals = inputs[:10]
     hooked = backend != "reference" and inputs[1].shape[0] and differentiating(*primals)
     if not hooked or torch._C._are_functorch_transforms_active():
-        return rnn(*inputs, options, backend, cells, drawn)
+        return rnn(*inputs[:11], options, backend, cells, drawn)  # type: ignore[call-arg]
     return RNNChunksFunction.run(*inputs, drawn, options, chunks, cells, backend)[:4]

@@ -242,7 +242,7 @@ class RNNBackwardFunction(KernelFunction):
         return tuple(d if w and d is not None else nothing for w, d in zip(wanting, full, strict=True))
 
 
-def wanted(grads: tuple[Tensor, ...], inputs: Any, needs: Any) -> list[Tensor | None]:
+def wanted(grads: Sequence[Tensor | None], inputs: Any, needs: Any) -> list[Tensor | None]:
     """The gradients of the inputs that are there and need one."""
     triples = zip(grads, inputs[:_PRIMALS], needs[:_PRIMALS], strict=True)
     return [g if need and t is not None else None for g, t, need in triples]
@@ -252,7 +252,7 @@ def reference_of(inputs: Any, options: Options, outputs: int) -> tuple[Any, tupl
     """The first ``outputs`` results of the reference as a function of the tensors that are there, and these."""
     present = [t is not None for t in inputs[:_PRIMALS]]
     batch_sizes, drawn = inputs[_PRIMALS:_INPUT_COUNT]
-    *settings, seed = options if drawn is None else options._replace(seed=drawn)  # type: ignore[arg-type]
+    *settings, seed = options if drawn is None else options._replace(seed=drawn)
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(tensors)
