@@ -106,7 +106,8 @@ def cross_entropy(
         own |= {"token_weight": token_weight, "outputs": outputs, "inplace": inplace}
         if z_loss == 0 and not softcap and logit_scale == 1 and token_weight is None and not outputs:
             return F.cross_entropy(*as_torchs)
-        answer = handle_torch_function(cross_entropy, (input, target, weight, token_weight), *as_torchs, **own)
+        public: Any = cross_entropy
+        answer = handle_torch_function(public, (input, target, weight, token_weight), *as_torchs, **own)
         if isinstance(answer, CrossEntropyOutput) and isinstance(answer.loss, Iterator):
             # The default of subclasses makes what it converts of one iterator, which is good for torch's own tuples.
             return CrossEntropyOutput._make(answer.loss)

@@ -95,7 +95,10 @@ def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | No
         The new states, shaped as the old ones; ``None`` if the call must go another way, be it to be refused.
     """
     kernels = dispatch.shortcut("native")
-    if kernels is None or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    # A mode is asked by the long way.
+    if kernels is None or torch._C._is_torch_function_mode_enabled():
+        return None
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
     if not _PLAIN.issuperset(map(type, (x, *states, *weights))) or differentiating(x, *states, *weights):
         return None

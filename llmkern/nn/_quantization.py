@@ -41,7 +41,8 @@ def convert_ours(replaced: dict[type, type]) -> None:
             if getattr(layer, "qconfig", None) is not None:
                 _become_torchs(layer, replaced)
 
-    for home in (package, quantize):
+    homes: tuple[Any, ...] = (package, quantize)
+    for home in homes:
         home.propagate_qconfig_ = propagate_qconfig_
 
 
