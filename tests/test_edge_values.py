@@ -188,7 +188,7 @@ def test_tables_and_batches_of_nothing(options: dict[str, Any]) -> None:
         for shape in ((N,), (N, 0), (0, N)):
             compare("embedding", {"weight": torch.randn(V, D)}, input=torch.zeros(shape, dtype=torch.int64), **options)
     modes = ("sum", "mean", "max") if options.keys() <= {"padding_idx"} else ("sum", "mean")
-    for mode, (V, D, N, offsets) in itertools.product(modes, ((5, 0, 4, [0, 2]), (5, 3, 0, [0, 0]), (5, 3, 0, []))):
+    for mode, (V, D, N, offsets) in itertools.product(modes, ((5, 3, 0, [0, 0]), (5, 3, 0, []))):
         fixed = {"input": torch.zeros(N).long(), "offsets": torch.tensor(offsets).long(), "mode": mode, **options}
         compare("embedding_bag", {"weight": torch.randn(V, D)}, **fixed)
 
