@@ -208,3 +208,17 @@ def test_results_can_be_changed_in_place_and_share_nothing(name: str, mode: Any)
             result += moved
             assert torch.equal(result, before + 1)
         assert all(map(torch.equal, others, ours[:k] + ours[k + 1 :]))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 2}])
+def test_logits_may_change_after_unreduced_losses(options: dict[str, Any]) -> None:
+    leaf, target = torch.randn(6, 5).requires_grad_(), torch.randint(0, 5, (6,))
+    weights, results = torch.rand(6), []
+    for function in (F.cross_entropy, torch.nn.functional.cross_entropy):
+        logits = leaf * 1
+        losses = function(logits, target, reduction="none", **options)
+        first = torch.autograd.grad(losses, leaf, weights, retain_graph=True)
+        with torch.no_grad():
+            logits.mul_(3)
+        results.append((*first, *torch.autograd.grad(losses, leaf, 2 * weights)))
+    torch.testing.assert_close(*results)

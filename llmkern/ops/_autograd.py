@@ -58,6 +58,12 @@ def plain_backward(*cotangents: Tensor | None) -> bool:
     return not any(torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents if d is not None)
 
 
+def keeps_graph() -> bool:
+    """Whether the backward that runs may be followed by another one through the same graph."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else asked()
+
+
 def as_shape(result: Tensor, shape: Sequence[int]) -> Tensor:
     """A contiguous result in another shape, for a caller who may change it in place: no view if it is made without grad
     mode, as autograd refuses to change such a view once grad mode is on."""

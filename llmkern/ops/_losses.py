@@ -19,6 +19,7 @@ from .. import reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    keeps_graph,
     plain_backward,
     reference_jvp,
     reference_vjp,
@@ -77,7 +78,11 @@ class LossFunction(KernelFunction):
         backend: str,
     ) -> tuple[Tensor, ...]:
         options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-        dloss = scale if bet else None
+        # Without a total the bet is on a gradient of 1 for each row's loss, times which a row's gradient is what it is.
+        dloss = scale
+        if bet and scale is None:
+            dloss = torch.ones((x.shape[0], *x.shape[2:]), dtype=_accumulated(x), device=x.device)
+        dloss = dloss if bet else None
         x_wanted, *need = (bet and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
         if linear_weight is not None:
             rows = _op("forward", True)(
@@ -103,6 +108,8 @@ class LossFunction(KernelFunction):
         *ctx.options, ctx.entropy, _, bet, ctx.inplace, ctx.backend = options
         ctx.linear, ctx.total = linear_weight is not None, scale is not None
         ctx.bet = _spread(ctx.linear, output[5:]) if bet else None
+        # A row that is left out gets nothing, whatever its cotangent.
+        ctx.left_out = target == ctx.options[0] if bet and not ctx.total and not _counts(target) else None
         ctx.mark_non_differentiable(*output[4:])
         # Autograd would make zeros for the gradients, as large as they are, on every backward.
         ctx.set_materialize_grads(False)
@@ -125,6 +132,12 @@ class LossFunction(KernelFunction):
             # Mostly it is 1.
             if may_change(dtotal):
                 scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
+        elif ctx.bet is not None and not ctx.total and given[1] is given[2] is None and plain_backward(given[0]):
+            # torch has kept probabilities: logits may have changed, now or before another backward.
+            dloss = given[0] if ctx.left_out is None else given[0].masked_fill(ctx.left_out, 0)
+            again, gradients = keeps_graph(), ctx.bet
+            gradients = [g if g is None else _rows_times(g, dloss, in_place=not again) for g in gradients]
+            ctx.bet = ctx.bet if again else None
         else:
             x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
             if x is None:
@@ -233,6 +246,16 @@ class LossBackwardFunction(KernelFunction):
         return tuple(dgradients[i] if ctx.need[i] and i in dgradients else nothing for i in range(4))
 
 
+def _accumulated(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows_times(gradient: Tensor, dloss: Tensor, in_place: bool) -> Tensor:
+    """Each row's gradient (N, V) or (N, V, D), times what came for its loss."""
+    factors = dloss.unsqueeze(1)
+    return gradient.mul_(factors) if in_place else (gradient * factors).to(gradient.dtype)
+
+
 def _counts(primal: Tensor | None) -> bool:
     """Whether it is there and has derivatives at all: an index target has none."""
     return primal is not None and primal.is_floating_point()
@@ -296,11 +319,13 @@ def run(
     moving = differentiating(x, linear_weight, linear_bias, target)
     # A bet is eager only: a compiler and torch.func see a pure function.
     pure = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    bet = moving and scale is not None and torch.is_grad_enabled() and not pure
+    summed = scale is not None or (linear_weight is None and x.numel() > 0)
+    bet = moving and summed and torch.is_grad_enabled() and not pure
+    inplace = inplace and bet and scale is not None
     arguments = (x, linear_weight, linear_bias, target, weight, scale, *options, workspace, entropy, argmax, bet)
     call = LossFunction.run if moving else LossFunction.forward
-    total, loss, lse, entropies, best = call(*arguments, inplace and bet, backend)[:5]
-    if inplace and bet:
+    total, loss, lse, entropies, best = call(*arguments, inplace, backend)[:5]
+    if inplace:
         # The op wrote behind autograd's back: whoever saved the logits for a backward of their own must know.
         torch.autograd.graph.increment_version(x)
     return Rows(None if scale is None else total, loss, lse, entropies if entropy else None, best if argmax else None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import dispatch, reference
-from ._autograd import KernelFunction, differentiating
+from ._autograd import KernelFunction, differentiating, pure
 from ._library import define
 from ._sparse import differentiable_sparse_gradient, sparse_gradient
 
@@ -104,8 +104,12 @@ class _BilinearFunction(KernelFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         first, second, indices, offsets, ctx.options = inputs
         saved = None if second is None else first, second, indices, offsets
-        ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
+        if not pure():
+            # What no gradient reads may change.
+            need_first, need_second = ctx.needs_input_grad[:2]
+            saved = first if need_second else None, second if need_first else None, indices, offsets
+        ctx.save_for_backward(*saved)
 
 
 class EmbeddingBagFunction(_BilinearFunction):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._torch import F
-from ._autograd import KernelFunction, differentiating, zeros_for_none
+from ._autograd import KernelFunction, differentiating, pure, zeros_for_none
 from ._library import define
 
 linear_forward = define(
@@ -36,16 +36,23 @@ class LinearFunction(KernelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.backend = inputs
-        ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
+        if pure():
+            ctx.save_for_backward(x, weight)
+        else:
+            # What no gradient reads may change, and need not be kept.
+            need_x, need_weight = ctx.needs_input_grad[:2]
+            ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dweight = None
         if need_x or need_weight:
-            dy = dy.contiguous()
-            dx, dweight = LinearBackwardFunction.run(dy, *ctx.saved_tensors, need_x, need_weight, ctx.backend)
+            dy, (x, weight) = dy.contiguous(), ctx.saved_tensors
+            x = dy.new_empty((dy.shape[0], weight.shape[1])) if x is None else x
+            weight = dy.new_empty((dy.shape[1], x.shape[1])) if weight is None else weight
+            dx, dweight = LinearBackwardFunction.run(dy, x, weight, need_x, need_weight, ctx.backend)
         return dx if need_x else None, dweight if need_weight else None, dy.sum(0) if need_bias else None, None
 
     @staticmethod
