@@ -1,5 +1,6 @@
 # The whole workflow; every target sets up what it needs in .venv.
 #
+#   make help    this list
 #   make demo    train one model with torch.nn and with llmkern.nn (ARGS="--epochs 2 --bf16" passes options on)
 #   make test    the test suite (ARGS="-k lstm" passes options on)
 #   make sanitize  the C++ core under the sanitizers, on every instruction set of this CPU (ARGS=gemm: one op's check)
@@ -12,6 +13,8 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# Test processes side by side.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -23,14 +26,20 @@ PEERS_PIP := $(VENV)-peers/bin/python -m pip --disable-pip-version-check
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 SOURCES := $(NATIVE) $(shell find llmkern kernels benchmarks -name '*.py' 2>/dev/null)
 
-.PHONY: demo test sanitize bench bench-peers lint wheel dev clean
+# One folder of compiled objects for every install and every wheel.
+export LLMKERN_BUILD_DIR ?= $(CURDIR)/build/native
+
+.PHONY: help demo test sanitize bench bench-peers lint wheel dev clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
 
 # The console script, not `python -m`: that would import the source tree, not what was installed.
 demo: $(VENV)/.demo
 	$(BIN)/llmkern demo $(ARGS)
 
 test: $(VENV)/.test
-	LLMKERN_TEST_REQUIRE=native $(BIN)/python -m pytest $(ARGS)
+	LLMKERN_TEST_REQUIRE=native OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # Leaks: a container may forbid to look for them, and libgomp's threads are none of ours. What waits sleeps, because there
 # are more threads than some machines have cores.
@@ -53,9 +62,10 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/sanitize -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy
 
+# Without isolation: an environment that `build` makes for itself has no torch, whose headers the build needs.
 wheel: $(VENV)/.wheel
 	rm -rf dist
-	LLMKERN_BUILD=require $(BIN)/python -m build --outdir dist
+	PATH="$(abspath $(BIN)):$$PATH" LLMKERN_BUILD=require $(BIN)/python -m build --no-isolation --outdir dist
 
 dev: $(VENV)/.test $(VENV)/.lint
 
@@ -86,7 +96,7 @@ $(VENV)/.test: $(VENV)/.torch-$(TORCH) $(NATIVE)
 PEER_PACKAGES ?= jax openvino onnxruntime onnx tensorflow-cpu fbgemm-gpu-cpu==1.8.0
 
 $(VENV)-peers/.peers: $(VENV)-peers/.installed $(SOURCES)
-	LLMKERN_BUILD=require LLMKERN_BUILD_DIR=$(CURDIR)/build/peers $(PEERS_PIP) install '.[demo]'
+	LLMKERN_BUILD=require $(PEERS_PIP) install '.[demo]'
 	touch $@
 
 $(VENV)-peers/.installed:
@@ -98,15 +108,18 @@ $(VENV)-peers/.installed:
 	done
 	touch $@
 
+# What pyproject.toml lists under a name.
+listed = $(BIN)/python -c 'import re, pathlib; \
+  print(*re.findall(r"\"(.+?)\"", re.search(r"^$(1) = (.*)", pathlib.Path("pyproject.toml").read_text(), re.M)[1]))'
+
 $(VENV)/.lint: $(VENV)/.torch-$(TORCH) pyproject.toml
-	$(PIP) install $$($(BIN)/python -c 'import re, pathlib; \
-	  print(*re.findall(r"\"(.+?)\"", re.search(r"^lint = (.*)", pathlib.Path("pyproject.toml").read_text(), re.M)[1]))')
+	$(PIP) install $$($(call listed,lint))
 	touch $@
 
 $(BIN)/cmake: $(VENV)/.torch-$(TORCH)
 	$(PIP) install 'cmake>=3.25'
 	touch $@
 
-$(VENV)/.wheel: $(VENV)/.torch-$(TORCH)
-	$(PIP) install build
+$(VENV)/.wheel: $(VENV)/.torch-$(TORCH) pyproject.toml
+	$(PIP) install build $$($(call listed,requires))
 	touch $@

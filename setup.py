@@ -6,8 +6,12 @@
              ``llmkern/_build_info.json``, which ``python -m llmkern info`` reads
 ``require``  fails if anything is missing
 ``off``      builds nothing: Triton and reference paths only
+
+``LLMKERN_BUILD_DIR`` names a folder that keeps what was compiled: a later build, from whatever copy of the sources,
+compiles only what differs.
 """
 
+import filecmp
 import importlib.util
 import json
 import os
@@ -29,7 +33,7 @@ if MODE not in ("auto", "require", "off"):
 
 GET_TORCH = (
     "no torch >= 2.10 in the environment that llmkern was built in; pip install 'torch>=2.10', then install llmkern"
-    " again (torch outside this environment: with --no-build-isolation)"
+    " again (torch outside this environment: with pip's --no-build-isolation, or as `python -m build --no-isolation`)"
 )
 GET_COMPILER = (
     "llmkern needs a C++20 compiler and Python's headers: install them (Debian, Ubuntu: apt-get install g++"
@@ -56,12 +60,30 @@ def find_torch_include() -> Path | None:
     for folder in folders:
         # The header came with 2.10, as did what the bindings use.
         if Path(folder, "include", "torch", "csrc", "stable", "version.h").exists():
-            return Path(folder, "include")
+            # The same place by whatever link it was found: objects are known by it.
+            return Path(folder, "include").resolve()
     return None
 
 
-def cmake(*arguments: str) -> None:
-    """Runs CMake and passes its output on."""
+def stage(folder: Path) -> Path:
+    """Copies what is compiled into ``folder``, where it differs, and returns where.
+
+    Compilers and ninja know a file by its path and its age; pip and build unpack sources anew each time.
+    """
+    names = {"CMakeLists.txt", "pyproject.toml"}
+    names |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    for path in [*folder.rglob("*")]:
+        if path.is_file() and str(path.relative_to(folder)) not in names:
+            path.unlink()
+    for name in names:
+        if not (folder / name).exists() or not filecmp.cmp(ROOT / name, folder / name, shallow=False):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def cmake(source: Path, *arguments: str) -> None:
+    """Runs CMake and passes its output on; what it says of ``source`` is said of the files that were staged."""
     try:
         process = subprocess.Popen(
             ["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -70,6 +92,7 @@ def cmake(*arguments: str) -> None:
         raise BuildError("cmake was not found; pip install cmake, then install llmkern again") from None
     output = ""
     for line in process.stdout or ():
+        line = line.replace(str(source), str(ROOT))
         print(line, end="", flush=True)
         output += line
     if process.wait():
@@ -95,7 +118,9 @@ class CMakeBuild(build_ext):
             if include is None:
                 missing["_C_cpu"] = GET_TORCH
             try:
-                self.build(package, include)
+                # Nothing is compiled for a build that has failed already.
+                if not (missing and MODE == "require"):
+                    self.build(package, include)
             except (OSError, BuildError) as error:
                 missing = dict.fromkeys(("_native", "_C_cpu"), str(error))
         if missing and MODE == "require":
@@ -105,13 +130,15 @@ class CMakeBuild(build_ext):
         (package / "_build_info.json").write_text(json.dumps({"mode": MODE, "missing": missing}, indent=2) + "\n")
 
     def build(self, package: Path, include: Path | None) -> None:
-        build = Path(os.environ.get("LLMKERN_BUILD_DIR", Path(self.build_temp).resolve() / "cmake"))
+        kept = os.environ.get("LLMKERN_BUILD_DIR")
+        build = Path(kept or Path(self.build_temp) / "cmake").resolve()
+        source = stage(build / "source") if kept else ROOT
         build.mkdir(parents=True, exist_ok=True)
         # Each build looks for compiler and tools anew: an earlier one's may be too old, or gone. Objects stay.
         for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")):
             found.unlink(missing_ok=True)
         configure = [
-            "-S", str(ROOT), "-B", str(build),
+            "-S", str(source), "-B", str(build),
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DLLMKERN_TORCH_INCLUDE={include or ''}",
@@ -124,9 +151,12 @@ class CMakeBuild(build_ext):
             configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
         except ImportError:
             pass
-        cmake(*configure)
-        cmake("--build", str(build), "--parallel")
-        cmake("--install", str(build), "--prefix", str(package))
+        for arguments in (
+            configure,
+            ("--build", str(build), "--parallel"),
+            ("--install", str(build), "--prefix", str(package)),
+        ):
+            cmake(source, *arguments)
 
     def get_outputs(self) -> list[str]:
         return []

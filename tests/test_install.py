@@ -1,6 +1,7 @@
-"""Installing as users do: a wheel, in place, without a compiler, without torch, from an sdist; under build isolation.
+"""Installing as users do: `make wheel`, pip from a clone, in place, from an sdist; without a compiler, without torch.
 
-Every environment here is fresh and sees the packages of the running one through a path file: torch is not installed
+What is compiled is kept in one folder, `make`'s own if `make test` runs this, so that no test compiles it again. Every
+environment here is fresh and sees the packages of the running one through a path file: torch is not installed
 again. Path files of a folder added that way are not read, so that our own editable install stays out of sight.
 """
 
@@ -24,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout"),
+    # One worker, which makes one wheel.
+    pytest.mark.xdist_group("install"),
 ]
+MAKE = shutil.which("make")
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 OFFLINE = re.compile(r"requirement\s+(setuptools|cmake|ninja|pybind11)\S*\s+\(from\s+versions:\s+none\)")
 WORK = """
@@ -43,7 +47,8 @@ for ours, theirs in zip(losses(nn), losses(torch.nn)):
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLMKERN_", "PYTHON"))}
+    ours = ("LLMKERN_", "PYTHON", "MAKE", "MFLAGS", "PYTEST_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     arguments = [str(part) for part in command]
     done = subprocess.run(
         arguments, env=kept | environment, cwd=Path(arguments[0]).anchor, capture_output=True, text=True
@@ -79,20 +84,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where CMake builds: a second build compiles only what differs."""
-    return tmp_path_factory.mktemp("cmake")
-
-
-def build_wheel(source: Path, to: Path, *options: str, **environment: str) -> tuple[Path, str]:
-    said = must(sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", *options, "-w", to, source, **environment)
-    (wheel,) = to.glob("*.whl")
-    return wheel, said
-
-
-@pytest.fixture(scope="session")
-def wheel(source: Path, build_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A wheel, and what pip said while it was built."""
-    where = {"LLMKERN_BUILD": "require", "LLMKERN_BUILD_DIR": str(build_folder)}
-    return build_wheel(source, tmp_path_factory.mktemp("wheel"), **where)
+    return Path(os.environ.get("LLMKERN_BUILD_DIR") or tmp_path_factory.mktemp("cmake"))
 
 
 def bare(folder: Path) -> tuple[Path, Path]:
@@ -100,6 +92,23 @@ def bare(folder: Path) -> tuple[Path, Path]:
     must(sys.executable, "-m", "venv", "--without-pip", folder)
     (site,) = folder.glob("lib/python*/site-packages")
     return folder / "bin" / "python", site
+
+
+@pytest.fixture(scope="session")
+def made(source: Path, build_folder: Path) -> tuple[Path, Path, str]:
+    """`make wheel` in a clone: the wheel, the sdist, and what it said."""
+    _, site = bare(source / ".venv")
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    version = torch.__version__.partition("+")[0]
+    said = must(MAKE, "-C", source, "wheel", f"TORCH={version}", LLMKERN_BUILD_DIR=str(build_folder))
+    (wheel,), (sdist,) = (source / "dist").glob("*.whl"), (source / "dist").glob("*.tar.gz")
+    return wheel, sdist, said
+
+
+def build_wheel(source: Path, to: Path, *options: str, **environment: str) -> tuple[Path, str]:
+    said = must(sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", *options, "-w", to, source, **environment)
+    (wheel,) = to.glob("*.whl")
+    return wheel, said
 
 
 def environment(folder: Path, wheel: Path) -> Path:
@@ -119,8 +128,8 @@ def built(wheel: Path) -> tuple[list[str], dict[str, str]]:
         return libraries, json.loads(archive.read("llmkern/_build_info.json"))["missing"]
 
 
-def test_the_wheel_holds_what_it_should(source: Path, wheel: tuple[Path, str]) -> None:
-    path, said = wheel
+def test_the_wheel_holds_what_it_should(source: Path, made: tuple[Path, Path, str]) -> None:
+    path, _, said = made
     assert "Collecting torch" not in said
     assert "Downloading torch" not in said
     assert built(path) == (["_C_cpu", "_native"], {})
@@ -133,17 +142,30 @@ def test_the_wheel_holds_what_it_should(source: Path, wheel: tuple[Path, str]) -
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
-def test_the_op_library_needs_no_particular_place(wheel: tuple[Path, str], tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel[0]).extract("llmkern/_C_cpu.so", tmp_path)
+def test_the_op_library_needs_no_particular_place(made: tuple[Path, Path, str], tmp_path: Path) -> None:
+    zipfile.ZipFile(made[0]).extract("llmkern/_C_cpu.so", tmp_path)
     dynamic = must(shutil.which("readelf"), "-d", tmp_path / "llmkern" / "_C_cpu.so")
     assert "libtorch_cpu.so" in dynamic
     for unwanted in ("RPATH", "RUNPATH", "libgomp", "libpython"):
         assert unwanted not in dynamic, unwanted
 
 
-def test_an_installed_wheel_works(wheel: tuple[Path, str], tmp_path: Path) -> None:
-    python = environment(tmp_path / "env", wheel[0])
-    must(python, "-c", WORK, LLMKERN_BACKEND="native")
+def test_a_wheel_needs_torch_before_it_compiles(source: Path, tmp_path: Path) -> None:
+    """What `python -m build` says in an environment of its own: at once, and how to do it."""
+    python, _ = bare(tmp_path / "bare")
+    command = (sys.executable, "-m", "pip", "--python", python, "wheel", "--no-deps", "-v", "-w", tmp_path, source)
+    done = run(*command, LLMKERN_BUILD="require")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "pip install 'torch>=2.10'" in said
+    assert "python -m build --no-isolation" in said
+    assert "Building CXX object" not in said
+
+
+def test_an_installed_wheel_works(made: tuple[Path, Path, str], tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", made[0])
+    # As on a machine without a compiler.
+    must(python, "-c", WORK, LLMKERN_BACKEND="native", PATH="/nonexistent", **NO_COMPILER)
     must(python, "-c", "import llmkern.numpy, sys; llmkern.numpy.isa(); assert 'torch' not in sys.modules")
     facts = json.loads(must(python, "-m", "llmkern", "info", "--json"))
     assert facts["backends"]["native"] is None
@@ -212,27 +234,25 @@ def test_without_torch_the_numpy_module_is_built(source: Path, build_folder: Pat
     must(environment(tmp_path / "env", path), "-c", "import llmkern.numpy; llmkern.numpy.isa()")
 
 
-def test_an_editable_install_works(source: Path, build_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["editable", "tree", "sdist"])
+def test_pip_installs(
+    what: str, source: Path, made: tuple[Path, Path, str], build_folder: Path, tmp_path: Path
+) -> None:
+    """Under build isolation, next to the torch that is there."""
     python, site = bare(tmp_path / "env")
     # Where the build looks for torch; a path file is unseen under isolation.
     (site / "torch").symlink_to(Path(torch.__file__).parent)
-    command = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-e", source)
+    target = {"editable": ("-e", source), "tree": (source,), "sdist": (made[1],)}[what]
+    command = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", *target)
     must(*command, LLMKERN_BUILD="require", LLMKERN_BUILD_DIR=str(build_folder))
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     must(python, "-c", WORK, LLMKERN_BACKEND="native")
-    must(python, "-c", f"import llmkern.kernels as k; assert k.__file__.startswith({str(source)!r}), k.__file__")
+    home = source if what == "editable" else site
+    must(python, "-c", f"import llmkern.kernels as k; assert k.__file__.startswith({str(home)!r}), k.__file__")
 
 
-@pytest.fixture(scope="session")
-def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    to = tmp_path_factory.mktemp("sdist")
-    must(sys.executable, "-m", "build", "--sdist", "--outdir", to, source)
-    (path,) = to.glob("*.tar.gz")
-    return path
-
-
-def test_the_sdist_is_complete(source: Path, sdist: Path) -> None:
-    with tarfile.open(sdist) as archive:
+def test_the_sdist_is_complete(source: Path, made: tuple[Path, Path, str]) -> None:
+    with tarfile.open(made[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     folders = ("csrc", "kernels", "llmkern", "benchmarks", "tests", "docs", "examples")
     wanted = {
@@ -246,10 +266,10 @@ def test_the_sdist_is_complete(source: Path, sdist: Path) -> None:
     assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
 
 
-def test_off_builds_nothing_and_an_sdist_builds_a_wheel(sdist: Path, wheel: tuple[Path, str], tmp_path: Path) -> None:
-    path, _ = build_wheel(sdist, tmp_path, LLMKERN_BUILD="off")
+def test_off_builds_nothing_and_an_sdist_builds_a_wheel(made: tuple[Path, Path, str], tmp_path: Path) -> None:
+    path, _ = build_wheel(made[1], tmp_path, LLMKERN_BUILD="off")
     assert built(path)[0] == []
-    from_sdist, from_tree = ({n for n in zipfile.ZipFile(p).namelist() if ".so" not in n} for p in (path, wheel[0]))
+    from_sdist, from_tree = ({n for n in zipfile.ZipFile(p).namelist() if ".so" not in n} for p in (path, made[0]))
     assert from_sdist == from_tree
     python = environment(tmp_path / "env", path)
     must(python, "-c", WORK)
