@@ -3,11 +3,15 @@
 `python tests/kernel_gate.py` prints the table, `--write` makes it the budget (`kernel_budgets.csv`). With the Triton
 that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its budget. With
 another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32 bytes.
+
+The same Triton compiles the same source to the same code, so a budget keeps the hash of the source that it was made
+with, and a test compiles what has changed since (`changed`); the program compiles everything.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import multiprocessing
 import os
 import re
@@ -68,6 +72,10 @@ class Unit(NamedTuple):
     def specialisation(self) -> str:
         """By what Triton tells compiled kernels apart."""
         return f"{self.name} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
+
+    def digest(self) -> str:
+        """By what is compiled: the kernel and the functions it calls, types, constants and options."""
+        return hashlib.sha256(f"{self.source.hash()} {sorted(self.options.items())}".encode()).hexdigest()[:16]
 
 
 def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
@@ -152,9 +160,17 @@ def _measure(job: tuple[int, str]) -> Usage | str:
         return f"{type(error).__name__}: {error}"
 
 
-def measure_all() -> dict[str, dict[str, Usage | str]]:
+def changed(units: list[Unit]) -> list[Unit]:
+    """Those that are not as they were when their budget was made, or that another Triton would compile."""
+    version, budgets = read_budgets()
+    if version != VERSION:
+        return units
+    return [made for made in units if budgets.get(made.name, {}).get("source") != made.digest()]
+
+
+def measure_all(units: list[Unit]) -> dict[str, dict[str, Usage | str]]:
     """Usage of every unit on every target, or what the compiler said; on all cores."""
-    _units[:] = every_unit()
+    _units[:] = units
     jobs = [(i, target) for i in range(len(_units)) for target in TARGETS]
     # Workers see the units because they are forks: what Triton compiles does not pickle.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
@@ -187,29 +203,36 @@ def faults(table: dict[str, dict[str, Usage | str]]) -> list[str]:
             registers, shared = map(int, budgets[name][target].split("/"))
             if usage.registers > max(registers * 1.1, registers + 8) or usage.shared > shared * 1.1:
                 wrong.append(f"{name} on {target}: {usage}, budget {registers} registers and {shared} bytes")
-    return wrong + [f"{name}: has a budget and is not launched" for name in budgets if name not in table]
+    return wrong
+
+
+def unused(units: list[Unit]) -> list[str]:
+    """Budgets of what no case launches any more."""
+    return sorted(read_budgets()[1].keys() - {made.name for made in units})
 
 
 def read_budgets() -> tuple[str, dict[str, dict[str, str]]]:
     """The version of Triton that they were made with, and the budgets."""
     with BUDGETS.open(newline="") as file:
-        version, *targets = next(reader := csv.reader(file))
-        return version, {name: dict(zip(targets, cells, strict=True)) for name, *cells in reader}
+        version, *columns = next(reader := csv.reader(file))
+        return version, {name: dict(zip(columns, cells, strict=True)) for name, *cells in reader}
 
 
-def write_budgets(table: dict[str, dict[str, Usage | str]]) -> None:
-    """``registers/shared bytes`` of each target."""
+def write_budgets(units: list[Unit], table: dict[str, dict[str, Usage | str]]) -> None:
+    """``registers/shared bytes`` on each target, and the source that needs them."""
     with BUDGETS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([VERSION, *TARGETS])
-        for name, row in table.items():
-            writer.writerow([name, *(f"{row[t].registers}/{row[t].shared}" for t in TARGETS)])  # type: ignore[union-attr]
+        writer.writerow([VERSION, *TARGETS, "source"])
+        for made in units:
+            row: Any = table[made.name]
+            writer.writerow([made.name, *(f"{row[t].registers}/{row[t].shared}" for t in TARGETS), made.digest()])
 
 
 if __name__ == "__main__":
-    measured = measure_all()
+    every = every_unit()
+    measured = measure_all(every)
     for name, row in measured.items():
         print(name, *(f"\n    {target}: {usage}" for target, usage in row.items()), sep="")
     if "--write" in sys.argv:
-        write_budgets(measured)
-    print(*faults(measured), sep="\n")
+        write_budgets(every, measured)
+    print(*faults(measured), *unused(every), sep="\n")
