@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,9 +54,14 @@ def parameters(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES)
 
 def draw(params: list[Tensor], step: int, rounded_to: torch.dtype = torch.float64, scale: float = 1.0) -> None:
     """Gradients that depend on the step alone."""
+    for p, drawn in zip(params, _drawn(tuple(p.shape for p in params), step), strict=True):
+        p.grad = (scale * drawn).to(rounded_to).to(p.dtype)
+
+
+@cache
+def _drawn(shapes: tuple[torch.Size, ...], step: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        p.grad = (scale * torch.randn(p.shape, generator=g, dtype=torch.float64)).to(rounded_to).to(p.dtype)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
 
 
 def values(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
@@ -77,6 +83,9 @@ def train(
     return values(optimizer, params)
 
 
+_TORCHS: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+
+
 def compare(name: str, dtype: torch.dtype, steps: int = 4, **options: Any) -> None:
     """Against torch in fp64, by torch's own error in `dtype`."""
 
@@ -84,7 +93,11 @@ def compare(name: str, dtype: torch.dtype, steps: int = 4, **options: Any) -> No
         params = [p.detach().to(wide).requires_grad_() for p in parameters(dtype)]
         return train(getattr(module, name)(params, **options), params, steps, rounded_to=dtype)
 
-    ours, right, own = run(optim, dtype), run(torch.optim, torch.float64), run(torch.optim, dtype)
+    # torch's are the same for every backend.
+    key = (name, dtype, steps, *options.items())
+    if key not in _TORCHS:
+        _TORCHS[key] = run(torch.optim, torch.float64), run(torch.optim, dtype)
+    ours, (right, own) = run(optim, dtype), _TORCHS[key]
     starts = [float(p.detach().abs().max()) if p.numel() else 0.0 for p in parameters(dtype)]
     for i, (got, want, theirs) in enumerate(zip(ours, right, own, strict=True)):
         # A parameter of few elements may have moved to near zero.

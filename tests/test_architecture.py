@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,3 +183,21 @@ def test_files_are_short() -> None:
         if (count := path.read_text().count("\n")) > 400
     }
     assert not long, long
+
+
+def test_every_unit_of_the_core_is_checked_under_the_sanitizers() -> None:
+    # Some are checked with what they are parts of.
+    parts = {"elementwise": "runtime", "probe": "runtime", "rnn_norm": "rnn", "table_gradient": "embedding"}
+    checked = set(re.findall(r'\{"(\w+)", &check_', (ROOT / "tests" / "sanitize" / "main.cpp").read_text()))
+    units = {parts.get(path.stem, path.stem) for path in (ROOT / "csrc" / "core" / "isa").glob("*.cpp")}
+    assert units <= checked
+
+
+def test_ci_runs_what_the_documents_name() -> None:
+    """Each target of the Makefile that anybody is told to use; bench-peers installs gigabytes."""
+    named = set(re.findall(r"^#   make ([\w-]+)", (ROOT / "Makefile").read_text(), re.M))
+    for page in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/configuration.md"):
+        text = (ROOT / page).read_text()
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= named, page
+    run = set(re.findall(r"^(?:exec )?make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
+    assert run == named - {"bench-peers", "clean"}

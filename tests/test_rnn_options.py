@@ -107,7 +107,8 @@ def test_second_derivatives(option: str, where: str) -> None:
 
     arguments = (x, *states, *(p.detach().requires_grad_() for p in weights.values()))
     assert torch.autograd.gradcheck(function, arguments)
-    assert torch.autograd.gradgradcheck(function, arguments)
+    # Along random directions: element by element it takes ten times as long.
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
 @pytest.mark.kernels
