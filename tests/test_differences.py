@@ -250,8 +250,13 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 def test_storages_of_large_results_cannot_be_resized() -> None:
     x, weight = torch.randn(512, 512), torch.randn(1024, 512)
-    with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
-        F.linear(x, weight).untyped_storage().resize_(0)
+    storage = F.linear(x, weight).untyped_storage()
+    if torch.__version__ < "2.11":
+        # It cannot be given memory that is not its own.
+        assert storage.resizable()
+    else:
+        with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
+            storage.resize_(0)
     TF.linear(x, weight).untyped_storage().resize_(0)
     F.linear(x[:4], weight[:8]).untyped_storage().resize_(0)
 
@@ -264,7 +269,7 @@ def test_sparse_gradients_can_be_clipped() -> None:
             assert float(n.utils.clip_grad_norm_(table.parameters(), 1.0)) == pytest.approx(10**0.5)
             assert table.weight.grad is not None
             assert float(table.weight.grad.to_dense().norm()) == pytest.approx(1, rel=1e-4)
-        else:
+        elif torch.__version__ < "2.14":
             with pytest.raises(NotImplementedError, match="linalg_vector_norm"):
                 n.utils.clip_grad_norm_(table.parameters(), 1.0)
 
