@@ -134,7 +134,9 @@ class LossFunction(KernelFunction):
                 scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
         elif ctx.bet is not None and not ctx.total and given[1] is given[2] is None and plain_backward(given[0]):
             # torch has kept probabilities: logits may have changed, now or before another backward.
-            dloss = given[0] if ctx.left_out is None else given[0].masked_fill(ctx.left_out, 0)
+            dloss = given[0]
+            assert dloss is not None
+            dloss = dloss if ctx.left_out is None else dloss.masked_fill(ctx.left_out, 0)
             again, gradients = keeps_graph(), ctx.bet
             gradients = [g if g is None else _rows_times(g, dloss, in_place=not again) for g in gradients]
             ctx.bet = ctx.bet if again else None
