@@ -49,6 +49,8 @@ for ours, theirs in zip(losses(nn), losses(torch.nn)):
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     ours = ("LLMKERN_", "PYTHON", "MAKE", "MFLAGS", "PYTEST_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    # Objects are known by their flags, and this is one.
+    kept["LLMKERN_WERROR"] = os.environ.get("LLMKERN_WERROR", "")
     arguments = [str(part) for part in command]
     done = subprocess.run(
         arguments, env=kept | environment, cwd=Path(arguments[0]).anchor, capture_output=True, text=True
