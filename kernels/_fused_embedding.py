@@ -56,7 +56,7 @@ def _dropped(x, n, d, D, dropout):
     seed_low, seed_high, limit, keep = dropout
     if limit is not None:
         bits = _random.random_bits(seed_low, seed_high, n[:, None] * D + d[None, :], 0)
-        x *= tl.where(bits.to(tl.int64) < limit, 0.0, tl.full((), keep, x.dtype))
+        x *= (bits.to(tl.int64) >= limit).to(x.dtype) * tl.full((), keep, x.dtype)
     return x
 
 

@@ -17,6 +17,9 @@ from llmkern import dispatch
 # The native library's own large blocks; read when it first takes one.
 os.environ.setdefault("LLMKERN_POISON", "1")
 
+# Names of tests show tensors that are drawn when a module is collected: workers of pytest-xdist must agree on them.
+torch.manual_seed(0)
+
 # Backends that must be here, native,...: so that a missing build cannot pass for a green run.
 REQUIRED = os.environ.get("LLMKERN_TEST_REQUIRE", "").split(",")
 BACKENDS = [

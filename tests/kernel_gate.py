@@ -1,11 +1,12 @@
 """What every Triton kernel needs on every GPU: registers, spills, shared memory, by compiling it without a GPU.
 
-`python tests/kernel_gate.py` prints the table, `--write` makes it the budget (`kernel_budgets.csv`). With the Triton
-that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its budget. With
-another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32 bytes.
+`python tests/kernel_gate.py` prints the table; `--write` makes what has changed the budget (`kernel_budgets.csv`). With
+the Triton that the budget was made with, a spill is a failure, and so is a kernel that needs a tenth more than its
+budget. With another, whose compiler decides otherwise, everything has to compile and to fit, and no spill may pass 32
+bytes.
 
 The same Triton compiles the same source to the same code, so a budget keeps the hash of the source that it was made
-with, and a test compiles what has changed since (`changed`); the program compiles everything.
+with, and tests and `--write` compile what has changed since (`changed`).
 """
 
 from __future__ import annotations
@@ -219,18 +220,20 @@ def read_budgets() -> tuple[str, dict[str, dict[str, str]]]:
 
 
 def write_budgets(units: list[Unit], table: dict[str, dict[str, Usage | str]]) -> None:
-    """``registers/shared bytes`` on each target, and the source that needs them."""
+    """``registers/shared bytes`` on each target, and the source that needs them; what is not in the table stays."""
+    budgets = read_budgets()[1]
     with BUDGETS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([VERSION, *TARGETS, "source"])
         for made in units:
-            row: Any = table[made.name]
-            writer.writerow([made.name, *(f"{row[t].registers}/{row[t].shared}" for t in TARGETS), made.digest()])
+            kept, row = budgets.get(made.name), table.get(made.name)
+            cells = [f"{usage.registers}/{usage.shared}" for usage in row.values()] if row else kept.values()  # type: ignore
+            writer.writerow([made.name, *cells, *([made.digest()] if row else [])])
 
 
 if __name__ == "__main__":
     every = every_unit()
-    measured = measure_all(every)
+    measured = measure_all(changed(every) if "--write" in sys.argv else every)
     for name, row in measured.items():
         print(name, *(f"\n    {target}: {usage}" for target, usage in row.items()), sep="")
     if "--write" in sys.argv:

@@ -1,4 +1,5 @@
 #include <cstdint>
+
 #include "core/isa.h"
 #include "core/memory.h"
 #include "torch/tensor.h"
@@ -30,7 +31,8 @@ void throw_storage_error(const Tensor& t, int64_t storage_bytes) {
   if (storage_bytes == 0)
     throw std::runtime_error(
         "The tensor has a non-zero number of elements, but its data is not allocated yet.\n"
-        "If you're using torch.compile/export/fx, it is likely that we are erroneously tracing into a custom kernel. To "
+        "If you're using torch.compile/export/fx, it is likely that we are erroneously tracing into a custom kernel. "
+        "To "
         "fix this, please wrap the custom kernel into an opaque custom op. Please see the following for details: "
         "https://pytorch.org/tutorials/advanced/custom_ops_landing_page.html\n"
         "If you're using Caffe2, Caffe2 uses a lazy allocation, so you will need to call mutable_data() or "
@@ -67,12 +69,12 @@ Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes, std::optiona
   return Tensor(handle);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) { 
+STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
   m.def("empty_cache() -> ()");
   m.def("check_settings() -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CompositeExplicitAutograd, m) { 
+STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CompositeExplicitAutograd, m) {
   m.impl("empty_cache", TORCH_BOX(&empty_cache));
   m.impl("check_settings", TORCH_BOX(&check_settings));
 }

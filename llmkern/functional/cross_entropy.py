@@ -101,7 +101,7 @@ def cross_entropy(
     Losses are computed and summed in fp32 (fp64 for fp64). No input is written to, but with ``inplace``.
     """
     if overridden("cross_entropy", input, target, weight, token_weight):
-        as_torchs: tuple[Any, ...] = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        as_torchs: Any = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale}
         own |= {"token_weight": token_weight, "outputs": outputs, "inplace": inplace}
         if z_loss == 0 and not softcap and logit_scale == 1 and token_weight is None and not outputs:
