@@ -32,8 +32,6 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"the op library does not load: {error}"
-    # A setting that means nothing is an error when the library loads, and not when something first reads it.
-    torch.ops.llmkern_cpu.check_settings()
     return None
 
 
@@ -41,7 +39,13 @@ _reason = _load()
 
 
 def unavailable() -> str | None:
-    """Why this backend cannot run here, or ``None`` if it can."""
+    """Why this backend cannot run here, or ``None`` if it can.
+
+    Raises:
+        ValueError: for an environment variable whose value means nothing, before anything reads it.
+    """
+    if _reason is None:
+        torch.ops.llmkern_cpu.check_settings()
     return _reason
 
 

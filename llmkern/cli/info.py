@@ -53,26 +53,21 @@ def capabilities() -> dict[str, Any]:
     """What the backends can do here: ``backends`` maps a name to why it is unavailable, or to ``None``."""
     from .. import dispatch, native
 
-    backends = {name: dispatch.unavailable(name) for name in dispatch.BACKENDS}
     return {
-        "backends": backends | {"native": backends["native"] or _wrong_isa()},
+        "backends": {name: _why_not(name) for name in dispatch.BACKENDS},
         "not_built": native.build_info().get("missing", {}),
         "ops": {op: _serves(op) for op in sorted(dispatch.TABLE)},
     }
 
 
-def _wrong_isa() -> str | None:
-    """Why every native kernel refuses to run, if ``LLMKERN_CPU_ISA`` names what is not there."""
-    from .._openmp import load_native
+def _why_not(backend: str) -> str | None:
+    """Why a backend cannot run, be it that an environment variable means nothing."""
+    from .. import dispatch
 
     try:
-        load_native().isa()
+        return dispatch.unavailable(backend)
     except ValueError as error:
         return str(error)
-    except ImportError:
-        # The module for NumPy is not needed by torch's kernels.
-        return None
-    return None
 
 
 def cpu_name() -> str:
