@@ -140,7 +140,8 @@ def embedding_bag_terms_kernel(
             low = tl.where(before, middle + 1, low)
             high = tl.where(before, high, middle)
         bag = tl.maximum(low - 1, 0)
-        begin = tl.load(offsets_ptr + bag, mask=i < N, other=0).to(tl.int64)
+        # Without bags nothing lies in one.
+        begin = tl.load(offsets_ptr + bag, mask=(i < N) & (bag < B), other=N).to(tl.int64)
         end = tl.load(offsets_ptr + bag + 1, mask=(i < N) & (bag + 1 < span), other=N).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), N)
         end = tl.minimum(tl.maximum(end, 0), N)
