@@ -341,15 +341,23 @@ def test_autocast(name: str, options: dict[str, Any], packed: bool, dtype: torch
             with pytest.raises(RuntimeError, match="could not create"):
                 ours(x)
             return
-        got, own = _results(ours, x, None), _results(theirs, x, None)
+        got = _results(ours, x, None)
+        try:
+            own = _results(theirs, x, None)
+        except RuntimeError as error:
+            # oneDNN has no bfloat16 LSTM on a CPU without AVX-512; ours has.
+            if "could not create" not in str(error):
+                raise
+            own = None
         served = dtype == torch.bfloat16 and "proj_size" not in options
         assert not NATIVE or llmkern.explain(ours, x).backends == (("native",) if served else ("torch",))
     right = _results(theirs.double(), x.double(), None)
-    for a, b, c in zip(got, right, own, strict=True):
+    for a, b, c in zip(got, right, own or got, strict=True):
         assert a.dtype == c.dtype
         # Of an order of 1, and rounded to bf16 somewhere.
         error, torchs = ((t.double() - b).abs().max() for t in (a, c))
-        assert error <= 2 * torchs + 2**-8 * max(1.0, float(b.abs().max()))
+        scale = max(1.0, float(b.abs().max()))
+        assert error <= 2 * (torchs if own else 2**-7 * scale) + 2**-8 * scale
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native build")

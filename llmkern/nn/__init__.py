@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 sys.modules[f"{__name__}.functional"] = functional
-_classes = [name for name in torch.nn.modules.__all__ if name in __all__]
+_classes = [name for name in torch.nn.modules.__all__ if name in __all__ and hasattr(torch.nn.modules, name)]
 _replaced = {getattr(torch.nn.modules, name): globals()[name] for name in _classes}
 mount(__name__, torch.nn, {torch.nn.utils.clip_grad.clip_grad_norm_: functional.clip_grad_norm_, **_replaced})
 convert_ours(_replaced)
