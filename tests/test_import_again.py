@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._dynamo import symbolic_convert
 
 import llmkern
 import llmkern.nn
@@ -38,6 +40,19 @@ def second() -> Iterator[Any]:
             del sys.modules[name]
         sys.modules.update(first)
         sys.meta_path[:] = finders
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """The compiler keeps modules by name, in a cache and in the globals of what it compiled: these are the second
+    copy's."""
+    torch._dynamo.reset()
+    cached = getattr(symbolic_convert, "_import_module", None)
+    if hasattr(cached, "cache_clear"):
+        cached.cache_clear()
+    for module in list(sys.modules.values()):
+        for name in [name for name in getattr(module, "__dict__", ()) if name.startswith("__import_llmkern")]:
+            delattr(module, name)
 
 
 def _losses(package: Any) -> list[float]:
