@@ -216,6 +216,17 @@ def assert_works(seen: Observation, where: Any) -> None:
         pytest.fail(f"{where}: {seen.facts['error']}")
 
 
+def assert_compiled_alike(ours: Observation, theirs: Observation, where: Any, draws: bool) -> None:
+    """As compiled code can be: it writes its outputs where it likes, and may draw other numbers (``draws``)."""
+    assert_works(ours, where)
+    if draws:
+        ours.numbers.clear()
+    for seen in (ours, theirs):
+        for fact in ("shares memory with", "outputs share", "has a grad_fn", "warnings"):
+            seen.facts.pop(fact)
+    assert_alike(ours, theirs, where)
+
+
 def distinct(samples: Sequence[Any], key: Callable[[Any], Any], at_most: int) -> list[Any]:
     """Samples that differ in ``key``, the first of each; evenly chosen ones where there are more than ``at_most``."""
     firsts = list({str(key(sample)): sample for sample in reversed(samples)}.values())[::-1]

@@ -15,16 +15,17 @@ PACKAGE = ROOT / "llmkern"
 # nn -> functional -> ops -> dispatch -> {kernels, native, reference}. A layer may use what it names; what
 # is not named here (the command line, the root) stands above all: none of them imports it.
 MAY_IMPORT = {
-    "nn": {"functional", "dispatch", "reference", "_torch_tree"},
+    "nn": {"functional", "dispatch", "reference", "_torch_tree", "_when_loaded"},
     "functional": {"ops", "dispatch", "reference", "_torch"},
     "optim": {"functional", "ops", "dispatch", "reference", "_torch_tree"},
-    "ops": {"dispatch", "reference", "_torch", "_graphs"},
+    "ops": {"dispatch", "reference", "_torch", "_graphs", "_when_loaded"},
     "dispatch": {"_graphs", "_plain", "_sizes"},
     "_graphs": set(),
     "_plain": {"_graphs"},
     "_sizes": set(),
     "_torch": set(),
     "_torch_tree": set(),
+    "_when_loaded": set(),
     "native": set(),
     "kernels": set(),
     "reference": {"_torch"},

@@ -7,23 +7,18 @@ unrolled step by step; so it is set for a module of ours alone, while the compil
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
+
+from .._when_loaded import when_loaded
 
 _BUILDER = "torch._dynamo.variables.builder"
 
 
 def admit(ours: type) -> None:
     """Admits instances of ``ours``: now, if the compiler is loaded, else when it is. Loading it takes seconds."""
-    if builder := sys.modules.get(_BUILDER):
-        _patch(builder, ours)
-    else:
-        sys.meta_path.insert(0, _WhenLoaded(lambda module: _patch(module, ours)))
+    when_loaded(_BUILDER, lambda module: _patch(module, ours))
 
 
 def _patch(builder: ModuleType, ours: type) -> None:
@@ -43,25 +38,3 @@ def _patch(builder: ModuleType, ours: type) -> None:
             return wrap(self, value)
 
     variables.wrap_module = wrap_module
-
-
-class _WhenLoaded(MetaPathFinder):
-    """Calls ``then`` with the compiler's module right after it was executed."""
-
-    def __init__(self, then: Callable[[ModuleType], None]) -> None:
-        self.then = then
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self.then(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

@@ -6,16 +6,14 @@ what its op multiplies: a gradient that nobody wants costs nothing, logits that 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._when_loaded import when_loaded
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -78,30 +76,6 @@ def _register(counter: ModuleType) -> None:
             counter.register_flop_formula(packet, get_raw=True)(formula)
 
 
-class _WhenImported(MetaPathFinder):
-    """Registers the formulas as soon as somebody imports the counter: it imports triton, which takes longer than all of
-    llmkern."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def count_flops() -> None:
-    """Makes torch's counter count our ops."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    elif not any(type(finder).__name__ == _WhenImported.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    """Makes torch's counter count our ops. It imports triton, which takes longer than all of llmkern."""
+    when_loaded(_COUNTER, _register)
