@@ -102,7 +102,9 @@ def made(source: Path, build_folder: Path) -> tuple[Path, Path, str]:
     _, site = bare(source / ".venv")
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     version = torch.__version__.partition("+")[0]
-    said = must(MAKE, "-C", source, "wheel", f"TORCH={version}", LLMKERN_BUILD_DIR=str(build_folder))
+    # The tools of this environment: another CMake would compile everything again.
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    said = must(MAKE, "-C", source, "wheel", f"TORCH={version}", LLMKERN_BUILD_DIR=str(build_folder), PATH=tools)
     (wheel,), (sdist,) = (source / "dist").glob("*.whl"), (source / "dist").glob("*.tar.gz")
     return wheel, sdist, said
 
