@@ -115,13 +115,12 @@ class Forward {
          {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
          op_.norms ? nullptr : bias_);
     if (op_.norms) normalise(first, last);
-    share_out(plan, tokens_, weights_.count(), projection_.count(),
-              [&](const Share& share, Barrier& barrier) {
-                if (op_.norms)
-                  normalised_loop(s0, s1, share.sequences, norm_scratch_ + share.thread * norm_scratch_size());
-                else
-                  loop(s0, s1, share, barrier);
-              });
+    share_out(plan, tokens_, weights_.count(), projection_.count(), [&](const Share& share, Barrier& barrier) {
+      if (op_.norms)
+        normalised_loop(s0, s1, share.sequences, norm_scratch_ + share.thread * norm_scratch_size());
+      else
+        loop(s0, s1, share, barrier);
+    });
   }
   int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
 
@@ -166,9 +165,7 @@ class Forward {
   }
 
   // A thread's: two vectors of units, and the products of a block of rows, where those are not kept.
-  int64_t norm_scratch_size() const {
-    return 2 * op_.H + (normed_ ? 0 : kNormedRows * gates_of(op_.mode) * op_.H);
-  }
+  int64_t norm_scratch_size() const { return 2 * op_.H + (normed_ ? 0 : kNormedRows * gates_of(op_.mode) * op_.H); }
 
   // One thread's sequences of steps [s0, s1) of layer-normalised cells.
   void normalised_loop(int64_t s0, int64_t s1, Range sequences, S* scratch) {

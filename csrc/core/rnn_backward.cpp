@@ -124,9 +124,8 @@ class Backward {
     const Plan plan(op_);
     const int64_t size = op_.norms ? dgates_of(op_) + 3 * op_.H : 0;
     const Buffer<S> scratch(plan.threads * size);
-    share_out(plan, tokens_, weights_.count(), projection_.count(), [&](const Share& share, Barrier& barrier) {
-      loop(share, scratch.get() + share.thread * size, barrier);
-    });
+    share_out(plan, tokens_, weights_.count(), projection_.count(),
+              [&](const Share& share, Barrier& barrier) { loop(share, scratch.get() + share.thread * size, barrier); });
   }
 
   // One thread's share. The cell's units are those of the panels that it is the gradient of.

@@ -26,8 +26,7 @@ inline int threads_of_region() { return omp_in_parallel() ? 1 : num_threads(); }
 template <class F>
 void parallel_for(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
-  const int64_t wanted =
-      std::min<int64_t>(threads_of_region(), std::max<int64_t>(1, n / std::max<int64_t>(1, grain)));
+  const int64_t wanted = std::min<int64_t>(threads_of_region(), std::max<int64_t>(1, n / std::max<int64_t>(1, grain)));
   if (wanted <= 1) return f(int64_t{0}, n);
   std::exception_ptr error = nullptr;
 #pragma omp parallel num_threads(static_cast<int>(wanted))
