@@ -32,7 +32,6 @@ BACKENDS = [
 # Open faults of ours, to be mended and taken out of here.
 KNOWN_FAULTS = {
     "test_compiled_in_one_graph[embedding_bag]": "a compiled mean of bags with padding_idx",
-    "test_attributes_are_pickled_and_row_gradients_kept": "fails beside other tests",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import io
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -92,6 +93,17 @@ def test_a_model_of_the_first_copy_runs_beside_the_second(second: Any) -> None:
     assert isinstance(torch.nn.Linear(2, 2), second.nn.Linear)
     assert isinstance(torch.nn.Linear(2, 2), llmkern.nn.Linear)
     assert importlib.import_module("llmkern.nn.modules.rnn").LSTM is second.nn.LSTM
+
+
+def test_parameters_are_loaded_as_those_of_the_copy_that_is_imported(second: Any) -> None:
+    file = io.BytesIO()
+    torch.save(second.nn.Embedding(5, 3, row_grad=True).weight, file)
+    # torch knows of a function of each copy by one name, and takes any.
+    for rebuild in (llmkern.ops._row_tensors._rebuild, second.ops._row_tensors._rebuild):
+        file.seek(0)
+        torch.serialization.add_safe_globals([rebuild])
+        assert type(torch.load(file, weights_only=True)) is second.ops.RowParameter
+        assert type(rebuild(torch.zeros(5, 3), True, {})) is second.ops.RowParameter
 
 
 def test_each_tree_is_mounted_once(second: Any) -> None:

@@ -8,6 +8,7 @@ the op gets a plain tensor on the same memory. What leaves that way is known by 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -163,7 +164,8 @@ class RowParameter(RowTensor, torch.nn.Parameter):
 
 
 def _rebuild(data: Tensor, requires_grad: bool, attributes: dict[str, Any]) -> RowParameter:
-    param = RowParameter(data, requires_grad)
+    # By name, as pickle finds it: llmkern may have been imported again, and torch keeps what the first copy registered.
+    param: RowParameter = importlib.import_module(__name__).RowParameter(data, requires_grad)
     vars(param).update(attributes)
     return param
 
