@@ -29,12 +29,6 @@ BACKENDS = [
 ]
 
 
-# Open faults of ours, to be mended and taken out of here.
-KNOWN_FAULTS = {
-    "test_compiled_in_one_graph[embedding_bag]": "a compiled mean of bags with padding_idx",
-}
-
-
 @pytest.fixture(autouse=True)
 def _repeatable_and_poisoned() -> Iterator[None]:
     """A fixed seed, and `torch.empty` filled with NaN: an element that a kernel forgets to write shows."""
@@ -59,10 +53,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return not empty and ("gpu" not in item.keywords or torch.cuda.is_available())
 
     kept = [item for item in items if runs(item)]
-    for item in kept:
-        for name, reason in KNOWN_FAULTS.items():
-            if item.nodeid.partition("@")[0].endswith(name):
-                item.add_marker(pytest.mark.xfail(reason=reason))
     if INTERPRETING:
         kept = thinned(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,23 @@ def test_max_goes_to_the_first_of_equal_rows(backend: str, device: torch.device)
         torch.ones(1, 2, device=device),
     )
     assert dweight.tolist() == [[0, 1], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_bags_of_any_size(mode: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(LF.embedding_bag, fullgraph=True, backend="aot_eager", dynamic=True)
+    indices, offsets = torch.tensor([0, 2, 1, 3, 2, 2]), torch.tensor([0, 1, 4, 6])
+    weight, dout, samples = torch.randn(5, 2), torch.randn(3, 2), torch.randn(6) if mode == "sum" else None
+
+    def call(f: Any, w: Tensor, s: Tensor | None = None) -> Tensor:
+        if mode == "mean":
+            return f(indices.view(3, 2), w, padding_idx=2)
+        return f(indices, w, offsets, mode=mode, per_sample_weights=s, include_last_offset=True)
+
+    ours, theirs = (run(partial(call, f), weight, samples, dout) for f in (compiled, F.embedding_bag))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])

@@ -52,7 +52,8 @@ def single(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
-@dataclass(frozen=True)
+# The compiler hashes instances before their fields are set (torch 2.10), so not by them.
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """From losses per row to what the user gets. ``tokens`` and ``count`` are None where they are 1 and the rows."""
 

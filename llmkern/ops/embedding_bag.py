@@ -68,6 +68,25 @@ def _call(ctx: Any) -> tuple[Any, ...]:
     return (*ctx.saved_tensors, ctx.options)
 
 
+def _sized(options: Options, bags: Tensor, table: Tensor) -> Options:
+    """``options`` with their sizes read off tensors of the call. The compiler hands on to a backward what a forward has
+    read; of numbers that only stand in a call's arguments, it knows nothing there."""
+    return options._replace(num_bags=bags.shape[0], num_weights=table.shape[0]) if pure() else options
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], bags: Tensor, table: Tensor) -> None:
+    """Keeps a call of a bilinear function; ``bags`` has a row for each bag, ``table`` one for each row of the table."""
+    first, second, indices, offsets, options = inputs
+    ctx.options = _sized(options, bags, table)
+    saved = None if second is None else first, second, indices, offsets
+    ctx.save_for_forward(*saved)
+    if not pure():
+        # What no gradient reads may change.
+        need_first, need_second = ctx.needs_input_grad[:2]
+        saved = first if need_second else None, second if need_first else None, indices, offsets
+    ctx.save_for_backward(*saved)
+
+
 class _BilinearFunction(KernelFunction):
     """A function of two tensors, linear in each, for one call's (indices, offsets, options).
 
@@ -100,17 +119,6 @@ class _BilinearFunction(KernelFunction):
         cls.backward = staticmethod(backward)  # type: ignore[method-assign]
         cls.tangent = staticmethod(tangent)  # type: ignore[method-assign]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        first, second, indices, offsets, ctx.options = inputs
-        saved = None if second is None else first, second, indices, offsets
-        ctx.save_for_forward(*saved)
-        if not pure():
-            # What no gradient reads may change.
-            need_first, need_second = ctx.needs_input_grad[:2]
-            saved = first if need_second else None, second if need_first else None, indices, offsets
-        ctx.save_for_backward(*saved)
-
 
 class EmbeddingBagFunction(_BilinearFunction):
     """out[b] = sum, or mean, of samples[i] * weight[indices[i]] over i in bag b."""
@@ -122,6 +130,10 @@ class EmbeddingBagFunction(_BilinearFunction):
         return embedding_bag_forward(
             weight, samples, indices, offsets, options.num_bags, options.mean, *options.bags, options.backend
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, inputs, bags=output, table=inputs[0])
 
     @staticmethod
     def of_first(dout: Tensor, samples: Tensor | None, *call: Any) -> Tensor:
@@ -153,6 +165,10 @@ class TableGradientFunction(_BilinearFunction):
         )
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, inputs, bags=inputs[0], table=output)
+
+    @staticmethod
     def of_first(ddweight: Tensor, samples: Tensor | None, *call: Any) -> Tensor:
         scale, plain = _frequency(ddweight, *call)
         if scale is not None:
@@ -174,6 +190,10 @@ class SamplesGradientFunction(_BilinearFunction):
         return embedding_bag_samples_backward(
             dout, weight, indices, offsets, options.mean, *options.bags, options.backend
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, inputs, bags=inputs[0], table=inputs[1])
 
     @staticmethod
     def of_first(ddsamples: Tensor, weight: Tensor, *call: Any) -> Tensor:
@@ -216,7 +236,8 @@ class EmbeddingBagMaxFunction(KernelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, indices, offsets, ctx.options = inputs
+        weight, indices, offsets, options = inputs
+        ctx.options = _sized(options, output[0], weight)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices, offsets, output[1])
@@ -267,8 +288,9 @@ class EmbeddingBagSparseFunction(Function):
     def forward(
         ctx: Any, weight: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
     ) -> Tensor:
-        _BilinearFunction.setup_context(ctx, (weight, samples, indices, offsets, options), weight)
-        return EmbeddingBagFunction.forward(weight, samples, indices, offsets, options)
+        output = EmbeddingBagFunction.forward(weight, samples, indices, offsets, options)
+        EmbeddingBagFunction.setup_context(ctx, (weight, samples, indices, offsets, options), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
