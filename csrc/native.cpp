@@ -18,6 +18,8 @@
 #include "core/gemm.h"
 #include "core/isa.h"
 #include "core/probe.h"
+#include "core/rnn.h"
+#include "core/row_optim.h"
 #include "core/threads.h"
 
 namespace py = pybind11;
@@ -150,6 +152,33 @@ py::dict build_info() {
   return info;
 }
 
+// What llmkern/_facts.py says too.
+py::dict facts() {
+  using cpu::RnnMode;
+  const std::map<std::string, RnnMode> modes = {{"lstm", RnnMode::lstm},
+                                                {"gru", RnnMode::gru},
+                                                {"rnn_tanh", RnnMode::rnn_tanh},
+                                                {"rnn_relu", RnnMode::rnn_relu},
+                                                {"slstm", RnnMode::slstm}};
+  py::dict order, gates, cells, saved;
+  for (const auto& [name, mode] : modes) {
+    cpu::Rnn op{};
+    op.mode = mode;
+    op.H = 1;
+    order[name.c_str()] = static_cast<int>(mode);
+    gates[name.c_str()] = cpu::gates_of(mode);
+    cells[name.c_str()] = cpu::cells_of(op);
+    saved[name.c_str()] = cpu::saved_of(op);
+  }
+  py::dict result;
+  result["order"] = order;
+  result["gates"] = gates;
+  result["cells"] = cells;
+  result["saved_gates"] = saved;
+  result["row_record"] = cpu::kRowRecordSize;
+  return result;
+}
+
 double peak_bandwidth(const std::string& traffic, double seconds) {
   const bool read = traffic == "read", copy = traffic == "copy";
   if (!read && !copy && traffic != "stream")
@@ -186,6 +215,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "llmkern's native core: instruction set, build facts, threads, probes, NumPy entry points.";
   m.def("isa", [] { return cpu::isa_name(cpu::selected_isa()); }, "The instruction set selected for this process.");
   m.def("build_info", &build_info, "Version, compiler, the instruction sets built and the one selected.");
+  m.def("_facts", &facts, "What llmkern/_facts.py has to agree with.");
   m.def("num_threads", &cpu::num_threads, "Threads of the next parallel region of the calling thread.");
   m.def("set_num_threads", &set_num_threads, py::arg("n"), "The same as torch.set_num_threads, without torch.");
   m.def("peak_flops", &peak_flops, py::arg("dtype"), py::arg("seconds") = 0.2,

@@ -21,6 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .._facts import accumulate_dtype
 from . import _faults, interpreting
 
 if interpreting():
@@ -103,7 +104,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def accumulator(tensor: Tensor) -> torch.dtype:
     """What sums over this tensor are kept in: fp64 for fp64, else fp32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return accumulate_dtype(tensor.dtype)
 
 
 def acc_type(tensor: Tensor) -> tl.dtype:

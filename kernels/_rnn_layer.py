@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._facts import CELLS, GATES, saved_gates
 from . import _launch, _random
 from ._launch import accumulator, ceil_div, next_power_of_2
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
 # Widths of the cell state, in H.
-CELLS = {"lstm": 1, "slstm": 3}
 
 
 @triton.jit
@@ -171,13 +170,12 @@ class Layer(NamedTuple):
     @property
     def cells(self) -> int:
         """C, the width of the cell state."""
-        return CELLS.get(self.mode, 0) * self.hidden
+        return CELLS[self.mode] * self.hidden
 
     @property
     def saved(self) -> int:
         """Numbers of a token and unit that the forward saves beside y."""
-        few = int(self.clip != 0 or self.zoneout != 0)
-        return {"lstm": 4, "gru": 4, "slstm": 5}.get(self.mode, few)
+        return saved_gates(self.mode, self.clip, self.zoneout)
 
     @property
     def tokens(self) -> tuple[int, ...]:

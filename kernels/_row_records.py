@@ -11,8 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._facts import ROW_RECORD
+
 # Where a record has what. Adam's `keep`: of p, m, v; Sgd's: the 2 x 2 product.
-SIZE = tl.constexpr(31)
+SIZE = tl.constexpr(ROW_RECORD)
 RULE_AT = tl.constexpr(6)
 KEEP_AT = tl.constexpr(15)
 WEIGHT_AT = tl.constexpr(19)

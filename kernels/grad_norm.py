@@ -140,10 +140,9 @@ def grad_norm(tensors: list[Tensor]) -> Tensor:
     return norm
 
 
-def scale_(tensors: list[Tensor], factor: float | Tensor) -> None:
-    """Each tensor times ``factor``, in place: multiplied in fp32 (fp64 for fp64), rounded once. A factor that is a
-    float64 scalar on the tensors' device stays there; if it is 1, nothing is read."""
+def scale_(tensors: list[Tensor], factor: Tensor) -> None:
+    """Each tensor times ``factor``, a float64 scalar beside them, in place: multiplied in fp32 (fp64 for fp64), rounded
+    once. If it is 1, nothing is read."""
     for group in _groups(tensors):
-        first = group.arguments[0]
-        by = factor if isinstance(factor, Tensor) else first.new_full((), factor, dtype=torch.float64)
-        launch(grad_norm_scale_kernel, (group.chunks,), *group.arguments, by, ACC=acc_type(first), **group.options)
+        acc = acc_type(group.arguments[0])
+        launch(grad_norm_scale_kernel, (group.chunks,), *group.arguments, factor, ACC=acc, **group.options)

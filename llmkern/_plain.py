@@ -72,11 +72,11 @@ def autocasts(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-def mapped() -> int:
+def mapped() -> bool:
     """Whether vmap is at work, which has no better rule for a kernel than one call for each element."""
     if not torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return 0
-    return int(any(level.key().name == "Vmap" for level in torch._C._functorch.get_interpreter_stack() or ()))
+        return False
+    return any(level.key().name == "Vmap" for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _is_traced() -> bool:

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import llmkern
+from llmkern import _facts, dispatch
+from llmkern._openmp import load_native
+from llmkern.ops import _library
 
 lnp = pytest.importorskip("llmkern.numpy")
 
@@ -29,6 +32,24 @@ def test_build_info() -> None:
     assert info["isa"] in info["isas"]
     assert "baseline" in info["isas"]
     assert any(name in info["compiler"] for name in ("GNU", "Clang"))
+
+
+def test_every_op_is_implemented_natively_and_nothing_else_is() -> None:
+    """One schema each: Python defines it, the library implements it."""
+    dispatch.load("native")
+    names = {name for name in _library._schemas if "." not in name}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert [name for name in names if not has(f"llmkern_cpu::{name}", "CPU")] == []
+    assert [name for name in torch._C._dispatch_find_dangling_impls() if "llmkern" in name] == []
+
+
+def test_both_languages_agree_about_facts() -> None:
+    facts = load_native()._facts()
+    assert facts["order"] == {mode: place for place, mode in enumerate(_facts.RNN_MODES)}
+    assert facts["gates"] == _facts.GATES
+    assert facts["cells"] == _facts.CELLS
+    assert facts["saved_gates"] == _facts.SAVED_GATES
+    assert facts["row_record"] == _facts.ROW_RECORD
 
 
 @pytest.mark.usefixtures("threads")

@@ -296,7 +296,7 @@ def test_compiles_and_explains() -> None:
     explanation = llmkern.explain(module, rows)
     assert explanation.backends == (BACKENDS[0],)
     assert explanation.choices[0].op == OP
-    with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="torch has no option bits"):
+    with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="torch has no such op"):
         module(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmkern.functional as F
 import llmkern.nn as nn
 
 I, H = 3, 4
@@ -149,3 +151,39 @@ def test_cells_export_without_states(name: str, strict: bool) -> None:
     cell, x = getattr(nn, name)(I, H), torch.randn(2, I)
     program = torch.export.export(cell, (x,), strict=strict).module()
     torch.testing.assert_close(_tensor(program(x)), _tensor(cell(x)))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "sLSTM"])
+def test_help_shows_every_argument_with_its_default(name: str) -> None:
+    cls = getattr(nn, name)
+    theirs = inspect.signature(torch.nn.RNNBase).parameters
+    hidden = {"mode"} if name == "LSTM" else {"mode", "proj_size"}
+    shown = inspect.signature(cls).parameters
+    want = [p for p in theirs if p not in hidden]
+    if name == "RNN":
+        want.insert(3, "nonlinearity")
+    assert list(shown)[: len(want)] == want
+    assert all(shown[p].default == theirs[p].default for p in want if p in theirs)
+    options = {*cls._OPTIONS, *cls._SHAPING} - ({"forget_bias", "peephole"} if name != "LSTM" else set())
+    options -= {"return_cell_states"} if name in ("RNN", "GRU") else set()
+    assert set(list(shown)[len(want) :]) == options
+    assert all(shown[option].default == getattr(cls, option) for option in options)
+
+
+def test_help_shows_the_arguments_of_functions() -> None:
+    shown = inspect.signature(F.lstm).parameters
+    assert list(shown)[:9] == (
+        ["input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first"]
+    )
+    assert {"zoneout": 0.0, "checkpoint_chunks": 1, "state_dtype": None}.items() <= {
+        name: p.default for name, p in shown.items()
+    }.items()
+
+
+def test_a_subclass_shows_its_own_arguments() -> None:
+    class Mine(nn.LSTM):
+        def __init__(self, width: int, deep: bool = False) -> None:
+            super().__init__(width, width, 2 if deep else 1)
+
+    assert list(inspect.signature(Mine).parameters) == ["width", "deep"]
+    assert Mine(3, deep=True).num_layers == 2

@@ -141,7 +141,7 @@ def test_products_of_fp32_follow_torchs_setting(monkeypatch: pytest.MonkeyPatch)
 def test_auto_leaves_to_cudnn_what_it_serves() -> None:
     x = torch.zeros(1)
     for op in ("lstm", "gru", "rnn_tanh", "lstm_cell"):
-        reason = dispatch._obstacle("triton", op, (x,), ["batch_sizes"] if op == "lstm" else [], {"torchs": 1})
+        reason = dispatch._obstacle("triton", op, (x,), ["batch_sizes"] if op == "lstm" else [], {})
         assert reason == "not yet measured against cuDNN on a GPU: backend('triton') takes it"
         with dispatch.backend("triton"):
             assert dispatch._obstacle("triton", op, (x,), [], {"torchs": 1}) is None

@@ -117,18 +117,6 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> dloss, s
 
 #define LLMKERN_OPTIONS " int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss," LLMKERN_OPTIONS
-        ", bool entropy, bool argmax, bool need_logits, bool need_target)"
-        " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dlogits, Tensor dtarget)");
-  m.def("cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor dloss," LLMKERN_OPTIONS
-        ", bool entropy, bool argmax, bool need_target)"
-        " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dtarget)");
-  m.def(
-      "cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor target,"
-      " Tensor? weight," LLMKERN_OPTIONS ", bool need_logits, bool need_target) -> (Tensor dlogits, Tensor dtarget)");
-}
-
 #undef LLMKERN_OPTIONS
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {

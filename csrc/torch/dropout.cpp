@@ -17,8 +17,6 @@ Tensor dropout_forward(const Tensor& x, double p, int64_t seed) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) { m.def("dropout_forward(Tensor x, float p, int seed) -> Tensor"); }
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) { m.impl("dropout_forward", TORCH_BOX(&dropout_forward)); }
 
 }  // namespace llmkern

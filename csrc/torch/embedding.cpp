@@ -52,10 +52,6 @@ void embedding_renorm_(Tensor weight, const Tensor& indices, double max_norm, do
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("embedding_forward(Tensor weight, Tensor indices) -> Tensor");
-  m.def(
-      "embedding_backward(Tensor dout, Tensor indices, int num_weights, int padding_idx, bool scale_grad_by_freq)"
-      " -> Tensor");
   m.def(
       "embedding_sparse_backward(Tensor dout, Tensor indices, int num_weights, int padding_idx)"
       " -> (Tensor rows, Tensor values)");

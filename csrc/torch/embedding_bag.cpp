@@ -121,20 +121,8 @@ Tensor embedding_bag_samples_backward(const Tensor& dout, const Tensor& weight, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
   m.def(
-      "embedding_bag_forward(Tensor weight, Tensor? samples, Tensor indices, Tensor? offsets, int num_bags, bool mean,"
-      " bool include_last_offset, int padding_idx) -> Tensor");
-  m.def(
-      "embedding_bag_max_forward(Tensor weight, Tensor indices, Tensor? offsets, int num_bags,"
-      " bool include_last_offset, int padding_idx) -> (Tensor out, Tensor largest)");
-  m.def(
-      "embedding_bag_backward(Tensor dout, Tensor? samples, Tensor indices, Tensor? offsets, Tensor? largest,"
-      " int num_weights, bool mean, bool include_last_offset, int padding_idx, bool scale_grad_by_freq) -> Tensor");
-  m.def(
       "embedding_bag_sparse_backward(Tensor dout, Tensor? samples, Tensor indices, Tensor? offsets, int num_weights,"
       " bool mean, bool include_last_offset, int padding_idx) -> (Tensor rows, Tensor values)");
-  m.def(
-      "embedding_bag_samples_backward(Tensor dout, Tensor weight, Tensor indices, Tensor? offsets, bool mean,"
-      " bool include_last_offset, int padding_idx) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {

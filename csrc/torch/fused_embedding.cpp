@@ -133,19 +133,7 @@ Gradients fused_embedding_backward(const Tensor& dout, const Tensor& weight, Opt
   return {grads[0], grads[1], grads[2], grads[3], grads[4]};
 }
 
-#define LLMKERN_INPUTS                                                                                         \
-  "Tensor weight, Tensor? position_weight, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias," \
-  " Tensor indices, Tensor? positions, Tensor? token_types"
-#define LLMKERN_OPTIONS "float scale, str norm, float eps, float p, int seed, int padding_idx, bool scale_grad_by_freq"
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("fused_embedding_forward(" LLMKERN_INPUTS ", " LLMKERN_OPTIONS ") -> (Tensor out, Tensor stats)");
-  m.def("fused_embedding_backward(Tensor dout, " LLMKERN_INPUTS ", Tensor stats, " LLMKERN_OPTIONS
-        ", int wants) -> (Tensor dweight, Tensor dposition_weight, Tensor dtoken_type_weight, Tensor dnorm_weight,"
-        " Tensor dnorm_bias)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("fused_embedding_forward", TORCH_BOX(&fused_embedding_forward));

@@ -23,14 +23,13 @@ Tensor grad_norm(std::vector<Tensor> tensors) {
   return norm;
 }
 
-void scale_(std::vector<Tensor> tensors, double factor) { cpu::scale(spans(tensors), factor); }
+void scale_(std::vector<Tensor> tensors, const Tensor& factor) {
+  require_contiguous(factor, "factor");
+  require(factor.numel() == 1 && factor.scalar_type() == ScalarType::Double, "scale_: expected a float64 scalar");
+  cpu::scale(spans(tensors), *static_cast<const double*>(factor.const_data_ptr()));
+}
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("grad_norm(Tensor[] tensors) -> Tensor");
-  m.def("scale_(Tensor(a!)[] tensors, float factor) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("grad_norm", TORCH_BOX(&grad_norm));

@@ -44,11 +44,6 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));

@@ -79,20 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def(
-      "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target,"
-      " Tensor? weight, Tensor? dloss, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-      " float logit_scale, int workspace, bool entropy, bool argmax, bool need_x, bool need_weight, bool need_bias,"
-      " bool need_target) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dx,"
-      " Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtarget)");
-  m.def(
-      "linear_cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor x, Tensor linear_weight,"
-      " Tensor? linear_bias, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss,"
-      " float softcap, float logit_scale, int workspace, bool need_x, bool need_weight, bool need_bias,"
-      " bool need_target) -> (Tensor dx, Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtarget)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("linear_cross_entropy_forward", TORCH_BOX(&linear_cross_entropy_forward));
   m.impl("linear_cross_entropy_backward", TORCH_BOX(&linear_cross_entropy_backward));

@@ -74,15 +74,6 @@ std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& dloss, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def(
-      "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target)"
-      " -> (Tensor loss, Tensor dinput, Tensor dtarget)");
-  m.def(
-      "mse_loss_backward(Tensor dloss, Tensor input, Tensor target, bool reduce, bool need_input, bool need_target)"
-      " -> (Tensor dinput, Tensor dtarget)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("mse_loss_forward", TORCH_BOX(&mse_loss_forward));
   m.impl("mse_loss_backward", TORCH_BOX(&mse_loss_backward));

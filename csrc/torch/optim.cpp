@@ -89,21 +89,6 @@ void adagrad_step(Tensors params, Tensors grads, Tensors sums, std::vector<doubl
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("advance(Tensor(a!)[] steps) -> float[]");
-  m.def(
-      "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-      " Tensor(e!)[] max_exp_avg_sqs, float[] steps, float lr, float beta1, float beta2, float eps,"
-      " float weight_decay, bool decoupled, bool maximize, float grad_scale, str after) -> ()");
-  m.def(
-      "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, float[] steps, float lr,"
-      " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, float grad_scale, str after)"
-      " -> ()");
-  m.def(
-      "adagrad_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] sums, float[] steps, float lr,"
-      " float lr_decay, float weight_decay, float eps, bool maximize, float grad_scale, str after) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("advance", TORCH_BOX(&advance));
   m.impl("adam_step", TORCH_BOX(&adam_step));

@@ -44,13 +44,6 @@ Tensor quantized_embedding_forward(const Tensor& weight, const Tensor& scale, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("quantized_embedding_quantize(Tensor weight, int bits) -> (Tensor data, Tensor scale, Tensor offset)");
-  m.def(
-      "quantized_embedding_forward(Tensor weight, Tensor scale, Tensor offset, Tensor indices, int embedding_dim,"
-      " int bits, ScalarType dtype) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("quantized_embedding_quantize", TORCH_BOX(&quantized_embedding_quantize));
   m.impl("quantized_embedding_forward", TORCH_BOX(&quantized_embedding_forward));

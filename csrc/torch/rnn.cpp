@@ -224,20 +224,7 @@ Tensor rnn_step(const Tensor& x, const Tensor& hx, const Tensor& weight_ih, cons
 
 }  // namespace
 
-#define LLMKERN_RNN_INPUTS                                                                \
-  "Tensor x, Tensor hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih," \
-  " Tensor? bias_hh, Tensor? weight_hr, Tensor? peephole, Tensor? norms, Tensor? batch_sizes"
-#define LLMKERN_RNN_OPTIONS \
-  "str mode, bool reverse, bool batch_first, float clip, float zoneout, float zoneout_cell, int seed"
-
 STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("rnn_forward(" LLMKERN_RNN_INPUTS ", " LLMKERN_RNN_OPTIONS
-        ", bool save) -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells, Tensor normed)");
-  m.def("rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, Tensor? dcells, " LLMKERN_RNN_INPUTS
-        ", Tensor y, Tensor gates, Tensor cells, Tensor normed, " LLMKERN_RNN_OPTIONS
-        ", bool needs_dx, bool needs_dstates, bool needs_dweights)"
-        " -> (Tensor dx, Tensor dhx, Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih,"
-        " Tensor dbias_hh, Tensor dweight_hr, Tensor dpeephole, Tensor dnorms)");
   m.def(
       "lstm_step(Tensor x, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh)"
       " -> (Tensor, Tensor)");

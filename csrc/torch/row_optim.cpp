@@ -100,17 +100,6 @@ bool row_step(const Tensor& param, Tensors states, const Tensor& applied, const 
 
 }  // namespace
 
-#define LLMKERN_ROW_TABLE "int count, str kind, bool decoupled, bool maximize, bool nesterov, bool closed"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("row_lookup(Tensor param, Tensor[] states, Tensor applied, Tensor history, " LLMKERN_ROW_TABLE
-        ", Tensor indices) -> Tensor");
-  m.def("row_catch_up(Tensor(a!) param, Tensor(b!)[] states, Tensor(c!) applied, Tensor history, " LLMKERN_ROW_TABLE
-        ", Tensor? indices) -> ()");
-  m.def("row_step(Tensor(a!) param, Tensor(b!)[] states, Tensor(c!) applied, Tensor(d!) history, " LLMKERN_ROW_TABLE
-        ", Tensor indices, Tensor values, float[] step, float grad_scale) -> bool");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("row_lookup", TORCH_BOX(&row_lookup));
   m.impl("row_catch_up", TORCH_BOX(&row_catch_up));

@@ -70,20 +70,6 @@ Tensor sparse_grad_norm(Tensor indices, Tensor values, int64_t num_rows) {
 
 }  // namespace
 
-#define LLMKERN_ROWS "Tensor(a!) param, Tensor indices, Tensor values, "
-
-STABLE_TORCH_LIBRARY_FRAGMENT(llmkern_cpu, m) {
-  m.def("sparse_sgd_step(" LLMKERN_ROWS "float lr, bool maximize, float grad_scale) -> ()");
-  m.def("sparse_adagrad_step(" LLMKERN_ROWS
-        "Tensor(b!) sum, float step, float lr, float lr_decay, float eps, bool maximize, float grad_scale) -> ()");
-  m.def("sparse_adam_step(" LLMKERN_ROWS
-        "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float step, float lr, float beta1, float beta2, float eps,"
-        " bool maximize, float grad_scale) -> ()");
-  m.def("rowwise_adagrad_step(" LLMKERN_ROWS
-        "Tensor(b!) sum, float lr, float eps, bool maximize, float grad_scale) -> ()");
-  m.def("sparse_grad_norm(Tensor indices, Tensor values, int num_rows) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("sparse_sgd_step", TORCH_BOX(&sparse_sgd_step));
   m.impl("sparse_adagrad_step", TORCH_BOX(&sparse_adagrad_step));

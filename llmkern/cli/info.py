@@ -92,14 +92,8 @@ def _serves(op: str) -> dict[str, str]:
 
     cells: dict[str, str] = {}
     for name in dispatch.BACKENDS:
-        if name in dispatch.TABLE[op]:
-            options = sorted(dispatch.TABLE[op][name].options)
-            cells[name] = "yes" + (f", with {', '.join(options)}" if options else "")
-        elif name in ("torch", "reference"):
-            lacks = (dispatch.TORCH_LACKS if name == "torch" else dispatch.REFERENCE_LACKS).get(op)
-            cells[name] = "yes" + (f", but {', '.join(sorted(lacks))}" if lacks else "")
-        else:
-            cells[name] = "no"
+        support = dispatch.TABLE[op].get(name)
+        cells[name] = "no" if support is None else str(support)
     return cells
 
 

@@ -42,11 +42,6 @@ def check_outputs(outputs: Sequence[str]) -> None:
         raise ValueError(f"outputs: got {outputs!r}, expected a sequence of names among {', '.join(OUTPUTS)}")
 
 
-def losses_dtype(input: Tensor) -> torch.dtype:
-    """What losses of such logits are computed in."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def single(t: Tensor) -> Tensor:
     """As autocast hands a tensor to a loss: float16 and bfloat16 as float32, all else as it is."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
+from .._facts import CELLS, GATES
 from ._rnn_options import Extras
 from .dropout import dropout
-
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
-# Widths of the cell state, in H.
-CELLS = {"lstm": 1, "slstm": 3}
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Call:
     @classmethod
     def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
         input, batch_sizes, hx, *rest = args if isinstance(args[3], (list, tuple)) else (args[0], None, *args[1:])
-        states = tuple(hx) if mode in CELLS else (hx,)
+        states = tuple(hx) if CELLS[mode] else (hx,)
         if extras.state_dtype is not None:
             states = tuple(state.to(extras.state_dtype) for state in states)
         params, biases, layers, dropout, train, bidirectional, *batch_first = rest
@@ -77,10 +74,10 @@ class Call:
             return False
         if not all(isinstance(weight, Tensor) for weight in self.params):
             return False
-        if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if self.mode in CELLS else 1):
+        if any(h.dim() != 3 for h in self.states) or len(self.states) != (2 if CELLS[self.mode] else 1):
             return False
         B = int(self.batch_sizes[0]) if self.batch_sizes is not None else x.shape[0 if self.batch_first else 1]
-        H = self.states[-1].shape[2] // CELLS.get(self.mode, 1)
+        H = self.states[-1].shape[2] // max(CELLS[self.mode], 1)
         outer, out = (self.num_layers * self.directions, B), self.states[0].shape[2]
         if not H or any(h.shape[:2] != outer for h in self.states) or (out != H and not self.projected):
             return False
@@ -103,10 +100,10 @@ class Call:
         torch runs dense LSTMs and all Elman networks in bf16 as a whole; its steps of packed LSTMs and of GRUs round
         the operands of products only, and keep the dtype of the states.
         """
-        torchs = not dispatch.TORCH_LACKS[self.mode].intersection(self.options())
+        torch_serves = dispatch.serves("torch", self.mode, self.options())
         if self.input.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
             return None
-        if torchs and self.extras.state_dtype is None and (dtype != torch.bfloat16 or self.projected):
+        if torch_serves and self.extras.state_dtype is None and (dtype != torch.bfloat16 or self.projected):
             return None
         stepwise = self.mode == "gru" or (self.mode == "lstm" and self.batch_sizes is not None)
         if any(t.dtype not in (torch.float32, dtype) for t in (self.input, *self.states, *self.params)):
@@ -136,7 +133,6 @@ class Call:
     def options(self) -> list[str]:
         extras = self.extras.used()
         used = {
-            "mode": self.mode == "slstm",
             "batch_sizes": self.batch_sizes is not None,
             "proj_size": self.projected,
             "num_heads": self.heads > 1,

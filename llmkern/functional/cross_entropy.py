@@ -11,8 +11,9 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._facts import accumulate_dtype
 from .._torch import F
-from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present, single
+from ._losses import CrossEntropyOutput, Reduction, check_outputs, present, single
 from ._overrides import overridden
 
 
@@ -137,13 +138,13 @@ def cross_entropy(
     if soft:
         x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))
     options = [*strange, *(name for name, on in used.items() if on)]
-    backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=options, mapped=dispatch.mapped())
+    backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=options)
     if backend == "torch":
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     logits, *probabilities = _canonical(x, t) if soft else _canonical(x)
     shape = (logits.shape[0], *logits.shape[2:])
     t = probabilities[0] if soft else t.reshape(shape).to(torch.int64).contiguous()
-    reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, losses_dtype(x))
+    reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, accumulate_dtype(x.dtype))
     rows = ops.cross_entropy(
         logits,
         t,

@@ -69,11 +69,7 @@ def embedding(
     if max_norm is not None or sparse:
         # torch's gradient says that it has no sparse one by frequency.
         served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
-    backend = (
-        "torch"
-        if not served
-        else dispatch.pick("embedding", weight, options=[*options, *strange], mapped=dispatch.mapped())
-    )
+    backend = "torch" if not served else dispatch.pick("embedding", weight, options=[*options, *strange])
     if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     indices = input.reshape(-1).contiguous()

@@ -101,9 +101,9 @@ def fused_embedding(
         # As in `dropout`: a seed is a number.
         options = [*strange, "traced dropout"] if p > 0 and ops.seed_freezes() else strange
         floats = [t for t in operands if t is not None]
-        sizes = {"elements": input.numel() * weight.shape[1], "dropout": int(p > 0)}
+        work = {"elements": input.numel() * weight.shape[1], "dropout": p > 0}
         does = "torch's functions one by one"
-        backend = dispatch.pick("fused_embedding", *floats, options=options, torch_does=does, **sizes)
+        backend = dispatch.pick("fused_embedding", *floats, options=options, torch_does=does, **work)
     if backend == "torch":
         x = F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
         return _compose(x, operands, positions, token_types, scale, norm, eps, p)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import dispatch, ops
@@ -29,9 +28,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(input, weight, bias)
     rows = 0 if strange == dispatch.NESTED else input.numel() // input.shape[-1]
     options = [*strange, "autocast"] if dispatch.autocasts(input) else strange
-    transformed = int(torch._C._are_functorch_transforms_active())
-    products = rows * weight.numel()
-    backend = dispatch.pick("linear", *tensors, options=options, products=products, transformed=transformed)
+    backend = dispatch.pick("linear", *tensors, options=options, products=rows * weight.numel())
     if backend == "torch":
         return F.linear(input, weight, bias)
     flat = bias if bias is None else bias.contiguous()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, functional, ops
+from .._facts import accumulate_dtype
 from .._torch import F
-from ._losses import CrossEntropyOutput, Reduction, check_outputs, losses_dtype, present
+from ._losses import CrossEntropyOutput, Reduction, check_outputs, present
 from ._overrides import overridden
 
 _TORCH_CHUNKS = hasattr(F, "linear_cross_entropy")
@@ -155,7 +156,6 @@ def linear_cross_entropy(
             *operands,
             options=[*extras, *["options"] * chunked, *strange],
             torch_does=None if chunked else "linear, then cross_entropy",
-            transformed=int(torch._C._are_functorch_transforms_active()),
         )
     # What is not well formed is composed, for torch's errors; a product of nothing needs no kernel.
     well_formed = _well_formed(input, linear_weight, target, linear_bias, common, autocast)
@@ -163,7 +163,7 @@ def linear_cross_entropy(
         loss = _composed(input, linear_weight, target, linear_bias, ignore_index, options, backend, common, extras)
     else:
         if options is not None and options.batch_chunk_size is not None:
-            workspace = options.batch_chunk_size * linear_weight.shape[0] * losses_dtype(operands[0]).itemsize
+            workspace = options.batch_chunk_size * linear_weight.shape[0] * accumulate_dtype(operands[0].dtype).itemsize
         result = torch.float32 if autocast else input.dtype
         ignored = -100 if ignore_index is None else ignore_index
         loss = _fused(operands, target, ignored, workspace, backend, common, own, result)
@@ -209,7 +209,7 @@ def _fused(
     input, linear_weight, *bias = operands
     classes, *inner, in_features = linear_weight.shape
     x = input.reshape(math.prod(input.shape[:-1]), in_features).contiguous()
-    accumulated, weight, wanted = losses_dtype(input), common["weight"], own["outputs"] or ()
+    accumulated, weight, wanted = accumulate_dtype(input.dtype), common["weight"], own["outputs"] or ()
     soft = target.shape == (*input.shape[:-1], classes, *inner)
     if soft:
         result = torch.promote_types(result, target.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from .. import dispatch, ops
+from .._facts import accumulate_dtype
 from .._torch import F
 from ._losses import single
 from ._overrides import overridden
@@ -84,5 +85,5 @@ def _expected_gradient(x: Tensor, t: Tensor, reduction: str) -> Tensor | None:
     """The gradient that the sum will get if the reduced loss gets 1."""
     if reduction == "none" or not (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
         return None
-    one = torch.ones((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    one = torch.ones((), dtype=accumulate_dtype(x.dtype), device=x.device)
     return one / x.numel() if reduction == "mean" else one

@@ -25,6 +25,8 @@ Returns:
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -32,10 +34,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
+from .._facts import GATES, RNN_MODES
 from .._torch import VF
 from ..ops import differentiating
 from ._overrides import overridden
-from ._rnn_layers import GATES, Call
+from ._rnn_layers import Call
 from ._rnn_options import Extras
 
 
@@ -57,12 +60,9 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         used += dispatch.strange(*tensors, *call.states, call.batch_sizes)
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
-        torchs = not dispatch.TORCH_LACKS[mode].intersection(used)
         # Of nothing there is nothing to gain.
-        if not torchs or call.input.numel():
-            backend = dispatch.pick(
-                mode, *tensors, options=used, T=T, B=B, H=H, plain=not used, torchs=torchs, graph=graph
-            )
+        if call.input.numel() or not dispatch.serves("torch", mode, used):
+            backend = dispatch.pick(mode, *tensors, options=used, steps=T, batch=B, units=H, grad=graph)
     if backend == "torch" and mode == "slstm":
         if not call.input.shape[1 if call.batch_first else 0]:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -79,7 +79,6 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-_STEP_MODES = {"gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 
 
 def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | None) -> tuple[Tensor, ...] | None:
@@ -105,7 +104,7 @@ def step(mode: str, x: Tensor, states: tuple[Tensor, ...], *weights: Tensor | No
     try:
         if mode == "lstm":
             return kernels.lstm_step(x, *states, *weights)
-        return (kernels.rnn_step(x, *states, *weights, _STEP_MODES[mode]),)
+        return (kernels.rnn_step(x, *states, *weights, RNN_MODES.index(mode)),)
     except (RuntimeError, TypeError, ValueError):
         return None
 
@@ -139,6 +138,18 @@ def rnn_relu(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 _PUBLIC = {"lstm": lstm, "gru": gru, "slstm": slstm, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
 
 
+def _show_arguments() -> None:
+    """What ``help`` shows is the first of the two forms, and the keywords."""
+    names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+    shown = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in names]
+    shown += [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(Extras)]
+    for function in _PUBLIC.values():
+        function.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+
+
+_show_arguments()
+
+
 def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     name, states = f"{mode}_cell", tuple(hx) if mode == "lstm" else (hx,)
     if overridden(name, input, *states, *weights):
@@ -150,7 +161,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
         if dispatch.autocasts(input):
             options = [*options, "autocast"]
         graph = ops.differentiating(input, *tensors)
-        backend = dispatch.pick(name, input, *tensors, options=options, B=input.shape[0], torchs=True, graph=graph)
+        backend = dispatch.pick(name, input, *tensors, options=options, batch=input.shape[0], grad=graph)
     if backend == "torch":
         return getattr(VF, name)(input, hx, *weights)
     x, h, *c = (t.contiguous() for t in (input, *states))

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
 from .. import functional as F
+from .._signature import ShownSignature
 from ..functional._rnn_options import checked_option
 from ..functional.rnn import step
 from ._admission import admit
@@ -55,6 +56,8 @@ class Layers(torch.nn.RNNBase, Deployable):
     return_cell_states: bool = False
     checkpoint_chunks: int = 1
     state_dtype: torch.dtype | None = None
+    # A class names its mode itself.
+    __signature__ = ShownSignature(given=("mode",))
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch.nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .._signature import ShownSignature
 from ._rnn import Layers
 
 
@@ -20,6 +21,7 @@ class RNN(Layers, torch.nn.RNN):
     """
 
     _torchs = torch.nn.RNN
+    __signature__ = ShownSignature(given=("mode", "proj_size"), after={"num_layers": ("nonlinearity", "tanh")})
 
     @property
     def _function(self) -> str:  # type: ignore[override]
@@ -83,6 +85,7 @@ class GRU(Layers, torch.nn.GRU):
 
     _function = "gru"
     _torchs = torch.nn.GRU
+    __signature__ = ShownSignature(given=("mode", "proj_size"))
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
         return self._forward(input, hx)
@@ -105,6 +108,7 @@ class sLSTM(Layers):
     _torchs = torch.nn.LSTM
     _pair = True
     _cells = 3
+    __signature__ = ShownSignature(given=("mode", "proj_size"))
 
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
 

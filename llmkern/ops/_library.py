@@ -19,16 +19,21 @@ _registry: dict[str, Any] = vars(torch.ops.llmkern)
 _schemas: dict[str, str] = _registry.setdefault("_schemas", {})
 if "_library" not in _registry:
     _registry["_library"] = torch.library.Library("llmkern", "DEF")
+    # Beside it the native library defines what has no op: it is a part of another op, or a short way around it.
+    _registry["_native"] = torch.library.Library("llmkern_cpu", "FRAGMENT")
 _library: torch.library.Library = _registry["_library"]
+_native: torch.library.Library = _registry["_native"]
 
 
 def define(schema: str, fake: Callable[..., Any], to_backend: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Defines ``llmkern::<schema>``; ``fake(*args)`` gives empty results of the right shapes, without the backend.
+    """Defines ``llmkern::<schema>``, with one argument more at its end, ``str backend``; and ``llmkern_cpu::<schema>``,
+    which the native library implements.
 
-    ``to_backend(*args)`` gives the arguments of a backend's function, where they are not the op's but ``backend``.
-    Returns the callable op. The schema must end in ``str backend``; an overload has its op's implementation.
+    ``fake(*args)`` gives empty results of the right shapes, without the backend. ``to_backend(*args)`` gives the
+    arguments of a backend's function, where they are not the op's: a tensor ``drawn`` is no argument there. An overload
+    has its op's implementation. Returns the callable op.
     """
-    name = schema[: schema.index("(")]
+    name, _, signature = schema.partition("(")
     function, _, overload = name.partition(".")
 
     def run(*args: Any) -> Any:
@@ -48,9 +53,16 @@ def define(schema: str, fake: Callable[..., Any], to_backend: Callable[..., Any]
             " torch keeps the ops of the first until the process ends; restart Python"
         )
     if not hasattr(getattr(torch.ops.llmkern, function, None), overload or "default"):
-        _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        arguments, results = signature.rsplit(") -> ", 1)
+        _library.define(
+            f"{name}({arguments}, str backend) -> {results}",
+            tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+        )
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+        if not overload:
+            # Sizes are numbers where memory is read.
+            _native.define(schema.replace("SymInt", "int").replace(", Tensor? drawn", ""))
     return getattr(getattr(torch.ops.llmkern, function), overload or "default")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._facts import accumulate_dtype
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -44,9 +45,8 @@ class Rows(NamedTuple):
 
 def empty_rows(like: Tensor, shape: Sequence[int], entropy: bool, argmax: bool) -> tuple[Tensor, ...]:
     """Empty results for a fake: loss, lse, entropy, argmax."""
-    accumulated = torch.float64 if like.dtype == torch.float64 else torch.float32
     sizes = (shape, shape, shape if entropy else (0,))
-    rows = tuple(like.new_empty(size, dtype=accumulated) for size in sizes)
+    rows = tuple(like.new_empty(size, dtype=accumulate_dtype(like.dtype)) for size in sizes)
     return (*rows, like.new_empty(shape if argmax else (0,), dtype=torch.int64))
 
 
@@ -81,7 +81,7 @@ class LossFunction(KernelFunction):
         # Without a total the bet is on a gradient of 1 for each row's loss, times which a row's gradient is what it is.
         dloss = scale
         if bet and scale is None:
-            dloss = torch.ones((x.shape[0], *x.shape[2:]), dtype=_accumulated(x), device=x.device)
+            dloss = torch.ones((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype), device=x.device)
         dloss = dloss if bet else None
         x_wanted, *need = (bet and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
         if linear_weight is not None:
@@ -246,10 +246,6 @@ class LossBackwardFunction(KernelFunction):
         )
         nothing = x.new_empty(0)
         return tuple(dgradients[i] if ctx.need[i] and i in dgradients else nothing for i in range(4))
-
-
-def _accumulated(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows_times(gradient: Tensor, dloss: Tensor, in_place: bool) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
 from ..reference._random import shifted
 from ._autograd import differentiating, plain_backward, reference_vjp
-from .rnn import Options, RNNFunction, reference_of, rnn, rnn_backward, rnn_forward, wanted, wide
+from .rnn import Options, RNNFunction, reference_of, rnn, rnn_backward, rnn_forward, wanted
 
 
 class _Chunk(NamedTuple):
@@ -80,7 +81,7 @@ class RNNChunksFunction(RNNFunction):
         backend: str,
     ) -> tuple[Tensor, ...]:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
-        h, c = hx.to(wide(x)), None if cx is None else cx.to(wide(x))
+        h, c = hx.to(accumulate_dtype(x.dtype)), None if cx is None else cx.to(accumulate_dtype(x.dtype))
         cut = _cut((x, hx, cx, *weights, batch_sizes, drawn), options, chunks)
         starts, parts = [], []
         for chunk in cut:
@@ -125,7 +126,7 @@ class RNNChunksFunction(RNNFunction):
             found = iter(reference_vjp(function, primals, directions))
             every = [None if t is None else next(found) for t in inputs[:10]]
             return *(grad if need else None for grad, need in zip(every, needs, strict=False)), *nothing
-        dh, dc = dh.to(wide(x)), None if dc is None else dc.to(wide(x))
+        dh, dc = dh.to(accumulate_dtype(x.dtype)), None if dc is None else dc.to(accumulate_dtype(x.dtype))
         wants, dx, sums = (needs[0], True, any(needs[3:10])), [], [None] * 7
         cut = _cut(inputs, ctx.options, ctx.chunks)
         for i in reversed(range(len(cut))):

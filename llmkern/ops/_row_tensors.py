@@ -214,7 +214,7 @@ def _rows_at(weight: Any, indices: Tensor, *_: Any) -> Tensor | None:
         return None
     if indices.dtype not in (torch.int64, torch.int32) or indices.device != weight.device:
         return None
-    backend = dispatch.pick("row_optim", weight, options=["row_grad"])
+    backend = dispatch.pick("row_optim", weight)
     flat, table = indices.reshape(-1).contiguous(), weight.table
     if table is not None and table.count and same_memory(weight, table.param):
         out = table.lookup(flat)

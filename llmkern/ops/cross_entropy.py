@@ -17,7 +17,7 @@ def _like(t: Tensor, wanted: bool) -> Tensor:
 # it gives are made in the same pass; what is not wanted comes back empty.
 define(
     f"cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss, {OPTIONS}, bool entropy,"
-    " bool argmax, bool need_logits, bool need_target, str backend)"
+    " bool argmax, bool need_logits, bool need_target)"
     " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dlogits, Tensor dtarget)",
     lambda logits, target, weight, dloss, a, b, c, d, e, entropy, argmax, need_logits, need_target: (
         *empty_rows(logits, (logits.shape[0], *logits.shape[2:]), entropy, argmax),
@@ -28,7 +28,7 @@ define(
 # The gradient takes the logits' place.
 define(
     f"cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor dloss, {OPTIONS}, bool entropy,"
-    " bool argmax, bool need_target, str backend)"
+    " bool argmax, bool need_target)"
     " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dtarget)",
     lambda logits, target, weight, dloss, a, b, c, d, e, entropy, argmax, need_target: (
         *empty_rows(logits, (logits.shape[0], *logits.shape[2:]), entropy, argmax),
@@ -37,7 +37,7 @@ define(
 )
 define(
     "cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor target,"
-    f" Tensor? weight, {OPTIONS}, bool need_logits, bool need_target, str backend)"
+    f" Tensor? weight, {OPTIONS}, bool need_logits, bool need_target)"
     " -> (Tensor dlogits, Tensor dtarget)",
     lambda dloss, dlse, dentropy, logits, target, weight, a, b, c, d, e, need_logits, need_target: (
         _like(logits, need_logits),

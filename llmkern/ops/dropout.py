@@ -10,9 +10,7 @@ from .. import reference
 from ._autograd import KernelFunction, differentiating
 from ._library import define
 
-dropout_forward = define(
-    "dropout_forward(Tensor x, float p, int seed, str backend) -> Tensor", lambda x, *_: x.new_empty(x.shape)
-)
+dropout_forward = define("dropout_forward(Tensor x, float p, int seed) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 
 
 class DropoutFunction(KernelFunction):

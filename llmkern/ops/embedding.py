@@ -17,12 +17,12 @@ from ._library import define
 from ._sparse import differentiable_sparse_gradient, sparse_gradient
 
 embedding_forward = define(
-    "embedding_forward(Tensor weight, Tensor indices, str backend) -> Tensor",
+    "embedding_forward(Tensor weight, Tensor indices) -> Tensor",
     lambda weight, indices: weight.new_empty((indices.shape[0], weight.shape[1])),
 )
 embedding_backward = define(
-    "embedding_backward(Tensor dout, Tensor indices, SymInt num_weights, int padding_idx, bool scale_grad_by_freq,"
-    " str backend) -> Tensor",
+    "embedding_backward(Tensor dout, Tensor indices, SymInt num_weights, int padding_idx, bool scale_grad_by_freq)"
+    " -> Tensor",
     lambda dout, indices, num_weights, padding_idx, scale_grad_by_freq: dout.new_empty((num_weights, dout.shape[1])),
 )
 

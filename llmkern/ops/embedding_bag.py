@@ -22,13 +22,13 @@ from ._sparse import differentiable_sparse_gradient, sparse_gradient
 
 embedding_bag_forward = define(
     "embedding_bag_forward(Tensor weight, Tensor? samples, Tensor indices, Tensor? offsets, SymInt num_bags, bool mean,"
-    " bool include_last_offset, int padding_idx, str backend) -> Tensor",
+    " bool include_last_offset, int padding_idx) -> Tensor",
     lambda weight, samples, indices, offsets, num_bags, *_: weight.new_empty((num_bags, weight.shape[1])),
 )
 # largest (B, D): the position in `indices` of each chosen element, -1 for none.
 embedding_bag_max_forward = define(
     "embedding_bag_max_forward(Tensor weight, Tensor indices, Tensor? offsets, SymInt num_bags,"
-    " bool include_last_offset, int padding_idx, str backend) -> (Tensor out, Tensor largest)",
+    " bool include_last_offset, int padding_idx) -> (Tensor out, Tensor largest)",
     lambda weight, indices, offsets, num_bags, *_: (
         weight.new_empty((num_bags, weight.shape[1])),
         weight.new_empty((num_bags, weight.shape[1]), dtype=torch.int32),
@@ -36,13 +36,13 @@ embedding_bag_max_forward = define(
 )
 embedding_bag_backward = define(
     "embedding_bag_backward(Tensor dout, Tensor? samples, Tensor indices, Tensor? offsets, Tensor? largest,"
-    " SymInt num_weights, bool mean, bool include_last_offset, int padding_idx, bool scale_grad_by_freq, str backend)"
+    " SymInt num_weights, bool mean, bool include_last_offset, int padding_idx, bool scale_grad_by_freq)"
     " -> Tensor",
     lambda dout, samples, indices, offsets, largest, num_weights, *_: dout.new_empty((num_weights, dout.shape[1])),
 )
 embedding_bag_samples_backward = define(
     "embedding_bag_samples_backward(Tensor dout, Tensor weight, Tensor indices, Tensor? offsets, bool mean,"
-    " bool include_last_offset, int padding_idx, str backend) -> Tensor",
+    " bool include_last_offset, int padding_idx) -> Tensor",
     lambda dout, weight, indices, *_: dout.new_empty(indices.shape),
 )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._facts import accumulate_dtype
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -42,9 +43,9 @@ _TENSORS, _PRIMALS, _TABLES = 8, 5, 3
 
 def _forward_fake(weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     indices, norm = args[4], args[8]
-    wide = torch.promote_types(weight.dtype, torch.float32)
     rows = 0 if norm == "none" else indices.shape[0]
-    return weight.new_empty((indices.shape[0], weight.shape[1])), weight.new_empty((rows, 2), dtype=wide)
+    stats = weight.new_empty((rows, 2), dtype=accumulate_dtype(weight.dtype))
+    return weight.new_empty((indices.shape[0], weight.shape[1])), stats
 
 
 def _backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -53,11 +54,11 @@ def _backward_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 fused_embedding_forward = define(
-    f"fused_embedding_forward({_INPUTS}, {_OPTIONS}, str backend) -> (Tensor out, Tensor stats)", _forward_fake
+    f"fused_embedding_forward({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor stats)", _forward_fake
 )
 # A gradient that is not wanted is an empty tensor.
 fused_embedding_backward = define(
-    f"fused_embedding_backward(Tensor dout, {_INPUTS}, Tensor stats, {_OPTIONS}, int wants, str backend)"
+    f"fused_embedding_backward(Tensor dout, {_INPUTS}, Tensor stats, {_OPTIONS}, int wants)"
     " -> (Tensor dweight, Tensor dposition_weight, Tensor dtoken_type_weight, Tensor dnorm_weight, Tensor dnorm_bias)",
     _backward_fake,
 )

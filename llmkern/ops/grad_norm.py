@@ -8,11 +8,11 @@ from torch import Tensor
 from ._library import define
 
 grad_norm = define(
-    "grad_norm(Tensor[] tensors, str backend) -> Tensor",
+    "grad_norm(Tensor[] tensors) -> Tensor",
     lambda tensors: tensors[0].new_empty((), dtype=torch.float64),
 )
 
-_scale = define("scale_(Tensor(a!)[] tensors, Tensor factor, str backend) -> ()", lambda *args: None)
+_scale = define("scale_(Tensor(a!)[] tensors, Tensor factor) -> ()", lambda *args: None)
 
 
 def may_change(factor: Tensor) -> bool:

@@ -12,13 +12,12 @@ from ._autograd import KernelFunction, differentiating, pure, zeros_for_none
 from ._library import define
 
 linear_forward = define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
 )
 # A gradient that is not needed comes back as an empty tensor.
 linear_backward = define(
-    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight, str backend)"
-    " -> (Tensor, Tensor)",
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor, Tensor)",
     lambda dy, x, weight, need_x, need_weight: (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty(weight.shape if need_weight else (0,)),

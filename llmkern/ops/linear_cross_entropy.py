@@ -19,7 +19,7 @@ _GRADIENTS = "Tensor dx, Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtar
 # wanted comes back empty. workspace: bytes that logits and their gradients may take.
 define(
     "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    f" Tensor? dloss, {OPTIONS}, int workspace, bool entropy, bool argmax, {_NEED}, str backend)"
+    f" Tensor? dloss, {OPTIONS}, int workspace, bool entropy, bool argmax, {_NEED})"
     f" -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, {_GRADIENTS})",
     lambda x, linear_weight, linear_bias, target, weight, dloss, a, b, c, d, e, workspace, entropy, argmax, *need: (
         *empty_rows(x, x.shape[:1], entropy, argmax),
@@ -28,7 +28,7 @@ define(
 )
 define(
     "linear_cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor x, Tensor linear_weight,"
-    f" Tensor? linear_bias, Tensor target, Tensor? weight, {OPTIONS}, int workspace, {_NEED}, str backend)"
+    f" Tensor? linear_bias, Tensor target, Tensor? weight, {OPTIONS}, int workspace, {_NEED})"
     f" -> ({_GRADIENTS})",
     lambda dloss, dlse, dentropy, x, linear_weight, linear_bias, target, weight, a, b, c, d, e, workspace, *need: (
         _gradients(x, linear_weight, target, *need)

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
+from .._facts import accumulate_dtype
 from ._autograd import KernelFunction, differentiating, plain_backward
 from ._library import define
-
-
-def _sum_dtype(input: Tensor) -> torch.dtype:
-    return torch.promote_types(input.dtype, torch.float32)
 
 
 def _gradients(input: Tensor, need_input: bool, need_target: bool) -> tuple[Tensor, Tensor]:
@@ -23,16 +20,16 @@ def _gradients(input: Tensor, need_input: bool, need_target: bool) -> tuple[Tens
 
 # `scale` is a bet on the gradient of the sum; what is needed of the operands' gradients is written in the same pass.
 mse_loss_forward = define(
-    "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target,"
-    " str backend) -> (Tensor loss, Tensor dinput, Tensor dtarget)",
+    "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target)"
+    " -> (Tensor loss, Tensor dinput, Tensor dtarget)",
     lambda input, target, reduce, scale, need_input, need_target: (
-        input.new_empty((), dtype=_sum_dtype(input)) if reduce else input.new_empty(input.shape),
+        input.new_empty((), dtype=accumulate_dtype(input.dtype)) if reduce else input.new_empty(input.shape),
         *_gradients(input, need_input, need_target),
     ),
 )
 mse_loss_backward = define(
     "mse_loss_backward(Tensor dloss, Tensor input, Tensor target, bool reduce, bool need_input,"
-    " bool need_target, str backend) -> (Tensor dinput, Tensor dtarget)",
+    " bool need_target) -> (Tensor dinput, Tensor dtarget)",
     lambda dloss, input, target, reduce, need_input, need_target: _gradients(input, need_input, need_target),
 )
 
@@ -53,7 +50,7 @@ def _settled(
 
 def _twice_dot(a: Tensor, b: Tensor, reduce: bool) -> Tensor:
     """2 * a * b: each, or their sum in the accumulation dtype."""
-    product = 2 * a.to(_sum_dtype(a)) * b
+    product = 2 * a.to(accumulate_dtype(a.dtype)) * b
     return product.sum() if reduce else product.to(a.dtype)
 
 

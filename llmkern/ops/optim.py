@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ._library import define, define_scaled
 
-_advance = define("advance(Tensor(a!)[] steps, str backend) -> float[]", lambda steps: [float(step) for step in steps])
+_advance = define("advance(Tensor(a!)[] steps) -> float[]", lambda steps: [float(step) for step in steps])
 
-_NUMBERS = "bool maximize, float grad_scale, str after, str backend) -> ()"
+_NUMBERS = "bool maximize, float grad_scale, str after) -> ()"
 
 _adam_step = define_scaled(
     "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"

@@ -10,13 +10,13 @@ from ._library import define
 
 quantized_embedding_forward = define(
     "quantized_embedding_forward(Tensor weight, Tensor scale, Tensor offset, Tensor indices, SymInt embedding_dim,"
-    " int bits, ScalarType dtype, str backend) -> Tensor",
+    " int bits, ScalarType dtype) -> Tensor",
     lambda weight, scale, offset, indices, embedding_dim, bits, dtype: scale.new_empty(
         (indices.shape[0], embedding_dim), dtype=dtype
     ),
 )
 quantized_embedding_quantize = define(
-    "quantized_embedding_quantize(Tensor weight, int bits, str backend) -> (Tensor data, Tensor scale, Tensor offset)",
+    "quantized_embedding_quantize(Tensor weight, int bits) -> (Tensor data, Tensor scale, Tensor offset)",
     lambda weight, bits: (
         weight.new_empty((weight.shape[0], (weight.shape[1] * bits + 7) // 8), dtype=torch.uint8),
         *(weight.new_empty(weight.shape[0], dtype=torch.float32) for _ in range(2)),

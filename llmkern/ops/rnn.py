@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._facts import accumulate_dtype, saved_gates
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -45,22 +46,17 @@ _PRIMALS = 10
 _INPUT_COUNT = 12
 
 
-def wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _forward_fake(x: Tensor, hx: Tensor, cx: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     weight_hh, norms, options, save = args[1], args[6], Options(*args[-8:-1]), args[-1]
     steps, H = x.shape[:-1], cx.shape[-1] if cx is not None and options.mode == "lstm" else hx.shape[-1]
-    # Activated gates, and gru's hidden part of n or slstm's sigmoid(f); what y does not tell of the others.
-    saved = {"lstm": 4, "gru": 4, "slstm": 5}.get(options.mode, int(options.clip != 0 or options.zoneout != 0))
+    saved, wide = saved_gates(options.mode, options.clip, options.zoneout), accumulate_dtype(x.dtype)
     return (
         x.new_empty((*steps, hx.shape[-1])),
         torch.empty_like(hx),
         hx.new_empty(0) if cx is None else torch.empty_like(cx),
         x.new_empty((*steps, saved * H) if save and saved else 0),
-        x.new_empty((*steps, cx.shape[-1]) if save and cx is not None else 0, dtype=wide(x)),
-        x.new_empty((*steps, 2 * weight_hh.shape[0] + 2) if save and norms is not None else 0, dtype=wide(x)),
+        x.new_empty((*steps, cx.shape[-1]) if save and cx is not None else 0, dtype=wide),
+        x.new_empty((*steps, 2 * weight_hh.shape[0] + 2) if save and norms is not None else 0, dtype=wide),
     )
 
 
@@ -88,14 +84,14 @@ def _with_number(args: tuple[Any, ...], drawn: int, seed: int) -> list[Any]:
 
 
 rnn_forward = define(
-    f"rnn_forward({_INPUTS}, {_OPTIONS}, bool save, str backend)"
+    f"rnn_forward({_INPUTS}, {_OPTIONS}, bool save)"
     " -> (Tensor y, Tensor hy, Tensor cy, Tensor gates, Tensor cells, Tensor normed)",
     _forward_fake,
     lambda *args: _with_number(args, _INPUT_COUNT - 1, -2),
 )
 rnn_backward = define(
     f"rnn_backward(Tensor dy, Tensor dhy, Tensor? dcy, Tensor? dcells, {_INPUTS}, Tensor y, Tensor gates, Tensor cells,"
-    f" Tensor normed, {_OPTIONS}, bool needs_dx, bool needs_dstates, bool needs_dweights, str backend) -> (Tensor dx,"
+    f" Tensor normed, {_OPTIONS}, bool needs_dx, bool needs_dstates, bool needs_dweights) -> (Tensor dx,"
     " Tensor dhx, Tensor dcx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh,"
     " Tensor dweight_hr, Tensor dpeephole, Tensor dnorms)",
     _backward_fake,

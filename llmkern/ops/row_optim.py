@@ -12,28 +12,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._facts import ROW_RECORD
 from ._library import define, define_scaled
 from .embedding import embedding
 
 _TABLE = "int count, str kind, bool decoupled, bool maximize, bool nesterov, bool closed"
 _lookup = define(
-    f"row_lookup(Tensor param, Tensor[] states, Tensor applied, Tensor history, {_TABLE}, Tensor indices, str backend)"
-    " -> Tensor",
+    f"row_lookup(Tensor param, Tensor[] states, Tensor applied, Tensor history, {_TABLE}, Tensor indices) -> Tensor",
     lambda param, *args: param.new_empty((args[-1].shape[0], param.shape[1])),
 )
 _catch_up = define(
     "row_catch_up(Tensor(a!) param, Tensor(b!)[] states, Tensor(c!) applied, Tensor history,"
-    f" {_TABLE}, Tensor? indices, str backend) -> ()",
+    f" {_TABLE}, Tensor? indices) -> ()",
     lambda *args: None,
 )
 _step = define_scaled(
     "row_step(Tensor(a!) param, Tensor(b!)[] states, Tensor(c!) applied, Tensor(d!) history,"
-    f" {_TABLE}, Tensor indices, Tensor values, float[] step, float grad_scale, str backend) -> bool",
+    f" {_TABLE}, Tensor indices, Tensor values, float[] step, float grad_scale) -> bool",
     lambda *args: True,
 )
 
-# Steps on record before the whole table is brought up to date, and numbers of a record (core/row_optim.h).
-CAPACITY, _RECORD = 4096, 31
+# Steps on record before the whole table is brought up to date.
+CAPACITY = 4096
 
 
 class RowRule(NamedTuple):
@@ -68,7 +68,7 @@ class RowTable:
     def __init__(self, param: Tensor, states: list[Tensor], rule: RowRule, backend: str) -> None:
         self.param, self.states, self.rule, self.backend = param, states, rule, backend
         self.applied = torch.zeros(param.shape[0], dtype=torch.int32, device=param.device)
-        self.history = torch.empty(CAPACITY, _RECORD, dtype=torch.float64, device=param.device)
+        self.history = torch.empty(CAPACITY, ROW_RECORD, dtype=torch.float64, device=param.device)
         self.count = 0
         self.eps: float | None = None
 

@@ -10,27 +10,24 @@ from ._library import define, define_scaled
 
 _ROWS = "Tensor(a!) param, Tensor indices, Tensor values"
 
-_sgd = define_scaled(
-    f"sparse_sgd_step({_ROWS}, float lr, bool maximize, float grad_scale, str backend) -> ()", lambda *_: None
-)
+_sgd = define_scaled(f"sparse_sgd_step({_ROWS}, float lr, bool maximize, float grad_scale) -> ()", lambda *_: None)
 _adagrad = define_scaled(
     f"sparse_adagrad_step({_ROWS}, Tensor(b!) sum, float step, float lr, float lr_decay, float eps, bool maximize,"
-    " float grad_scale, str backend) -> ()",
+    " float grad_scale) -> ()",
     lambda *_: None,
 )
 _adam = define_scaled(
     f"sparse_adam_step({_ROWS}, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float step, float lr, float beta1,"
-    " float beta2, float eps, bool maximize, float grad_scale, str backend) -> ()",
+    " float beta2, float eps, bool maximize, float grad_scale) -> ()",
     lambda *_: None,
 )
 _rowwise_adagrad = define_scaled(
-    f"rowwise_adagrad_step({_ROWS}, Tensor(b!) sum, float lr, float eps, bool maximize, float grad_scale, str backend)"
-    " -> ()",
+    f"rowwise_adagrad_step({_ROWS}, Tensor(b!) sum, float lr, float eps, bool maximize, float grad_scale) -> ()",
     lambda *_: None,
 )
 
 sparse_grad_norm = define(
-    "sparse_grad_norm(Tensor indices, Tensor values, int num_rows, str backend) -> Tensor",
+    "sparse_grad_norm(Tensor indices, Tensor values, int num_rows) -> Tensor",
     lambda indices, values, num_rows: values.new_empty((), dtype=torch.float64),
 )
 

@@ -15,6 +15,7 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
+from .._facts import accumulate_dtype
 from ..ops import ROW_LOCK, RowParameter, RowRule, RowState, RowStep, RowTable, same_memory
 
 
@@ -94,7 +95,7 @@ def _odd_state(p: Tensor, kind: str, state: dict[str, Any], names: list[str]) ->
     """Why the dense step, whose errors are torch's, must deal with the state that is there."""
     if not names:
         return None
-    dtypes = p.dtype, torch.promote_types(p.dtype, torch.float32)
+    dtypes = p.dtype, accumulate_dtype(p.dtype)
     for name in names if kind == "sgd" else [*names, "step"]:
         t: Any = state.get(name)
         like = isinstance(t, Tensor) and t.layout is torch.strided and (name != "step" or t.numel() == 1)
@@ -119,7 +120,7 @@ def _step(
     p: RowParameter, kind: str, group: dict[str, Any], state: dict[str, Any], fresh: bool, factor: float | Tensor
 ) -> None:
     assert p.grad is not None
-    backend = dispatch.pick("row_optim", p, options=["row_grad"])
+    backend = dispatch.pick("row_optim", p)
     names = _names(kind, group)
     rule, numbers = _describe(p, kind, group, state, fresh)
     table = p.table

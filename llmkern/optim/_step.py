@@ -7,7 +7,6 @@ kernel stands in for both.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
+from .._signature import ShownSignature
 from .._torch_tree import Replaces
 from ..functional.grad_norm import by_backend, clip_factor, total_norm
 from . import _rows
@@ -72,7 +72,6 @@ class Step(torch.optim.Optimizer, Replaces):
     _op: str
     _rows_op: str
     # Options of a step on rows that torch has not.
-    _rows_options: tuple[str, ...] = ()
     # How many lists torch's `_init_group` fills, and which of them is that of step counts; states come before.
     _lists: int
     _counts: int | None = None
@@ -84,6 +83,7 @@ class Step(torch.optim.Optimizer, Replaces):
     state_dtype: torch.dtype | None = None
     # Of the last step that clipped.
     grad_norm: Tensor | None = None
+    __signature__ = ShownSignature()
 
     def __init__(
         self,
@@ -99,16 +99,6 @@ class Step(torch.optim.Optimizer, Replaces):
             raise ValueError(f"Invalid state_dtype: {state_dtype}; expected torch.float32 or None")
         self.max_grad_norm, self.state_dtype = max_grad_norm, state_dtype
         super().__init__(params, *arguments, **options)
-
-    def __init_subclass__(cls) -> None:
-        """Shows torch's arguments and ours in one signature."""
-        if "__init__" not in vars(cls):
-            theirs = inspect.signature(cls.__mro__[cls.__mro__.index(Step) + 1].__init__)  # type: ignore[misc]
-            ours = inspect.signature(Step.__init__).parameters
-            added = [ours[name] for name in ("max_grad_norm", "state_dtype")]
-            cls.__signature__ = theirs.replace(  # type: ignore[attr-defined]
-                parameters=[*list(theirs.parameters.values())[1:], *added]
-            )
 
     def catch_up(self) -> None:
         """Makes the steps that wait for rows to be looked up (``llmkern.nn.Embedding(row_grad=True)``), on parameters
@@ -212,7 +202,7 @@ class Step(torch.optim.Optimizer, Replaces):
         fit = _fit([p], others, counts)
         tensors = [p, values, *(t for each in others[1:] for t in each)] if fit else [p, values]
         options = [*_options(group, tensors, fit), *(key for key in ("momentum", "weight_decay") if group.get(key))]
-        options += ["several sparse dimensions"] * (grad.sparse_dim() != 1) + list(self._rows_options)
+        options += ["several sparse dimensions"] * (grad.sparse_dim() != 1)
         backend = dispatch.pick(self._rows_op, p, values, options=options)
         self._place_counts(group, lists, backend)
         if backend == "torch":

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim._functional import sparse_adam
 
 from .. import ops
+from .._facts import accumulate_dtype
 from ._step import Folded, Step
 
 
@@ -94,7 +95,6 @@ class RowWiseAdagrad(Step, torch.optim.Optimizer):
     """
 
     _rows_op = "rowwise_adagrad"
-    _rows_options = ("rowwise",)
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class RowWiseAdagrad(Step, torch.optim.Optimizer):
             if not p.grad.is_sparse:
                 raise RuntimeError("RowWiseAdagrad does not support dense gradients, please consider Adagrad instead")
             if len(self.state[p]) == 0:
-                start, dtype = group["initial_accumulator_value"], torch.promote_types(p.dtype, torch.float32)
+                start, dtype = group["initial_accumulator_value"], accumulate_dtype(p.dtype)
                 self.state[p]["sum"] = torch.full(p.shape[:1], start, dtype=dtype, device=p.device)
         return [params, [p.grad for p in params]]
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
+
 # exp of it is 0: keeps p log p at 0 where p is, and its derivative too.
 _NOTHING = -800.0
 
@@ -43,7 +45,7 @@ def cross_entropy(
     Raises:
         IndexError: if an index is neither ``ignore_index`` nor in [0, V).
     """
-    accumulated = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    accumulated = accumulate_dtype(logits.dtype)
     z = logits.to(accumulated) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
 from ._random import keeps
 
 
@@ -15,6 +16,6 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     and not finite is NaN.
     """
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(x.dtype)
     scale = keeps(p, seed, index, 0).logical_not().to(wide) * (1 / (1 - p) if p < 1 else 0.0)
     return (x.to(wide) * scale).to(x.dtype)

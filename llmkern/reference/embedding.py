@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
+
 
 def embedding_row_scale(
     indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool, like: Tensor
@@ -16,7 +18,7 @@ def embedding_row_scale(
     scale = torch.ones(indices.shape, dtype=like.dtype, device=like.device)
     if scale_grad_by_freq:
         # Counted in fp32 or more: bfloat16 has no 257.
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = accumulate_dtype(like.dtype)
         counts = torch.zeros(num_weights, dtype=wide, device=like.device)
         counts = counts.index_add(0, indices, scale.to(wide))
         scale = (1 / counts[indices]).to(like.dtype)
@@ -27,7 +29,7 @@ def embedding_row_scale(
 
 def embedding_rows(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
     """The rows in fp32 or fp64, so that their gradients are added up in it."""
-    rows = weight.to(torch.promote_types(weight.dtype, torch.float32)).index_select(0, indices)
+    rows = weight.to(accumulate_dtype(weight.dtype)).index_select(0, indices)
     if scale_grad_by_freq:
         scaled = rows * embedding_row_scale(indices, weight.shape[0], -1, True, rows)
         # Infinite and NaN elements carry the scaled gradient too, but cancel to NaN in the difference.

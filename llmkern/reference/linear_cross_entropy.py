@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
+from .._facts import accumulate_dtype
 from .._torch import F
 
 
@@ -18,6 +18,6 @@ def linear_cross_entropy(
 
     ``linear_weight`` (V, H), ``linear_bias`` (V) or None; ``target`` and ``options`` as there.
     """
-    accumulate = torch.promote_types(x.dtype, torch.float32)
+    accumulate = accumulate_dtype(x.dtype)
     bias = None if linear_bias is None else linear_bias.to(accumulate)
     return reference.cross_entropy(F.linear(x.to(accumulate), linear_weight.to(accumulate), bias), target, *options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
+
 
 def mse_loss(input: Tensor, target: Tensor, reduce: bool, weight: Tensor | None = None) -> Tensor:
     """``weight * (input - target)^2``, all of one shape.
@@ -15,7 +17,7 @@ def mse_loss(input: Tensor, target: Tensor, reduce: bool, weight: Tensor | None 
     dtype = input.dtype
     for other in tensors[1:]:
         dtype = torch.promote_types(dtype, other.dtype)
-    accumulate = torch.promote_types(dtype, torch.float32)
+    accumulate = accumulate_dtype(dtype)
     difference = input.to(accumulate) - target.to(accumulate)
     square = difference * difference
     if weight is not None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
+
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return tensor.to(accumulate_dtype(tensor.dtype))
 
 
 def _gradient(grad: Tensor, p: Tensor, decay: float, maximize: bool, grad_scale: float | Tensor, after: str) -> Tensor:

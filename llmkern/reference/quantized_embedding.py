@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
+
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """(data, scale, offset) of ``weight`` (V, D): element d of a row stands for ``q * scale + offset``.
@@ -42,7 +44,7 @@ def quantized_embedding(
     Raises:
         IndexError: if an index is outside [0, V).
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulate_dtype(dtype)
     q = weight.index_select(0, indices)
     if bits == 4:
         q = torch.cat([q & 15, q >> 4], 1)[:, :embedding_dim]

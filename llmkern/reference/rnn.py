@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, logsigmoid
 
+from .._facts import GATES, accumulate_dtype
 from ._random import keeps
 
 
@@ -43,7 +44,7 @@ def hidden_product(mode: str, h: Tensor, weight_hh: Tensor) -> Tensor:
     columns = weight_hh.shape[1]
     if columns == h.shape[1]:
         return linear(h, weight_hh)
-    gates, heads = {"lstm": 4, "slstm": 4, "gru": 3}.get(mode, 1), h.shape[1] // columns
+    gates, heads = GATES[mode], h.shape[1] // columns
     blocks = weight_hh.reshape(gates, heads, -1, columns)
     return torch.einsum("bkc,gkuc->bgku", h.reshape(-1, heads, columns), blocks).flatten(1)
 
@@ -141,7 +142,7 @@ def rnn(
         where there is no ``cx``; and c after every step, in fp32 (fp64 for fp64), as empty.
         States are carried in fp32 (fp64) inside the sequence.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr, peep, scales = (
         None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
     )

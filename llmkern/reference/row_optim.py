@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._facts import accumulate_dtype
 from .optim import adagrad_step, adam_step, sgd_step
 
 
@@ -77,7 +78,7 @@ def row_step(
     rule = (kind, decoupled, maximize, nesterov)
     row_catch_up(param, states, applied, history, count, *rule, closed, indices)
     rows, places = indices.long().unique(return_inverse=True)
-    wide = torch.promote_types(param.dtype, torch.float32)
+    wide = accumulate_dtype(param.dtype)
     grad = torch.zeros(rows.numel(), param.shape[1], dtype=wide, device=param.device).index_add(
         0, places, values.to(wide)
     )

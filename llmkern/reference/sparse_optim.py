@@ -7,12 +7,13 @@ Arithmetic is in fp32 (fp64 for fp64), results are rounded once. ``step`` counts
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from .._facts import accumulate_dtype
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return tensor.to(accumulate_dtype(tensor.dtype))
 
 
 def _rows(param: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ def norm(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, ...]
 
 
 def scale(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> None:
-    kernels.scale_([torch.zeros(shape, dtype=dtype, device=device) for shape in shapes], 0.5)
+    factor = torch.full((), 0.5, dtype=torch.float64, device=device)
+    kernels.scale_([torch.zeros(shape, dtype=dtype, device=device) for shape in shapes], factor)
 
 
 CASES = {
