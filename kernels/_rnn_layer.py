@@ -205,8 +205,8 @@ class Layer(NamedTuple):
         require("peephole", self.peephole, (3, H), x.dtype)
         if self.batch_sizes is not None:
             sizes = self.batch_sizes.tolist()
-            if sizes != sorted(sizes, reverse=True) or sizes[0] != B or sizes[-1] < 1 or sum(sizes) != x.shape[0]:
-                raise ValueError("batch_sizes: expected B, then no more than the one before, their sum rows of x")
+            if sizes != sorted(sizes, reverse=True) or sizes[0] > B or sizes[-1] < 1 or sum(sizes) != x.shape[0]:
+                raise ValueError("batch_sizes: expected at most B, never more than before, their sum rows of x")
 
     def offsets(self) -> Tensor | None:
         """(T + 1): where each time of a packed batch begins among the tokens. Sizes lie on the host: one small copy."""

@@ -16,7 +16,7 @@ struct Rnn {
   int64_t heads;             // diagonal blocks of W_hh: P / (its columns)
   DType dtype, state_dtype;  // of everything but states and what is said to be in Accum; of hx, cx, hy, cy
   bool reverse, batch_first;
-  const int64_t* batch_sizes;         // (T), not increasing, the first is B; null if the sequences are not packed
+  const int64_t* batch_sizes;         // (T), not increasing, the first at most B; null if the sequences are not packed
   const void *x, *hx, *cx;            // (tokens, I), (B, P), (B, C): see cells_of
   const void *weight_ih, *weight_hh;  // (G H, I), (G H, P / heads)
   const void *bias_ih, *bias_hh;      // (G H), may be null

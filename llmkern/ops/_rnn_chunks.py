@@ -19,13 +19,12 @@ from .rnn import Options, RNNFunction, reference_of, rnn, rnn_backward, rnn_forw
 
 
 class _Chunk(NamedTuple):
-    """Steps of a sequence: which of the tokens they are, in which dimension, of how many sequences."""
+    """Steps of a sequence: which of the tokens they are, and in which dimension."""
 
     options: Options
     first: int
     tokens: int
     dim: int
-    rows: int
     batch_sizes: Tensor | None
     drawn: Tensor | None
 
@@ -34,28 +33,25 @@ class _Chunk(NamedTuple):
 
 
 def _cut(inputs: Sequence[Any], options: Options, chunks: int) -> list[_Chunk]:
-    """Chunks in the order of their computation."""
+    """Chunks in the order of their computation. All have all sequences, of which some may have no step in a chunk."""
     x, hx, batch_sizes, drawn = inputs[0], inputs[1], inputs[10], inputs[11]
-    dim, (B, width) = int(options.batch_first), hx.shape
-    rows = [B] * x.shape[dim] if batch_sizes is None else batch_sizes.tolist()
-    longest, done, cut = -(-len(rows) // chunks), 0, []
-    begins = range(0, len(rows), longest)
+    dim = int(options.batch_first)
+    # Tokens before each step.
+    tokens = range(x.shape[dim] + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
+    steps, done, cut = len(tokens) - 1, 0, []
+    longest = -(-steps // chunks)
+    begins = range(0, steps, longest)
     for begin in reversed(begins) if options.reverse else begins:
-        here = rows[begin : begin + longest]
+        end = min(begin + longest, steps)
         # Zoneout draws by the place of a step in the whole sequence.
-        offset = done * B * width
+        offset = done * hx.numel()
         seed = shifted(options.seed, offset) if options.seed >= 0 else -1
-        first, tokens = (begin, len(here)) if batch_sizes is None else (sum(rows[:begin]), sum(here))
-        sizes = None if batch_sizes is None else batch_sizes[begin : begin + longest]
         later = None if drawn is None else shifted(drawn, offset)
-        cut.append(_Chunk(options._replace(seed=seed), first, tokens, dim, here[0], sizes, later))
-        done += len(here)
+        sizes = None if batch_sizes is None else batch_sizes[begin:end]
+        first = tokens[begin]
+        cut.append(_Chunk(options._replace(seed=seed), first, tokens[end] - first, dim, sizes, later))
+        done += end - begin
     return cut
-
-
-def _then(new: Tensor, old: Tensor) -> Tensor:
-    """The states of all sequences, of which the first have new ones."""
-    return new if len(new) == len(old) else torch.cat([new, old[len(new) :]])
 
 
 class RNNChunksFunction(RNNFunction):
@@ -85,13 +81,11 @@ class RNNChunksFunction(RNNFunction):
         cut = _cut((x, hx, cx, *weights, batch_sizes, drawn), options, chunks)
         starts, parts = [], []
         for chunk in cut:
-            n = chunk.rows
             starts.append((h, h.new_empty(0) if c is None else c))
-            states = (h[:n], None if c is None else c[:n])
-            y, hy, cy, _, every, _ = rnn_forward(
-                chunk.of(x), *states, *weights, chunk.batch_sizes, chunk.drawn, *chunk.options, cells, backend
+            y, h, cy, _, every, _ = rnn_forward(
+                chunk.of(x), h, c, *weights, chunk.batch_sizes, chunk.drawn, *chunk.options, cells, backend
             )
-            h, c = _then(hy, h), None if c is None else _then(cy, c)
+            c = None if c is None else cy
             parts.append((y, every))
         ys, every_c = zip(*(parts[::-1] if options.reverse else parts), strict=True)
         dim, befores = int(options.batch_first), [torch.stack(states) for states in zip(*starts, strict=True)]
@@ -126,21 +120,20 @@ class RNNChunksFunction(RNNFunction):
             found = iter(reference_vjp(function, primals, directions))
             every = [None if t is None else next(found) for t in inputs[:10]]
             return *(grad if need else None for grad, need in zip(every, needs, strict=False)), *nothing
-        dh, dc = dh.to(accumulate_dtype(x.dtype)), None if dc is None else dc.to(accumulate_dtype(x.dtype))
+        wide = accumulate_dtype(x.dtype)
+        dh, dc = dh.to(wide).contiguous(), None if dc is None else dc.to(wide).contiguous()
         wants, dx, sums = (needs[0], True, any(needs[3:10])), [], [None] * 7
         cut = _cut(inputs, ctx.options, ctx.chunks)
         for i in reversed(range(len(cut))):
-            chunk, n = cut[i], cut[i].rows
-            states = (before_h[i, :n], None if cx is None else before_c[i, :n])
+            chunk, states = cut[i], (before_h[i], None if cx is None else before_c[i])
             given = (chunk.of(x), *states, *inputs[3:10], chunk.batch_sizes, chunk.drawn)
             y, _, _, *saved = rnn_forward(*given, *chunk.options, True, ctx.backend)
-            cotangents = (chunk.of(dy), dh[:n].contiguous(), None if dc is None else dc[:n].contiguous())
             cell_part = None if dcells is None else chunk.of(dcells)
-            part, of_h, of_c, *of_weights = rnn_backward(
-                *cotangents, cell_part, *given, y, *saved, *chunk.options, *wants, ctx.backend
+            part, dh, of_c, *of_weights = rnn_backward(
+                chunk.of(dy), dh, dc, cell_part, *given, y, *saved, *chunk.options, *wants, ctx.backend
             )
             dx.append(part)
-            dh, dc = _then(of_h, dh), None if dc is None else _then(of_c, dc)
+            dc = None if dc is None else of_c
             sums = [d if total is None else total + d for total, d in zip(sums, of_weights, strict=True)]
         whole = torch.cat(dx if ctx.options.reverse else dx[::-1], int(ctx.options.batch_first)) if needs[0] else None
         grads = (whole, dh.to(hx.dtype), None if cx is None or dc is None else dc.to(cx.dtype), *sums)

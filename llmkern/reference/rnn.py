@@ -129,7 +129,7 @@ def rnn(
 
     Args:
         x: (T, B, I); (B, T, I) with ``batch_first``; or packed, (total, I), with ``batch_sizes`` (T), int64,
-            non-increasing.
+            non-increasing; sequences without a step keep their states.
         hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm and, (B, 3H), slstm only.
         mode: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` or ``slstm``.
         norms: weights of the norms of W x and U h, (G*H) each, and for lstm weight and bias of that of c, (H) each, end

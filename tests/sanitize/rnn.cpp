@@ -24,7 +24,9 @@ using Values = std::map<std::string, Doubles>;
 class Layer {
  public:
   explicit Layer(const Case& c) : c_(c), out_(c.P ? c.P : c.H) {
-    for (int64_t t = 0; t < c.T; ++t) rows_.push_back(c.shape == kPacked ? std::max<int64_t>(1, c.B - t) : c.B);
+    // Of an even number of packed sequences the last has no step.
+    const int64_t first = c.B - (c.B % 2 == 0);
+    for (int64_t t = 0; t < c.T; ++t) rows_.push_back(c.shape == kPacked ? std::max<int64_t>(1, first - t) : c.B);
     op_.mode = c.mode, op_.T = c.T, op_.B = c.B, op_.I = c.I, op_.H = c.H, op_.P = out_, op_.heads = c.heads;
     op_.reverse = c.reverse, op_.batch_first = c.shape == kBatchFirst;
     op_.batch_sizes = c.shape == kPacked ? rows_.data() : nullptr;
