@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._graphs import leaving
+from ._graphs import asked_by_the_compiler, leaving
 
 # Of their shape nothing can be asked.
 NESTED = ["nested tensors"]
@@ -70,6 +70,14 @@ def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on where the tensor is; torch knows no autocast of the meta device, and raises."""
     kind = tensor.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+@asked_by_the_compiler
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether torch hands a dense LSTM whose input is of this dtype to oneDNN, as a whole, under autocast too."""
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def mapped() -> bool:

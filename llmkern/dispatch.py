@@ -28,6 +28,7 @@ import torch
 from ._graphs import asked_by_the_compiler, leaving
 from ._plain import NESTED as NESTED
 from ._plain import autocasts as autocasts
+from ._plain import onednn_takes as onednn_takes
 from ._plain import strange as strange
 from ._support import TABLE as TABLE
 from ._support import Support as Support

@@ -31,6 +31,7 @@ class Call:
     bidirectional: bool
     batch_first: bool
     extras: Extras
+    autocast: bool
 
     @classmethod
     def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
@@ -40,9 +41,8 @@ class Call:
             states = tuple(state.to(extras.state_dtype) for state in states)
         params, biases, layers, dropout, train, bidirectional, *batch_first = rest
         first = bool(batch_first and batch_first[0])
-        return cls(
-            mode, input, batch_sizes, states, params, biases, layers, dropout, train, bidirectional, first, extras
-        )
+        form = (layers, dropout, train, bidirectional, first, extras, dispatch.autocasts(input))
+        return cls(mode, input, batch_sizes, states, params, biases, *form)
 
     @property
     def directions(self) -> int:
@@ -93,19 +93,20 @@ class Call:
                 return False
         return True
 
-    def autocast(self, dtype: torch.dtype) -> Call | None:
+    def cast(self, dtype: torch.dtype) -> Call | None:
         """The call that autocast makes of this one, in bf16, or of options that torch has not in any narrow dtype;
         ``None`` where only torch knows.
 
-        torch runs dense LSTMs and all Elman networks in bf16 as a whole; its steps of packed LSTMs and of GRUs round
-        the operands of products only, and keep the dtype of the states.
+        torch runs all Elman networks in bf16, and LSTMs that oneDNN takes as a whole; its steps of GRUs and of other
+        LSTMs round the operands of products only, and keep the dtype of the states.
         """
         torch_serves = dispatch.serves("torch", self.mode, self.options())
         if self.input.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
             return None
         if torch_serves and self.extras.state_dtype is None and (dtype != torch.bfloat16 or self.projected):
             return None
-        stepwise = self.mode == "gru" or (self.mode == "lstm" and self.batch_sizes is not None)
+        whole = self.mode == "lstm" and self.batch_sizes is None and dispatch.onednn_takes(self.input.dtype)
+        stepwise = self.mode in ("lstm", "gru") and not whole
         if any(t.dtype not in (torch.float32, dtype) for t in (self.input, *self.states, *self.params)):
             return None
         keeps = stepwise or self.extras.state_dtype is not None
@@ -136,7 +137,8 @@ class Call:
             "batch_sizes": self.batch_sizes is not None,
             "proj_size": self.projected,
             "num_heads": self.heads > 1,
-            "state_dtype": self.wide_states,
+            # Under autocast torch takes such states too, and says what becomes of them.
+            "state_dtype": self.wide_states and (not self.autocast or self.extras.state_dtype is not None),
             "clipped_projection": self.projected and bool({"clip", "zoneout"} & set(extras)),
         }
         return [name for name, on in used.items() if on] + extras

@@ -9,8 +9,8 @@ Args:
     input: (T, B, I), or (B, T, I) with ``batch_first``.
     data, batch_sizes: a PackedSequence's (total, I) and (T).
     hx: the first state (layers * directions, B, H); for ``lstm`` a pair (h, c), h of width P with projections; for
-        ``slstm`` (h, c), c of width 3H. Beside a
-        bf16 or fp16 input they may be fp32, and then so are the final states (torch knows one dtype only).
+        ``slstm`` (h, c), c of width 3H. Beside a bf16 or fp16 input they may be fp32, and then so are the final states
+        (torch takes one dtype only, but under autocast, where its rule holds).
     params: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of every layer and direction, in torch's order. They
         need not lie in one buffer. A weight_hh (G * H, H / n) holds the n blocks of a diagonal.
     dropout: probability of zeroing an element between two layers, if ``train``.
@@ -50,13 +50,12 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         return getattr(VF, mode)(*args)
     call = Call.parse(mode, args, Extras.of(options))
     backend, kind = "torch", call.input.device.type
-    autocast = dispatch.autocasts(call.input)
     if call.well_formed():
-        served = call.autocast(torch.get_autocast_dtype(kind)) if autocast else call
+        served = call.cast(torch.get_autocast_dtype(kind)) if call.autocast else call
         used = (served or call).options() + (["autocast"] if served is None else [])
         call = served or call
         tensors = [call.input, *call.params, *call.extras.tensors()]
-        tensors += [state for state in call.states if "state_dtype" not in used]
+        tensors += [] if call.wide_states else call.states
         used += dispatch.strange(*tensors, *call.states, call.batch_sizes)
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
@@ -70,7 +69,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         raise ValueError(f"slstm: shapes do not fit: input, h, c and weights are {shapes}; see llmkern.nn.sLSTM")
     if backend == "torch":
         return getattr(VF, mode)(*args)
-    if not autocast:
+    if not call.autocast:
         return call.run(backend)
     with torch.autocast(kind, enabled=False):
         y, *rest = call.run(backend)
