@@ -72,6 +72,7 @@ class ComposedRowWiseAdagrad:
 
     @torch.no_grad()
     def step(self) -> None:
+        assert self.table.grad is not None
         grad = self.table.grad.coalesce()
         rows, values = grad._indices()[0], grad._values()
         self.sum.index_add_(0, rows, values.square().mean(1))

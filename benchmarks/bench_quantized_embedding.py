@@ -36,7 +36,7 @@ def _torchs(weight: torch.Tensor, bits: int) -> torch.nn.Module:
     with warnings.catch_warnings():
         # Of their deprecation.
         warnings.simplefilter("ignore")
-        module = torch.ao.nn.quantized.Embedding(*weight.shape, dtype=dtype)
+        module = torch.ao.nn.quantized.Embedding(weight.shape[0], weight.shape[1], dtype=dtype)
         module.set_weight(torch.quantize_per_channel(weight, scale.float(), zero.float(), 0, dtype))
     return module
 

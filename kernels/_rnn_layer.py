@@ -277,7 +277,7 @@ def given(tensor: Tensor) -> Tensor | None:
 
 def _precision(dtype: torch.dtype) -> str:
     """Of products of fp32, as torch's setting for recurrent layers has it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:

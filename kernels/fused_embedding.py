@@ -103,7 +103,7 @@ class _Call(NamedTuple):
                 raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
 
 
-def _tile(D: int, elements: int, longest: int = LONGEST) -> dict[str, int]:
+def _tile(D: int, elements: int, longest: int = LONGEST) -> dict[str, Any]:
     """Several short rows, or one, by one program: so many elements of a thread, whose registers limit them."""
     BLOCK_D, threads = min(max(next_power_of_2(D), 16), longest), 128
     rows = min(max(threads * elements // BLOCK_D, 1), 32)

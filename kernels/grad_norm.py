@@ -104,7 +104,7 @@ def grad_norm_scale_kernel(
 class _Group(NamedTuple):
     """What one launch takes: ``arguments``, tensors and sizes as the kernels have them, ``chunks`` in all."""
 
-    arguments: tuple[Tensor | int, ...]
+    arguments: tuple[Any, ...]
     chunks: int
     options: dict[str, Any]
 

@@ -151,7 +151,7 @@ def _check(name: str, lists: Sequence[list[Tensor]], steps: list[float], after: 
     """That memory is not touched outside tensors; ``lists`` begins with parameters, gradients and states."""
     if after not in ("keep", "zero", "scale"):
         raise ValueError(f"after: got {after!r}, expected keep, zero or scale")
-    if any(len(each) != len(lists[0]) for each in (*lists, steps)):
+    if {len(steps), *map(len, lists)} != {len(steps)}:
         raise ValueError(f"{name}: expected as many gradients, states and steps as parameters")
     for p, grad, *states in zip(*lists, strict=True):
         types = {state.dtype for state in states}

@@ -225,7 +225,7 @@ class _Table(NamedTuple):
     states: list[Tensor]
     applied: Tensor
     history: Tensor
-    count: int
+    pending: int
     kind: str
     decoupled: bool
     maximize: bool
@@ -245,7 +245,7 @@ class _Table(NamedTuple):
                 "row_optim: expected a table (V, D) and the states of its optimizer, contiguous, of its shape, and of"
                 " its dtype or float32 (float64 for float64)"
             )
-        size = self.history.shape == (max(self.history.shape[0], self.count + 1), records.SIZE.value)
+        size = self.history.shape == (max(self.history.shape[0], self.pending + 1), records.SIZE.value)
         if self.applied.dtype != torch.int32 or self.applied.numel() != p.shape[0] or not size:
             raise ValueError("row_optim: expected applied int32 (V), and history float64 (more than count, 31)")
         fp32 = all(t.dtype == torch.float32 for t in (p, *self.states))
