@@ -188,6 +188,23 @@ def test_files_are_short() -> None:
     assert not long, long
 
 
+def test_functions_are_short() -> None:
+    """60 lines at most, without arguments and docstring."""
+    # All of a time loop, whose parts share its registers; 40 arguments each.
+    allowed = {"rnn_forward_kernel", "rnn_backward_kernel"}
+    long = {}
+    for path in (
+        path for folder in ("llmkern", "kernels", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in allowed:
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                lines = (node.body[-1].end_lineno or 0) - first.lineno + 1
+                if lines > 60:
+                    long[f"{path.relative_to(ROOT)}: {node.name}"] = lines
+    assert not long, long
+
+
 def test_every_unit_of_the_core_is_checked_under_the_sanitizers() -> None:
     # Some are checked with what they are parts of.
     parts = {"elementwise": "runtime", "probe": "runtime", "rnn_norm": "rnn", "table_gradient": "embedding"}
