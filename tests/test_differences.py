@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
+from row_tables import Pair
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +19,7 @@ import llmkern.functional as F
 import llmkern.nn as nn
 
 PAGE = Path(__file__).parents[1] / "docs" / "differences.md"
+TORCH_CLIPS_SPARSE = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 chunked = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="torch has no chunks")
 
 
@@ -301,3 +303,33 @@ def test_gradients_of_a_linear_loss_count_in_the_forward() -> None:
 def test_rows_of_a_linear_loss_count_their_logits_twice() -> None:
     x, target, once = torch.randn(6, 8, requires_grad=True), torch.arange(6), 2 * 6 * 8 * 10
     assert _flops(nn.LinearCrossEntropyLoss(8, 10, reduction="none"), x, target) == (once, 4 * once)
+
+
+def test_what_calls_no_op_needs_catch_up() -> None:
+    pair = Pair()
+    x = torch.zeros(1)
+    pair.rows.weight.catch_up()
+    x.data = pair.rows.weight
+    for seed in (3, 4):
+        assert torch.equal(x, pair.dense.weight)
+        pair.train(seed=seed)
+    assert torch.equal(x, pair.dense.weight)
+
+
+def test_torch_refuses_some_uses_of_row_gradients() -> None:
+    pair = Pair()
+    for m in (pair.rows, pair.dense):
+        m.zero_grad()
+        m(torch.tensor([1, 2, 1])).sum().mul(9).backward()
+    with pytest.raises(RuntimeError, match="Creating a Parameter from an instance of type RowParameter"):
+        torch.nn.Parameter(pair.rows.weight)
+    with pytest.raises(NotImplementedError, match="Sparse"):
+        torch.nn.utils.clip_grad_value_(pair.rows.parameters(), 1.0)
+    clip = torch.nn.utils.clip_grad_norm_
+    if not TORCH_CLIPS_SPARSE:
+        with pytest.raises(NotImplementedError, match="Sparse"):
+            clip(pair.rows.parameters(), 1.0)
+        clip = nn.utils.clip_grad_norm_
+    norms = clip(pair.rows.parameters(), 1.0), torch.nn.utils.clip_grad_norm_(pair.dense.parameters(), 1.0)
+    torch.testing.assert_close(*norms)
+    torch.testing.assert_close(pair.rows.weight.grad.to_dense(), pair.dense.weight.grad)

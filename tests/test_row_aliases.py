@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from row_tables import D, Pair, V, embedding
+from row_tables import D, Pair, V, batches, embedding
 from torch import Tensor
 
 import llmkern
@@ -162,15 +162,28 @@ def test_an_alias_reads_and_writes_the_table() -> None:
     assert pair.agree()
 
 
-def test_tensors_that_take_the_memory_without_an_op_see_every_step_from_the_next_one_on() -> None:
-    """``x.data = p`` calls no op: docs/architecture.md names it, with ``catch_up``."""
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, ALL)], ids=["script", "trace"])
+def test_a_scripted_model_trains_rows_and_is_saved_as_it_is(make: Any) -> None:
+    """torch.jit.save calls no op."""
     pair = Pair()
-    x = torch.zeros(1)
-    pair.rows.weight.catch_up()
-    x.data = pair.rows.weight
-    for seed in (3, 4):
-        pair.train(seed=seed)
-        assert torch.equal(x, pair.dense.weight)
+    models = [torch.nn.Sequential(m) for m in (pair.rows, pair.dense)]
+    scripted = make(models[0])
+    for seed in range(3):
+        for m, optimizer in zip((scripted, models[1]), pair.optimizers, strict=True):
+            optimizer.zero_grad()
+            indices, dout = batches(1, seed=seed)[0]
+            if make is not torch.jit.script:
+                indices, dout = ALL, torch.full((V, D), 0.5).double()
+            m(indices).backward(dout.float())
+            optimizer.step()
+    assert pair.rows.weight.grad.is_sparse
+    pair.train()
+    assert pair.rows.weight.table.count == 0
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(ALL), models[1](ALL))
+    assert pair.agree()
 
 
 def test_states_are_read_and_held_as_they_are() -> None:
@@ -248,15 +261,6 @@ def test_a_replaced_weight_has_torchs_gradient() -> None:
     assert type(module.weight) is torch.nn.Parameter
     assert torch.equal(module.weight.grad, torch.ones(V, D))
     assert not module.sparse
-
-
-def test_what_cannot_be_right_is_refused_at_once() -> None:
-    module = Pair().rows
-    with pytest.raises(RuntimeError, match="Creating a Parameter from an instance of type RowParameter"):
-        torch.nn.Parameter(module.weight)
-    module(ALL).sum().backward()
-    with pytest.raises(NotImplementedError, match="Sparse"):
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
 
 
 @pytest.mark.parametrize("folded", [False, True])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from row_tables import D, V, batches, embedding, train
+from row_tables import D, Pair, V, batches, embedding, train
 
 import llmkern
 from llmkern import dispatch, optim
@@ -98,7 +99,7 @@ def test_a_bad_index_is_torchs_error_and_changes_nothing(backend: str, index: in
     assert torch.equal(module.weight.detach(), before)
 
 
-def test_a_compiled_model_sees_what_is_pending() -> None:
+def test_a_compiled_model_keeps_row_gradients() -> None:
     module, dense = embedding(rows=True), embedding()
     compiled = torch.compile(module, backend="eager")
     optimizers = optim.Adam(module.parameters(), lr=0.1), torch.optim.Adam(dense.parameters(), lr=0.1)
@@ -107,7 +108,66 @@ def test_a_compiled_model_sees_what_is_pending() -> None:
             optimizer.zero_grad()
             forward(indices).backward(dout.float())
             optimizer.step()
+    assert module.weight.table.count == 6
     torch.testing.assert_close(module.weight.detach(), dense.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+class _Tied(torch.nn.Module):
+    def __init__(self, table: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return llmkern.nn.functional.linear(self.table(indices), self.table.weight).tanh() @ self.table.weight
+
+
+@pytest.mark.parametrize("model", [lambda table: table, _Tied], ids=["lookup", "tied"])
+@pytest.mark.parametrize("pretrained", [False, True], ids=["new", "pending"])
+def test_one_compiled_graph_reads_all_rows_and_trains_them_densely(model: Any, pretrained: bool) -> None:
+    module, dense = embedding(rows="replay"), Embedding(V, D, _weight=embedding().weight.data)
+    optimizers = [optim.AdamW(m.parameters(), lr=0.01) for m in (module, dense)]
+    seen: list[str] = []
+    module.weight.register_hook(lambda grad: seen.append("hook"))
+    forwards = [torch.compile(model(module), backend="aot_eager", fullgraph=True), model(dense)]
+    for i in range(6):
+        if pretrained and i % 2 == 0:
+            # Eager steps between the compiled ones: rows wait when the graph runs.
+            for m, optimizer in zip((module, dense), optimizers, strict=True):
+                train(m, optimizer, batches(2, seed=i), first=i)
+            assert module.weight.table.count == 2
+        results = []
+        for forward, optimizer in zip(forwards, optimizers, strict=True):
+            optimizer.zero_grad()
+            out = forward(batches(1, seed=i)[0][0])
+            out.square().sum().backward()
+            optimizer.step()
+            results.append(out)
+        torch.testing.assert_close(*results)
+    assert not module.weight.grad.is_sparse
+    assert len(seen) == 6 + 6 * pretrained
+    with torch.no_grad():
+        assert torch.equal(forwards[0](torch.arange(V)), model(module)(torch.arange(V)))
+    torch.testing.assert_close(module.weight.detach(), dense.weight.detach(), rtol=1e-5, atol=1e-6)
+    module.weight.data = torch.ones(V, D)
+    assert torch.equal(forwards[0](torch.arange(V)), model(module)(torch.arange(V)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_lookup_is_torchs_and_has_the_dense_values(strict: bool) -> None:
+    pair = Pair()
+    indices = torch.arange(V)
+    program = torch.export.export(pair.rows, (indices,), strict=strict)
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
+        torch.ops.aten.embedding.default
+    ]
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    assert b"RowParameter" not in file.getvalue()
+    assert b"_row_tensors" not in file.getvalue()
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(indices), pair.dense(indices))
+    pair.train()
+    assert torch.equal(program.module()(indices), pair.dense(indices))
 
 
 def test_prepare_takes_the_embeddings_that_can() -> None:

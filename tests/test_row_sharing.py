@@ -1,13 +1,15 @@
-"""Tables with row gradients in other threads and processes, and under DistributedDataParallel."""
+"""Tables with row gradients in other threads and processes, and under torch's wrappers."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from row_tables import Pair, V, batches, embedding, train
 
 from llmkern import optim
@@ -74,13 +76,36 @@ def _parallel(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _sharded(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store{world}", rank=rank, world_size=world)
+    results = []
+    for m in (embedding(rows="replay"), embedding()):
+        model = torch.distributed.fsdp.fully_shard(torch.nn.Sequential(m))
+        optimizer = optim.AdamW(model.parameters(), lr=0.1)
+        for i in range(3):
+            optimizer.zero_grad()
+            (model(batches(1, seed=10 * i + rank)[0][0]) ** 2).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        results.append(m.weight.full_tensor().detach())
+    assert torch.equal(*results)
+    prepared = torch.nn.Sequential(embedding())
+    optim.prepare(prepared)
+    model = torch.distributed.fsdp.fully_shard(prepared)
+    with pytest.raises(NotImplementedError, match="Sparse"):
+        model(ALL).sum().backward()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("run", [_parallel, _sharded], ids=["DistributedDataParallel", "fully_shard"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_distributed_data_parallel(world: int, tmp_path: Path) -> None:
+def test_tables_in_several_processes(run: Callable[[int, int, str], None], world: int, tmp_path: Path) -> None:
     if (child := os.fork()) == 0:
         ranks = [os.fork() for _ in range(world - 1)]
         rank = 1 if 0 in ranks else 0
         try:
-            _parallel(rank, world, str(tmp_path))
+            run(rank, world, str(tmp_path))
         except BaseException as error:
             os.write(2, repr(error).encode())
             os._exit(1)

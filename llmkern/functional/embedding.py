@@ -49,6 +49,9 @@ def embedding(
     if overridden("embedding", input, weight):
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if issubclass(type(weight), RowParameter):
+        if torch.jit.is_tracing():
+            table: Any = weight
+            table.expose()
         # `max_norm` and frequencies are of torch's dense gradient, and transforms know no sparse one.
         rows = max_norm is None and not scale_grad_by_freq and not torch._C._are_functorch_transforms_active()
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse or rows)

@@ -21,7 +21,8 @@ class Embedding(torch.nn.Embedding, Deployable):
     a step costs what the batch costs, whatever the size of the table. The results are those of the dense optimizer,
     to the rounding of fp32 (for fp32 with SGD, Adam without L2 penalty, AdamW) or to the last bit;
     ``row_grad="replay"`` asks for the bits always. Not with ``max_norm`` or ``scale_grad_by_freq``. ``sparse`` is
-    ``True`` then, as long as ``weight`` is the parameter that this made.
+    ``True`` then, as long as ``weight`` is the parameter that this made. Under ``torch.compile(fullgraph=True)`` the
+    gradient is dense, and so is the step. docs/differences.md lists the few readers that find rows behind.
     """
 
     def __init__(
@@ -53,11 +54,16 @@ class Embedding(torch.nn.Embedding, Deployable):
 
     @property
     def sparse(self) -> bool:
-        return self.__dict__["sparse"] or issubclass(type(self._parameters.get("weight")), RowParameter)
+        return self._sparse or issubclass(type(self._parameters.get("weight")), RowParameter)
 
     @sparse.setter
     def sparse(self, value: bool) -> None:
-        self.__dict__["sparse"] = value
+        # Under a name of its own: compilers up to torch 2.10 take what is in __dict__ for the property.
+        self._sparse = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Saved by torch's class or by an earlier version.
+        super().__setstate__({"_sparse" if key == "sparse" else key: value for key, value in state.items()})
 
     @classmethod
     def from_pretrained(cls, embeddings: Tensor, *args: Any, **kwargs: Any) -> Embedding:
@@ -72,6 +78,14 @@ class Embedding(torch.nn.Embedding, Deployable):
         if isinstance(before, RowParameter) and type(self.weight) is torch.nn.Parameter:
             RowParameter.adopt(self.weight, before.replay)
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        twin = super().__prepare_scriptable__()
+        if twin is not self:
+            twin.sparse, _ = self.sparse, vars(twin).pop("_sparse")
+        if isinstance(self.weight, RowParameter):
+            self.weight.expose()
+        return twin
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(

@@ -9,6 +9,7 @@ from ._autograd import as_shape, capturing, differentiating, seed_freezes, trace
 from ._flops import count_flops
 from ._losses import Rows
 from ._rnn_chunks import rnn_in_chunks
+from ._row_graphs import trace_row_tables
 from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
 from .cross_entropy import cross_entropy
 from .dropout import dropout
@@ -82,3 +83,4 @@ __all__ = [
 ]
 
 count_flops()
+trace_row_tables()

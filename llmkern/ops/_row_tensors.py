@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import dispatch
 from .embedding import embedding
@@ -36,6 +37,7 @@ class RowTensor(Tensor):
     """What :class:`RowParameter` and :class:`RowState` have in common."""
 
     table: RowTable | None = None
+    exposed: Tensor | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -55,6 +57,17 @@ class RowTensor(Tensor):
         """A plain tensor on the memory, all rows of which are up to date."""
         self.catch_up()
         return self.unread()
+
+    @property
+    @torch._disable_dynamo
+    def plain(self) -> Tensor:
+        """A plain tensor on the memory, all rows of which are up to date, with this tensor's gradient."""
+        return _ReadFunction.apply(self)
+
+    def expose(self) -> None:
+        """For those who from now on may read the memory without an op, as TorchScript's modules do when they are saved:
+        an alias that lives as long as this tensor, so that no row waits any more."""
+        self.exposed = self.memory()
 
     def unread(self) -> Tensor:
         """A plain tensor on the memory as it is."""
@@ -79,6 +92,8 @@ class RowTensor(Tensor):
             self.close()
             plain = value.memory() if issubclass(type(value), RowTensor) else value
             _DATA.__set__(self, plain)
+            if self.exposed is not None:
+                self.expose()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         with ROW_LOCK:
@@ -111,6 +126,18 @@ class RowTensor(Tensor):
 
     def _plain(self) -> Tensor:
         return self.detach().requires_grad_(self.requires_grad)
+
+
+class _ReadFunction(Function):
+    """The same values. Not a view, whose base the compiler would look at."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: RowTensor) -> Tensor:
+        return tensor.memory()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class RowState(RowTensor):
@@ -156,7 +183,7 @@ class RowParameter(RowTensor, torch.nn.Parameter):
         return memo[id(self)]
 
     def __reduce_ex__(self, proto: Any) -> Any:
-        attributes = {key: value for key, value in vars(self).items() if key != "table"}
+        attributes = {key: value for key, value in vars(self).items() if key not in ("table", "exposed")}
         return _rebuild, (self.detach(), self.requires_grad, attributes)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]

@@ -102,7 +102,7 @@ class Step(torch.optim.Optimizer, Replaces):
 
     def catch_up(self) -> None:
         """Makes the steps that wait for rows to be looked up (``llmkern.nn.Embedding(row_grad=True)``), on parameters
-        and states. Whatever reads them through torch does it by itself; docs/architecture.md lists what does not."""
+        and states. Whatever reads them through torch does it by itself; docs/differences.md lists what does not."""
         _rows.catch_up(self)
 
     def state_dict(self) -> dict[str, Any]:
