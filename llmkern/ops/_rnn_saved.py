@@ -16,7 +16,7 @@ from torch import Tensor
 from ._autograd import plain_backward, pure
 
 _INPUTS = 12
-_X, _HX, _CX, _WEIGHT_IH, _WEIGHT_HH, _BIAS_IH, _BIAS_HH = range(7)
+_X, _HX, _CX, _WEIGHT_IH, _WEIGHT_HH, _BIAS_IH, _BIAS_HH, _WEIGHT_HR, _PEEPHOLE, _NORMS = range(10)
 # Behind the inputs: y, gates, cells, normed. A caller gets the first and the third.
 _Y, _CELLS = _INPUTS, _INPUTS + 2
 
@@ -25,10 +25,13 @@ def keep(ctx: Any, inputs: Sequence[Tensor | None], results: Sequence[Tensor]) -
     """Saves the 12 ``inputs`` of a forward, and its ``results`` (y, gates, cells, normed)."""
     saved = (*inputs, *results)
     ctx.save_for_backward(*saved)
-    ctx.versions = None
+    ctx.versions = ctx.first_h = None
     if not pure():
         ctx.versions = [_version(t) for t in saved]
         ctx.places = {_Y: results[0].data_ptr(), _CELLS: results[2].data_ptr()}
+        if ctx.options.mode == "gru" and not ctx.needs_input_grad[_WEIGHT_HH]:
+            # Where torch keeps h - n, we read h. Of the first h only the caller has the memory.
+            ctx.first_h = inputs[_HX].clone()  # type: ignore[union-attr]
 
 
 def _version(t: Tensor | None) -> int:
@@ -55,6 +58,9 @@ def kept(ctx: Any, forward: Callable[..., tuple[Tensor, ...]]) -> Sequence[Tenso
         tensors = [saved.data for saved in ctx._raw_saved_tensors]
         changed = {i for i in range(len(tensors)) if _changed(ctx, tensors, i)}
         unread = _unread(ctx, tensors) if plain_backward() else set()
+        if _HX in changed and ctx.first_h is not None and plain_backward():
+            tensors[_HX] = ctx.first_h
+            changed.remove(_HX)
         stale = not changed.isdisjoint(ctx.places.keys() - unread)
         if any(i < _INPUTS and (stale or i not in unread) for i in changed):
             raise
@@ -74,13 +80,17 @@ def _unread(ctx: Any, tensors: Sequence[Any]) -> set[int]:
     steps = tensors[_X].shape[1 if options.batch_first else 0] if batch_sizes is None else batch_sizes.shape[0]
     earlier = needs[_WEIGHT_HH] or options.mode == "gru"  # h before a step
     elman = options.mode.startswith("rnn") and not gates.numel()
+    # The first c only makes the gradient of the first forget gate, and of peepholes.
+    gated = any(needs[:_CX]) or any(needs[_WEIGHT_IH:_WEIGHT_HR]) or options.mode != "lstm"
     read = {
         _X: needs[_WEIGHT_IH],
         _HX: earlier,
+        _CX: gated or tensors[_PEEPHOLE] is not None or tensors[_NORMS] is not None,
         _WEIGHT_IH: needs[_X],
         _WEIGHT_HH: steps > 1 or needs[_HX],
         _BIAS_IH: False,
         _BIAS_HH: False,
+        _WEIGHT_HR: steps > 1 or any(needs[:_WEIGHT_HR]),
         _Y: elman or (earlier and steps > 1),
     }
     return {i for i, wanted in read.items() if not wanted}
