@@ -51,8 +51,9 @@ def strange(*tensors: Tensor | None) -> list[str]:
 
 
 def _knows_aten_only(kind: type[Tensor]) -> bool:
-    """Whether what a class does is told by ``__torch_dispatch__``. Other subclasses have memory like any tensor."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    """Whether what a class does is told by ``__torch_dispatch__``. Other subclasses have memory like any tensor, and so
+    have tables with row gradients, whose ``__torch_dispatch__`` hands it to every op."""
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not getattr(kind, "gives_memory", False)
 
 
 def _transform(compiling: bool) -> str | None:

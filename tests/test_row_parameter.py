@@ -13,6 +13,7 @@ import torch
 from row_tables import D, Pair, V, batches, embedding, train
 
 import llmkern
+import llmkern.functional as F
 from llmkern import dispatch, optim
 from llmkern.nn import Embedding
 from llmkern.ops import RowParameter
@@ -240,10 +241,52 @@ def test_wrong_arguments_are_told() -> None:
         torch.optim.Adam(module.parameters()).step()
 
 
+TOKENS = torch.tensor([[1, 2, 1], [3, 0, 5]])
+KERNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "linear": lambda w: F.linear(torch.ones(64, D), w),
+    "linear_cross_entropy": lambda w: F.linear_cross_entropy(torch.eye(7, D), w, torch.arange(7)),
+    "mse_loss": lambda w: F.mse_loss(w, torch.ones(V, D)),
+    "cross_entropy": lambda w: F.cross_entropy(w, torch.arange(V)),
+    "embedding, max_norm": lambda w: F.embedding(TOKENS, w, max_norm=5.0),
+    "embedding, scale_grad_by_freq": lambda w: F.embedding(TOKENS, w, scale_grad_by_freq=True),
+    "embedding_bag": lambda w: F.embedding_bag(TOKENS, w, max_norm=5.0),
+    "embedding_bag, max": lambda w: F.embedding_bag(TOKENS, w, mode="max"),
+    "dropout": lambda w: F.dropout(w, 0.3),
+    "cell": lambda w: llmkern.nn.GRUCell(D, 3)(w),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_read_tables_as_they_read_others(kernel: str) -> None:
+    results, backends = [], []
+    for side in ("rows", "dense"):
+        weight = getattr(Pair(), side).weight
+        outputs: list[torch.Tensor] = []
+        torch.manual_seed(3)
+        backends.append(llmkern.explain(lambda w=weight, out=outputs: out.append(KERNELS[kernel](w))).backends)
+        (gradient,) = torch.autograd.grad(outputs[0].square().sum(), weight, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+        results.append([*outputs, gradient, second, weight.detach()])
+    for ours, dense in zip(*results, strict=True):
+        torch.testing.assert_close(ours, dense)
+    assert backends[0] == backends[1]
+
+
+def test_dense_steps_of_tables_are_the_kernels() -> None:
+    pair = Pair()
+    for m, optimizer in zip((pair.rows, pair.dense), pair.optimizers, strict=True):
+        optimizer.zero_grad()
+        m.weight.square().sum().backward()
+        assert llmkern.explain(optimizer.step).backends[-1] == "native"
+    pair.train()
+    assert pair.rows.weight.table.count == 3
+    assert pair.agree()
+
+
 def test_explain_tells_who_steps() -> None:
     module = embedding(rows=True)
     optimizer = optim.Adam(module.parameters())
     module(torch.tensor([1])).sum().backward()
     assert llmkern.explain(optimizer.step).choices[0].op == "row_optim"
-    with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="row_grad"):
+    with llmkern.backend("torch"), pytest.raises(dispatch.BackendError, match="row_optim: backend 'torch' was forced"):
         optimizer.step()

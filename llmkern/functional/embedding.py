@@ -52,9 +52,12 @@ def embedding(
         if torch.jit.is_tracing():
             table: Any = weight
             table.expose()
-        # `max_norm` and frequencies are of torch's dense gradient, and transforms know no sparse one.
-        rows = max_norm is None and not scale_grad_by_freq and not torch._C._are_functorch_transforms_active()
-        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse or rows)
+        # Transforms know no sparse gradient; `max_norm` and frequencies are of the dense one, which is as any table's.
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed or (max_norm is None and not scale_grad_by_freq):
+            return F.embedding(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse or not transformed
+            )
     options = []
     if padding_idx is not None:
         options.append("padding_idx")

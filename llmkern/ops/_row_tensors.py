@@ -38,6 +38,7 @@ class RowTensor(Tensor):
 
     table: RowTable | None = None
     exposed: Tensor | None = None
+    gives_memory = True
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

@@ -127,6 +127,8 @@ def renormalise(weight: Tensor, indices: Tensor, max_norm: float, norm_type: flo
         IndexError: if an index is outside [0, V); ``weight`` is as it was.
     """
     with torch.no_grad():
+        # What follows is no op: of a table with row gradients this is the memory.
+        weight = weight.detach()
         if backend != "reference" and weight.is_contiguous():
             dispatch.load(backend).embedding_renorm_(weight, indices, max_norm, norm_type)
             if not weight.is_inference():
