@@ -1,4 +1,4 @@
-"""The house rules that code can check: import directions, one stem per op, file lengths."""
+"""The house rules that code can check: import directions, one stem per op, file lengths, documented commands."""
 
 from __future__ import annotations
 
@@ -213,11 +213,58 @@ def test_every_unit_of_the_core_is_checked_under_the_sanitizers() -> None:
     assert units <= checked
 
 
-def test_the_documents_name_what_there_is() -> None:
-    """Each target of the Makefile that anybody is told to use, and that CI runs, is in `make help`."""
-    named = set(re.findall(r"^#   make ([\w-]+)", (ROOT / "Makefile").read_text(), re.M))
-    for page in ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/configuration.md"):
-        text = (ROOT / page).read_text()
-        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= named, page
-    run = set(re.findall(r"^(?:exec )?make ([\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
-    assert run == {"help", "lint", "wheel", "test"} <= named
+# What the documents tell anybody to run: the file that runs it, and how it says so there. Targets of make: .ci/run.
+COVERED = {
+    "pip install torch": ("Makefile", "install torch==$(TORCH)"),
+    "pip install pytest": ("Makefile", "install -e '.[test]'"),
+    "pip install .": ("tests/test_install.py", '"tree": (source,)'),
+    "python -m build": ("Makefile", "-m build --no-isolation"),
+    "pre-commit install": (".ci/run", "pre-commit run --all-files"),
+    ".ci/run": (".ci/run", "exec make test"),
+    "make clean": ("tests/test_install.py", '"clean"'),
+    "pytest benchmarks": ("tests/test_benchmarks.py", '"pytest", "benchmarks"'),
+    "pytest tests/test_benchmarks.py": ("tests/test_benchmarks.py", "def test_every_installed_peer_matches"),
+    "python tests/kernel_gate.py": ("tests/test_kernel_gate.py", "kernel_gate.measure_all("),
+    "python tests/kernel_traffic.py": ("tests/interpreter.py", '"kernel_traffic.py"'),
+    "llmkern demo": ("tests/test_cli.py", 'command("demo"'),
+    "llmkern info": ("tests/test_cli.py", 'command("info"'),
+    "llmkern bench": ("tests/test_benchmarks.py", "_bench(*arguments"),
+    **{
+        f"llmkern bench {name}": ("tests/test_benchmarks.py", f'_bench("{name}"')
+        for name in ("compare", "page", "plots", "readme", "table")
+    },
+}
+# Peers are gigabytes to install; the others need a GPU.
+NOT_COVERED = {"make bench-peers", "benchmarks/gpu_run.sh", "pytest -m gpu"}
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/configuration.md", "docs/performance.md")
+
+
+def commands(page: str) -> set[str]:
+    """The commands that a page shows in blocks and spans of code, without variables, options and where they lie."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = set()
+    for line in [line for block in blocks for line in block.splitlines()] + spans:
+        line = re.sub(r"^(?:[A-Z_]+=\S+ )*(?:\S+/bin/)?", "", line)
+        line = re.sub(r"^python -m (?=llmkern |pytest )", "", line)
+        known = re.match(
+            r"make [a-z-]+|pip install [\w.]+|python -m build|python tests/\w+\.py|pre-commit \w+|\.ci/run$|"
+            r"benchmarks/\w+\.sh|pytest (?:-m gpu|tests/\w+\.py|benchmarks)|llmkern bench [a-z]+|llmkern [a-z]+(?= |$)",
+            line,
+        )
+        if known:
+            found.add(known[0])
+        # A command of a kind that this test does not know would pass unseen.
+        assert known or not re.match(r"(?:make|pip|python|pytest|pre-commit|cmake|git|llmkern) [a-z-]", line), line
+    return found
+
+
+def test_every_command_of_the_documents_is_run() -> None:
+    """By a test, or by CI: as it stands, or at its smallest."""
+    targets = {f"make {name}" for name in re.findall(r"^#   make ([\w-]+)", (ROOT / "Makefile").read_text(), re.M)}
+    run = set(re.findall(r"^(?:exec )?(make [\w-]+)", (ROOT / ".ci" / "run").read_text(), re.M))
+    named = set().union(*map(commands, PAGES))
+    assert {command for command in named if command.startswith("make ")} <= targets
+    assert named | targets == run | COVERED.keys() | NOT_COVERED
+    assert not [c for c, (file, text) in COVERED.items() if text not in (ROOT / file).read_text()]

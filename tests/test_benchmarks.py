@@ -229,6 +229,7 @@ def test_command_line_end_to_end(tmp_path: Path) -> None:
     assert done.exit_code == 1, done.output
     _bench("page", page, file, worse)
     assert page.read_text().count("<section>") == 2
+    assert "mse_loss/4096x1024" in _bench("table", file)
     _bench("plots", tmp_path, file)
     assert (tmp_path / "roofline.png").exists()
     readme = tmp_path / "README.md"

@@ -255,6 +255,19 @@ def test_pip_installs(
     must(python, "-c", f"import llmkern.kernels as k; assert k.__file__.startswith({str(home)!r}), k.__file__")
 
 
+@pytest.mark.skipif(MAKE is None, reason="no make")
+def test_clean_removes_what_the_other_targets_made(tmp_path: Path) -> None:
+    kept = {"csrc/core/a.cpp", "llmkern/a.py", "Makefile"}
+    made = {".venv/a", ".venv-peers/a", "build/native/a", "dist/a.whl", "llmkern.egg-info/a"}
+    made |= {"llmkern/_C_cpu.so", "llmkern/_native.cpython-311-x86_64-linux-gnu.so", "llmkern/_build_info.json"}
+    for name in kept | made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    must(MAKE, "-C", tmp_path, "clean")
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == kept
+
+
 def test_the_sdist_is_complete(source: Path, made: tuple[Path, Path, str]) -> None:
     with tarfile.open(made[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
