@@ -53,21 +53,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return not empty and ("gpu" not in item.keywords or torch.cuda.is_available())
 
     kept = [item for item in items if runs(item)]
-    if INTERPRETING:
-        kept = thinned(kept)
+    if most := int(os.environ.get("LLMKERN_TEST_CASES", "0")):
+        kept = thinned(kept, most)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
     # The longest first, so that none is left when all others have ended.
     items.sort(key=lambda item: item.path.name != "test_interpreter.py")
 
 
-def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """At most 40 of a test's cases, drawn at random but always the same: the interpreter takes a hundred times as long
-    as a kernel, and native code goes through all of them."""
+def thinned(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most so many of a test's cases, drawn at random but always the same: the interpreter takes a hundred times as
+    long as a kernel, and native code goes through all of them."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    drawn = {case for name, all_ in cases.items() for case in random.Random(name).sample(all_, min(40, len(all_)))}
+    drawn = {case for name, all_ in cases.items() for case in random.Random(name).sample(all_, min(most, len(all_)))}
     return [item for item in items if item in drawn]
 
 

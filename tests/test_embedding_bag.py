@@ -61,7 +61,7 @@ def run(function: Any, weight: Tensor, samples: Tensor | None, dout: Tensor) -> 
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_gradients(backend: str, device: torch.device, mode: str, dtype: torch.dtype) -> None:
     # D: a vector's tail; blocks of eight vectors and of two, one vector and a tail (of sixteen lanes).
-    for D in (9, 189):
+    for D in (189,) if INTERPRETING else (9, 189):
         check_values_and_gradients(backend, device, mode, dtype, D)
 
 
@@ -127,7 +127,7 @@ def test_empty_calls(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.kernels
-@settings(max_examples=15 if INTERPRETING else 30, deadline=None)
+@settings(max_examples=8 if INTERPRETING else 30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=8),
     D=st.integers(1, 9),
@@ -157,7 +157,7 @@ def test_derivatives(backend: str, device: torch.device, mode: str) -> None:
     samples = torch.randn(8, dtype=torch.double, device=device, requires_grad=True)
     indices, offsets = INDICES.to(device), OFFSETS.to(device)
     ours = backend != "torch"
-    for keywords in ({}, {"padding_idx": 1}):
+    for keywords in [{"padding_idx": 1}, *[{}] * (not INTERPRETING)]:
 
         def bags(w: Tensor, s: Tensor | None = None, keywords: dict[str, Any] = keywords) -> Tensor:
             return LF.embedding_bag(indices, w, offsets, mode=mode, per_sample_weights=s, **keywords)
@@ -169,7 +169,7 @@ def test_derivatives(backend: str, device: torch.device, mode: str) -> None:
         if not ours:
             continue
         assert gradgradcheck(bags, arguments, **fast)
-        if weighted:
+        if weighted and not INTERPRETING:
             assert gradgradcheck(lambda s: bags(weight.detach(), s), samples, **fast)
             assert gradgradcheck(lambda w: bags(w, samples.detach()), weight, **fast)
 

@@ -109,7 +109,7 @@ def test_positions_and_types_of_any_shape(backend: str) -> None:
 
 
 @pytest.mark.kernels
-@settings(max_examples=20 if INTERPRETING else 60, deadline=None)
+@settings(max_examples=6 if INTERPRETING else 60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 99))
 def test_any_combination(data: st.DataObject, seed: int) -> None:
     """Backends agree on every combination of parts, in fp64."""

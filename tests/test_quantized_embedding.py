@@ -59,7 +59,7 @@ def test_error_bound(backend: str, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.kernels
-@settings(max_examples=60 if INTERPRETING else 200, deadline=None)
+@settings(max_examples=15 if INTERPRETING else 200, deadline=None)
 @given(
     values=st.lists(st.floats(-(2.0**126), 2.0**126, width=32), min_size=1, max_size=40),
     dtype=st.sampled_from(FLOATS),
