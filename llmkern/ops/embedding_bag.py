@@ -58,7 +58,7 @@ class Options(NamedTuple):
     scale_grad_by_freq: bool
     backend: str
 
-    @property
+    # No property: the compiler of torch 2.10 knows none of a tuple.
     def bags(self) -> tuple[bool, int]:
         return self.include_last_offset, self.padding_idx
 
@@ -128,7 +128,7 @@ class EmbeddingBagFunction(_BilinearFunction):
         weight: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options
     ) -> Tensor:
         return embedding_bag_forward(
-            weight, samples, indices, offsets, options.num_bags, options.mean, *options.bags, options.backend
+            weight, samples, indices, offsets, options.num_bags, options.mean, *options.bags(), options.backend
         )
 
     @staticmethod
@@ -159,7 +159,7 @@ class TableGradientFunction(_BilinearFunction):
             None,
             options.num_weights,
             options.mean,
-            *options.bags,
+            *options.bags(),
             options.scale_grad_by_freq,
             options.backend,
         )
@@ -188,7 +188,7 @@ class SamplesGradientFunction(_BilinearFunction):
     @staticmethod
     def forward(dout: Tensor, weight: Tensor, indices: Tensor, offsets: Tensor | None, options: Options) -> Tensor:
         return embedding_bag_samples_backward(
-            dout, weight, indices, offsets, options.mean, *options.bags, options.backend
+            dout, weight, indices, offsets, options.mean, *options.bags(), options.backend
         )
 
     @staticmethod
@@ -232,7 +232,7 @@ class EmbeddingBagMaxFunction(KernelFunction):
 
     @staticmethod
     def forward(weight: Tensor, indices: Tensor, offsets: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
-        return embedding_bag_max_forward(weight, indices, offsets, options.num_bags, *options.bags, options.backend)
+        return embedding_bag_max_forward(weight, indices, offsets, options.num_bags, *options.bags(), options.backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -262,7 +262,7 @@ class MaxGradientFunction(KernelFunction):
     @staticmethod
     def forward(dout: Tensor, indices: Tensor, offsets: Tensor | None, largest: Tensor, options: Options) -> Tensor:
         return embedding_bag_backward(
-            dout, None, indices, offsets, largest, options.num_weights, False, *options.bags, False, options.backend
+            dout, None, indices, offsets, largest, options.num_weights, False, *options.bags(), False, options.backend
         )
 
     @staticmethod
@@ -306,7 +306,7 @@ class EmbeddingBagSparseFunction(Function):
 
 def _sparse(dout: Tensor, samples: Tensor | None, indices: Tensor, offsets: Tensor | None, options: Options) -> Tensor:
     rows, values = dispatch.load(options.backend).embedding_bag_sparse_backward(
-        dout, samples, indices, offsets, options.num_weights, options.mean, *options.bags
+        dout, samples, indices, offsets, options.num_weights, options.mean, *options.bags()
     )
     return sparse_gradient(rows, values, options.num_weights)
 
