@@ -41,9 +41,10 @@ def test_dtypes_are_torchs(case: str, cast: torch.dtype | None) -> None:
         try:
             with torch.autocast("cpu", dtype=cast, enabled=cast is not None):
                 out = function(functions, *points)
+            # torch 2.10 has no gradients of a squared error of two dtypes.
+            grads = torch.autograd.grad(out.sum(), points, allow_unused=True)
         except (RuntimeError, ValueError) as error:
             return type(error)
-        grads = torch.autograd.grad(out.sum(), points, allow_unused=True)
         return out.dtype, [None if g is None else g.dtype for g in grads]
 
     for a in DTYPES:

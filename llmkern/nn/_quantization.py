@@ -19,7 +19,6 @@ import torch.ao.quantization
 
 def convert_ours(replaced: dict[type, type]) -> None:
     """``replaced``: torch's classes, and ours in their places."""
-    package = torch.ao.quantization
     # Its attribute of this name is a function.
     quantize: Any = sys.modules.get("torch.ao.quantization.quantize")
     propagate = getattr(quantize, "propagate_qconfig_", None)
@@ -41,9 +40,10 @@ def convert_ours(replaced: dict[type, type]) -> None:
             if getattr(layer, "qconfig", None) is not None:
                 _become_torchs(layer, replaced)
 
-    homes: tuple[Any, ...] = (package, quantize)
-    for home in homes:
-        home.propagate_qconfig_ = propagate_qconfig_
+    # What was loaded before has a name of its own for it.
+    for name, home in list(sys.modules.items()):
+        if name.startswith("torch.ao.") and vars(home).get("propagate_qconfig_") is propagate:
+            vars(home)["propagate_qconfig_"] = propagate_qconfig_
 
 
 def _become_torchs(layer: torch.nn.Module, replaced: dict[type, type]) -> None:
