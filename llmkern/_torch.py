@@ -14,6 +14,7 @@ import torch.nn.functional
 import torch.nn.utils
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_CALLED = (*_RECURRENT, *(f"{mode}_cell" for mode in _RECURRENT), "dropout", "dropout_")
 
 if TYPE_CHECKING:
     import torch._VF as VF
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 else:
     F, VF = ModuleType("torch.nn.functional"), ModuleType("torch._VF")
     vars(F).update(vars(torch.nn.functional))
-    vars(VF).update({name: getattr(torch._VF, name) for m in _RECURRENT for name in (m, f"{m}_cell")})
+    vars(VF).update({name: getattr(torch._VF, name) for name in _CALLED})
 
 clip_grad_norm_, get_total_norm = torch.nn.utils.clip_grad_norm_, torch.nn.utils.get_total_norm
 

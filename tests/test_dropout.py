@@ -87,3 +87,17 @@ def test_under_the_compiler_and_vmap() -> None:
         y = function(x)
         assert 0.4 < (y == 0).double().mean() < 0.6
         assert set(y.tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("p", ["a", None, 1j, -1, 2, float("nan"), torch.tensor(2.0), 0.5])
+@pytest.mark.parametrize("training", [True, False, 1, "yes"])
+def test_errors_are_torchs(p: object, training: object) -> None:
+    seen = []
+    for f in (F.dropout, torch.nn.functional.dropout):
+        try:
+            f(torch.ones(3), p, training)  # type: ignore[arg-type]
+            seen.append(None)
+        except Exception as error:
+            seen.append((type(error), str(error)))
+    assert seen[0] == seen[1]
+    assert (seen[1] is None) == (p == 0.5 and training in (True, False) and isinstance(training, bool))

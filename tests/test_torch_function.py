@@ -226,8 +226,10 @@ def _patched() -> Iterator[None]:
     """Everything that we replace, in torch's place, as people patch closed code."""
     with pytest.MonkeyPatch.context() as patch:
         for name in F.__all__:
-            recurrent = name.startswith(("lstm", "gru", "rnn"))
-            for home in (torch._VF, torch) if recurrent else (torch.nn.functional, torch.nn.utils):
+            homes: list[Any] = [torch.nn.functional, torch.nn.utils]
+            # Elsewhere other functions have such names.
+            homes += [torch._VF, torch] if name.startswith(("lstm", "gru", "rnn", "dropout")) else []
+            for home in homes:
                 if hasattr(home, name):
                     patch.setattr(home, name, getattr(F, name))
         for ours, theirs in ((nn, torch.nn), (optim, torch.optim)):

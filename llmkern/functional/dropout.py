@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch, ops
-from .._torch import F
+from .._torch import VF, F
 from ._overrides import overridden
 
 
@@ -27,8 +27,12 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
     options += dispatch.strange(input)
     backend = "torch"
-    if training and 0 < p <= 1 and input.numel():
+    if training is True and isinstance(p, (int, float)) and 0 < p <= 1 and input.numel():
         backend = dispatch.pick("dropout", input, options=options)
     if backend == "torch":
-        return F.dropout(input, p, training, inplace)
+        if p < 0.0 or p > 1.0:
+            # Which is torch's error.
+            return F.dropout(input, p, training, inplace)
+        # What torch's function calls, by a name that may be patched with this one.
+        return (VF.dropout_ if inplace else VF.dropout)(input, p, training)
     return ops.dropout(input, float(p), ops.draw_seed(), backend)
