@@ -333,3 +333,23 @@ def test_torch_refuses_some_uses_of_row_gradients() -> None:
     norms = clip(pair.rows.parameters(), 1.0), torch.nn.utils.clip_grad_norm_(pair.dense.parameters(), 1.0)
     torch.testing.assert_close(*norms)
     torch.testing.assert_close(pair.rows.weight.grad.to_dense(), pair.dense.weight.grad)
+
+
+def test_metaclasses_derive_from_that_of_our_classes() -> None:
+    for base, kind in ((torch.nn.Linear, type), (torch.nn.Linear, type(nn.Linear)), (nn.Linear, type(nn.Linear))):
+        made = type("Meta", (kind,), {})("Layer", (base,), {})
+        x, layer = torch.randn(2, 3), made(3, 4)
+        assert torch.equal(layer(x), TF.linear(x, layer.weight, layer.bias))
+    with pytest.raises(TypeError, match="metaclass conflict"):
+        type("Meta", (type,), {})("Layer", (nn.Linear,), {})
+
+
+def test_names_are_patched_after_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, torchs = torch.randn(2, 3).cfloat(), torch.randn(4, 3).cfloat(), TF.linear
+    # What llmkern holds is what it found, a wrapper too; ours may then take its place.
+    monkeypatch.setattr(F.linear.__globals__["F"], "linear", lambda *args: torchs(*args) + 1)
+    monkeypatch.setattr(TF, "linear", F.linear)
+    assert torch.equal(TF.linear(x, w), torchs(x, w) + 1)
+    monkeypatch.setattr(F.linear.__globals__["F"], "linear", lambda *args: F.linear(*args))
+    with pytest.raises(RecursionError):
+        TF.linear(x, w)
