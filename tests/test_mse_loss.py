@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -223,12 +224,16 @@ def test_legacy_arguments(backend: str, device: torch.device, size_average: bool
 @pytest.mark.parametrize("pair", [(torch.float32, torch.bfloat16), (torch.float16, torch.float64)], ids=str)
 def test_mixed_dtypes_promote(pair: tuple[torch.dtype, torch.dtype]) -> None:
     x, t = torch.randn(3, 4).to(pair[0]).requires_grad_(), torch.randn(3, 4).to(pair[1])
+    try:
+        theirs = run(F.mse_loss, (x, t), torch.tensor(0.3))
+    except RuntimeError as error:
+        # torch 2.10 has no gradients of two dtypes.
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            run(LF.mse_loss, (x, t), torch.tensor(0.3))
+        return
     for name in ("auto", "torch", "reference"):
         with llmkern.backend(name):
-            ours, theirs = (
-                run(LF.mse_loss, (x, t), torch.tensor(0.3)),
-                run(F.mse_loss, (x, t), torch.tensor(0.3)),
-            )
+            ours = run(LF.mse_loss, (x, t), torch.tensor(0.3))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
 
