@@ -14,6 +14,8 @@ from torch.ao.quantization import (
     QuantWrapper,
     convert,
     default_dynamic_qconfig,
+    fuse_modules,
+    fuse_modules_qat,
     get_default_qat_qconfig,
     get_default_qconfig,
     get_default_qconfig_mapping,
@@ -138,6 +140,17 @@ def test_static_quantisation_and_training_for_it() -> None:
     assert trained_classes == expected[2]
     assert torch.ao.nn.qat.Linear in trained_classes
     assert grad.isfinite().all()
+
+
+def test_layers_are_fused() -> None:
+    for fuse in (fuse_modules, fuse_modules_qat):
+        ours, theirs = (
+            fuse(Feedforward(ns).train(fuse is fuse_modules_qat), ["layers.0", "layers.1"]) for ns in (nn, torch.nn)
+        )
+        assert _classes(ours) == _classes(theirs)
+        assert type(ours.layers[0]) is torch.ao.nn.intrinsic.LinearReLU
+        x = torch.randn(5, 8)
+        torch.testing.assert_close(ours.layers[0](x), theirs.layers[0](x))
 
 
 def test_quantisation_of_graphs() -> None:

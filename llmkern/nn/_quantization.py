@@ -3,7 +3,8 @@
 It looks layers up by their exact class, in dictionaries and in assertions of ``from_float``, so that entries for ours
 in its mappings would not do. All its ways (dynamic, static, quantisation-aware training; eager and FX) mark the layers
 that they will convert in ``propagate_qconfig_``. Layers of ours that were marked become torch's there: the same object,
-with its parameters and hooks, in torch's class. That is done when a model is quantised, and to nothing else.
+with its parameters and hooks, in torch's class; so do those that ``fuse_modules`` fetches. That is done when a model is
+quantised, and to nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,27 @@ import torch.ao.quantization
 
 def convert_ours(replaced: dict[type, type]) -> None:
     """``replaced``: torch's classes, and ours in their places."""
+    _convert_marked(replaced)
+    _convert_fused(replaced)
+
+
+def _convert_fused(replaced: dict[type, type]) -> None:
+    """``fuse_modules`` looks up the classes of the layers that it is told to make one of."""
+    home: Any = sys.modules.get("torch.ao.quantization.fuse_modules")
+    get = getattr(home, "_get_module", None)
+    if get is None:
+        return
+
+    @wraps(get)
+    def _get_module(*args: Any) -> Any:
+        layer = get(*args)
+        _become_torchs(layer, replaced)
+        return layer
+
+    home._get_module = _get_module
+
+
+def _convert_marked(replaced: dict[type, type]) -> None:
     # Its attribute of this name is a function.
     quantize: Any = sys.modules.get("torch.ao.quantization.quantize")
     propagate = getattr(quantize, "propagate_qconfig_", None)
