@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import llmkern
 import llmkern.functional as F
+from llmkern import optim
 
 SHAPES = [(4,), (5, 4), (5, 4, 3), (1, 4, 3), (5, 4, 1), (5, 1, 3), (2, 4, 3, 2), (2, 3, 2, 2, 2)]
 
@@ -114,3 +116,36 @@ def test_other_functions_take_what_lies_anyhow() -> None:
                 results.append([out, *(g for g in grads if g is not None)])
             for ours, theirs in zip(*results, strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+PLACED: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.clone(),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "channels last": lambda t: t.view(2, 3, 2, 4).contiguous(memory_format=torch.channels_last),
+    "every second row": lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2],
+    "every second column": lambda t: torch.stack([t, t], -1).flatten(1)[:, ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_parameters_and_gradients_may_lie_anyhow(name: str, flags: dict[str, bool]) -> None:
+    """Beside a parameter that kernels serve; states lie as torch's do."""
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {}), **flags}
+    for of_p, of_grad in itertools.product(PLACED, PLACED):
+        if of_p == "expanded":
+            continue
+        results = []
+        for module in (torch.optim, optim):
+            torch.manual_seed(0)
+            p, other = PLACED[of_p](torch.randn(6, 8)).detach().requires_grad_(), torch.randn(5).requires_grad_()
+            optimizer = getattr(module, name)([p, other], **options)
+            for _ in range(2):
+                p.grad, other.grad = PLACED[of_grad](torch.randn(6, 8)).reshape(p.shape), torch.randn(5)
+                optimizer.step()
+            states = [t for q in (p, other) for t in optimizer.state[q].values() if isinstance(t, Tensor)]
+            results.append([t.detach() for t in (p, other, *states)])
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.stride() == theirs.stride(), (of_p, of_grad)
+            torch.testing.assert_close(ours, theirs, msg=lambda text, at=(of_p, of_grad): f"{at}: {text}")
