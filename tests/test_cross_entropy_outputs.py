@@ -227,7 +227,9 @@ def test_scaled_losses_use_the_gradient_of_the_forward(kernel: str) -> None:
         assert not calls
         loss = F.cross_entropy(x, target)
         torch.autograd.grad(loss, x, retain_graph=True)
-        torch.autograd.grad(loss, x)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        assert not calls
+        torch.autograd.grad(loss, x, create_graph=True)
         assert len(calls) == 1
 
 
@@ -356,8 +358,10 @@ def test_the_same_bits_from_the_forward_and_the_backward(kernel: str) -> None:
     x = logits.requires_grad_()
     with llmkern.backend(kernel):
         loss = F.cross_entropy(x, target, reduction="sum", **ALL_OPTIONS)
-    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
+    first, copied = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    (computed,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(first, copied)
+    assert torch.equal(first, computed)
 
 
 @needs_native

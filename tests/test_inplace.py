@@ -4,6 +4,7 @@ refuses we refuse or are right. Every argument of recurrent layers: ``test_rnn_i
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -128,15 +129,102 @@ def test_results_can_be_changed_in_place_and_share_nothing(name: str, mode: Any)
         assert all(map(torch.equal, others, ours[:k] + ours[k + 1 :]))
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 2}])
-def test_logits_may_change_after_unreduced_losses(options: dict[str, Any]) -> None:
-    leaf, target = torch.randn(6, 5).requires_grad_(), torch.randint(0, 5, (6,))
-    weights, results = torch.rand(6), []
-    for function in (F.cross_entropy, torch.nn.functional.cross_entropy):
-        logits = leaf * 1
-        losses = function(logits, target, reduction="none", **options)
-        first = torch.autograd.grad(losses, leaf, weights, retain_graph=True)
+# The function, its arguments and which of them need a gradient; the last one is changed for another valid one.
+_TARGET = torch.tensor([0, 3, 2, 1, 2, 4])
+_SOFT = torch.randn(6, 5).softmax(1)
+
+
+def _losses(**options: Any) -> dict[str, tuple[Any, ...]]:
+    x, w, b, weight = torch.randn(6, 5), torch.randn(5, 5), torch.randn(5), torch.rand(5)
+    chunks = {"linear_weight": w, "target": _TARGET, "linear_bias": b}
+    return {
+        "cross_entropy": ("cross_entropy", {"input": x, "target": _TARGET}, options),
+        "weighted": ("cross_entropy", {"input": x, "target": _TARGET, "weight": weight}, options),
+        "smoothed": ("cross_entropy", {"input": x, "target": _TARGET}, {"label_smoothing": 0.1, **options}),
+        "ignoring": ("cross_entropy", {"input": x, "target": _TARGET}, {"ignore_index": 2, **options}),
+        "probabilities": ("cross_entropy", {"input": x, "target": _SOFT}, options),
+        "places": ("cross_entropy", {"input": x.view(1, 5, 6), "target": _TARGET.view(1, 6)}, options),
+        "nll_loss": ("nll_loss", {"input": x, "target": _TARGET, "weight": weight}, options),
+        "linear": ("linear_cross_entropy", {"input": x, **chunks}, options),
+        "linear, probabilities": ("linear_cross_entropy", {"input": x, **chunks, "target": _SOFT}, options),
+        "mse_loss": ("mse_loss", {"input": x, "target": _SOFT}, options),
+    }
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    f"{name}, {reduction}": call
+    for reduction in ("none", "mean", "sum")
+    for name, call in _losses(reduction=reduction).items()
+}
+_TABLE, _SAMPLES = torch.randn(5, 4), torch.rand(2, 6)
+_BAGS = {"input": torch.stack([_TARGET, _TARGET.flip(0)]), "weight": _TABLE}
+CALLS |= {
+    "linear layer": ("linear", {"input": torch.randn(6, 5), "weight": torch.randn(3, 5), "bias": torch.randn(3)}, {}),
+    "embedding": ("embedding", _BAGS, {}),
+    "embedding, sparse": ("embedding", _BAGS, {"sparse": True}),
+    "bags, max": ("embedding_bag", _BAGS, {"mode": "max"}),
+    "bags, mean": ("embedding_bag", _BAGS, {}),
+    "bags, offsets": (
+        "embedding_bag",
+        {"input": _TARGET, "weight": _TABLE, "offsets": torch.tensor([0, 2])},
+        {"mode": "sum"},
+    ),
+    "bags, weighted": ("embedding_bag", {**_BAGS, "per_sample_weights": _SAMPLES}, {"mode": "sum"}),
+}
+
+
+class Call:
+    """A call whose arguments can be changed before its gradients are asked for."""
+
+    def __init__(self, namespace: Any, function: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+        self.leaves = {name: t.clone().requires_grad_() for name, t in tensors.items() if _moves(function, name, t)}
+        self.given = {name: self.leaves[name] * 1 if name in self.leaves else t.clone() for name, t in tensors.items()}
+        self.out = getattr(namespace, function)(**self.given, **options)
+
+    def change(self, name: str) -> None:
+        t = self.given[name]
         with torch.no_grad():
-            logits.mul_(3)
-        results.append((*first, *torch.autograd.grad(losses, leaf, 2 * weights)))
-    torch.testing.assert_close(*results)
+            t.mul_(0.5) if t.is_floating_point() else t.sub_(t.clone().sign())
+
+    def gradients(self, scale: float = 1.0) -> list[Tensor] | str:
+        cotangent = torch.arange(1.0, self.out.numel() + 1).view(self.out.shape) * scale
+        try:
+            got = torch.autograd.grad(self.out, list(self.leaves.values()), cotangent, retain_graph=True)
+        except RuntimeError as error:
+            return str(error)
+        return [g.to_dense() if g.is_sparse else g for g in got]
+
+
+def _moves(function: str, name: str, t: Tensor) -> bool:
+    """Class weights have no gradient."""
+    return t.is_floating_point() and not (name == "weight" and function in ("cross_entropy", "nll_loss"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_may_change_where_torch_lets_it(name: str) -> None:
+    function, tensors, options = CALLS[name]
+    right = Call(torch.nn.functional, function, tensors, options).gradients()
+    assert not isinstance(right, str)
+    for changed, twice in itertools.product(tensors, (False, True)):
+        theirs, ours = (Call(namespace, function, tensors, options) for namespace in (torch.nn.functional, F))
+        if twice:
+            torch.testing.assert_close(ours.gradients(), right)
+        theirs.change(changed)
+        ours.change(changed)
+        expected, got = theirs.gradients(), ours.gradients(2.0)
+        if isinstance(got, str):
+            assert "modified by an inplace operation" in got, changed
+            assert isinstance(expected, str), changed
+        else:
+            torch.testing.assert_close(got, [2 * g for g in right], msg=lambda text, at=changed: f"{at}: {text}")
+
+
+def test_what_was_dropped_may_change() -> None:
+    x = torch.randn(6, 5).requires_grad_()
+    given = x * 1
+    out = F.dropout(given, 0.5)
+    kept = out.detach() / x.detach()
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(out.sum(), x, retain_graph=True)[0].sign(), kept.sign())
+        with torch.no_grad():
+            given.zero_()

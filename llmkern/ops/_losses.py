@@ -3,8 +3,8 @@
 Both are one function of *primals*: (logits,) or (x, linear_weight, linear_bias), and the target where it holds
 probabilities. Both give per-row outputs, and a ``total``: the sum of the losses times ``scale``. functional knows what
 a row counts for, so the gradient of ``total`` is known before the backward but for a factor, and the forward kernel
-makes it in the same pass: a bet. The backward hands it out, times the factor; if it was given away already (a second
-backward), or other cotangents come (on the rows, or in a graph of the backward), it is computed anew.
+makes it in the same pass: a bet. The backward hands it out, times the factor, or a copy of it where the graph is kept
+for another backward; if other cotangents come (on the rows, or in a graph of the backward), it is computed anew.
 """
 
 from __future__ import annotations
@@ -128,12 +128,15 @@ class LossFunction(KernelFunction):
             return (None,) * 4 + nothing
         total_alone = all(d is None for d in given)
         if ctx.bet is not None and dtotal is not None and total_alone and plain_backward(dtotal):
-            gradients, ctx.bet = ctx.bet, None
+            # Before another backward through this graph the logits may change: torch has kept probabilities.
+            again, gradients = keeps_graph() and not ctx.inplace, ctx.bet
+            ctx.bet = gradients if again else None
+            gradients = [g.clone() if again and g is not None else g for g in gradients]
             # Mostly it is 1.
             if may_change(dtotal):
                 scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
         elif ctx.bet is not None and not ctx.total and given[1] is given[2] is None and plain_backward(given[0]):
-            # torch has kept probabilities: logits may have changed, now or before another backward.
+            # Here they may have changed before the first backward, too.
             dloss = given[0]
             assert dloss is not None
             dloss = dloss if ctx.left_out is None else dloss.masked_fill(ctx.left_out, 0)
@@ -320,6 +323,9 @@ def run(
     summed = scale is not None or (linear_weight is None and x.numel() > 0)
     bet = moving and summed and torch.is_grad_enabled() and not pure
     inplace = inplace and bet and scale is not None
+    if linear_bias is not None and moving and not (bet or pure):
+        # The logits are computed again in the backward, before which a bias may change: torch's product keeps none.
+        linear_bias = linear_bias.clone()
     arguments = (x, linear_weight, linear_bias, target, weight, scale, *options, workspace, entropy, argmax, bet)
     call = LossFunction.run if moving else LossFunction.forward
     total, loss, lse, entropies, best = call(*arguments, inplace, backend)[:5]
