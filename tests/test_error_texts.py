@@ -124,6 +124,32 @@ def test_a_malformed_call_raises_what_torch_raises(function: str, call: dict[str
     assert error_of(LF, function, call) == error_of(F, function, call)
 
 
+@pytest.mark.parametrize("thing", [None, 1.5, [0.0, 0.0, 0.0], X.numpy(), "x"], ids=lambda thing: type(thing).__name__)
+def test_what_is_no_tensor_or_number_is_refused_in_torchs_words(thing: Any) -> None:
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("linear", (thing, X)),
+        ("linear", (X, thing)),
+        ("linear", (X, X, thing)),
+        ("dropout", (thing,)),
+        ("dropout", (X, thing)),
+        ("dropout", (X, thing, False)),
+        ("mse_loss", (thing, X)),
+        ("mse_loss", (X, thing)),
+        ("cross_entropy", (thing, Y)),
+        ("cross_entropy", (X, thing)),
+        ("cross_entropy", (X, Y, thing)),
+    ]
+    for function, arguments in calls:
+        errors = []
+        for module in (LF, F):
+            try:
+                getattr(module, function)(*arguments)
+                errors.append(None)
+            except Exception as error:
+                errors.append((type(error), str(error)))
+        assert errors[0] == errors[1], (function, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("table", TABLES)
 def test_an_index_out_of_range_is_torchs_error_on_every_path(table: str, dtype: torch.dtype) -> None:

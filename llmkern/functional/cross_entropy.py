@@ -198,7 +198,8 @@ def _well_formed(
     else:
         fits = target.shape == outer and target.dtype in (torch.int64, torch.uint8)
     if weight is not None:
-        fits = fits and weight.shape == (classes,) and weight.dtype == input.dtype and not weight.requires_grad
+        fits = fits and isinstance(weight, Tensor) and weight.shape == (classes,)
+        fits = fits and weight.dtype == input.dtype and not weight.requires_grad
     fits = fits and classes > 0 and reduction in ("none", "mean", "sum") and 0 <= label_smoothing <= 1
     if fits and token_weight is not None and token_weight.shape != outer:
         raise ValueError(

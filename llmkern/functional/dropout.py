@@ -27,7 +27,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
     options += dispatch.strange(input)
     backend = "torch"
-    if training is True and isinstance(p, (int, float)) and 0 < p <= 1 and input.numel():
+    counts = training is True and isinstance(p, (int, float)) and isinstance(input, Tensor)
+    if counts and 0 < p <= 1 and input.numel():
         backend = dispatch.pick("dropout", input, options=options)
     if backend == "torch":
         if p < 0.0 or p > 1.0:

@@ -38,5 +38,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether there is something to do, and torch would do it."""
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        return False
     fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and input.numel() > 0
     return fits and weight.numel() > 0 and (bias is None or bias.shape == weight.shape[:1])

@@ -190,8 +190,8 @@ def _well_formed(
     else:
         fits = target.shape == (*batch, *inner) and target.dtype in (torch.int64, torch.uint8)
     if weight is not None:
-        fits = fits and weight.shape == (classes,) and weight.dtype in (_CAST if autocast else (input.dtype,))
-        fits = fits and not weight.requires_grad
+        fits = fits and isinstance(weight, Tensor) and weight.shape == (classes,) and not weight.requires_grad
+        fits = fits and weight.dtype in (_CAST if autocast else (input.dtype,))
     fits = fits and 0 not in (classes, *inner, in_features) and common["reduction"] in ("none", "mean", "sum")
     return fits and 0 <= common["label_smoothing"] <= 1
 
