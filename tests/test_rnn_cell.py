@@ -106,3 +106,18 @@ def test_a_language_model_trains_as_with_torch() -> None:
     ours, theirs = (track[-20:].mean() for track in losses)
     assert theirs < losses[1][:20].mean() - 0.3
     assert abs(ours - theirs) < 0.02
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"])
+def test_what_is_no_tensor_is_refused_in_torchs_words(name: str) -> None:
+    gates, x, h = {"lstm": 4, "gru": 3}.get(name.split("_")[0], 1), torch.randn(2, 3), torch.randn(2, 5)
+    weights = [torch.randn(gates * 5, width) for width in (3, 5)] + [torch.randn(gates * 5) for _ in range(2)]
+    states = (h, h.clone()) if gates == 4 else h
+    for k, weight in enumerate(weights):
+        for thing in (weight.numpy(), weight.tolist(), 1.0):
+            texts = []
+            for where in (llmkern.functional, torch._VF):
+                with pytest.raises(TypeError) as error:
+                    getattr(where, name)(x, states, *weights[:k], thing, *weights[k + 1 :])
+                texts.append(str(error.value))
+            assert texts[0] == texts[1]

@@ -174,6 +174,8 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
 
 def _cell_is_well_formed(mode: str, x: Tensor, states: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]) -> bool:
     """Whether torch would accept the call; if not, torch gets it, for its error."""
+    if not all(t is None or isinstance(t, Tensor) for t in (x, *states, *weights)):
+        return False
     if x.dim() != 2 or not x.numel() or len(states) != (2 if mode == "lstm" else 1) or states[0].dim() != 2:
         return False
     (B, I), H = x.shape, states[0].shape[1]
