@@ -79,3 +79,21 @@ def test_a_trace_of_training_freezes_no_mask() -> None:
     ]:
         traced = torch.jit.trace(module, given, check_trace=False)
         assert not torch.equal(*(tensors(traced(given))[0] for _ in range(2)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", [{}, {"checkpoint_chunks": 2}])
+def test_zoneout_follows_the_randomness_of_vmap(options: dict[str, Any]) -> None:
+    gru, x = build("GRU", 3, 16, zoneout=0.5, **options).double(), torch.randn(3, 4, 2, 3, dtype=torch.float64)
+
+    def losses(x: Tensor, randomness: str) -> Tensor:
+        torch.manual_seed(1)
+        return torch.func.vmap(lambda x: gru(x)[0].square().sum(), randomness=randomness)(x)
+
+    with pytest.raises(RuntimeError, match="random operation while in randomness error mode"):
+        losses(x, "error")
+    for randomness, expected in (("same", 1), ("different", 3)):
+        repeated = losses(x[:1].expand(3, 4, 2, 3), randomness)
+        assert len(repeated.unique()) == expected
+        # The backward draws what the forward drew.
+        assert torch.autograd.gradcheck(lambda x, how=randomness: losses(x, how), x.requires_grad_(), fast_mode=True)
