@@ -283,6 +283,23 @@ def test_dense_steps_of_tables_are_the_kernels() -> None:
     assert pair.agree()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_kind_of_gradient_survives_copies_and_classes(sparse: bool) -> None:
+    module = Embedding(V, D, sparse=sparse)
+    state = {key: value for key, value in vars(module).items() if key != "_sparse"}
+    earlier = Embedding.__new__(Embedding)
+    earlier.__setstate__(state)
+    torchs = copy.deepcopy(module)
+    torchs.__class__ = torch.nn.Embedding
+    for each in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), earlier, torchs):
+        each(torch.tensor([1])).sum().backward()
+        assert each.sparse == each.weight.grad.is_sparse == sparse
+        each.zero_grad()
+    module.sparse = not sparse
+    module(torch.tensor([1])).sum().backward()
+    assert module.weight.grad.is_sparse != sparse
+
+
 def test_explain_tells_who_steps() -> None:
     module = embedding(rows=True)
     optimizer = optim.Adam(module.parameters())

@@ -25,6 +25,8 @@ class Embedding(torch.nn.Embedding, Deployable):
     gradient is dense, and so is the step. docs/differences.md lists the few readers that find rows behind.
     """
 
+    _sparse: bool
+
     def __init__(
         self,
         num_embeddings: int,
@@ -58,12 +60,13 @@ class Embedding(torch.nn.Embedding, Deployable):
 
     @sparse.setter
     def sparse(self, value: bool) -> None:
-        # Under a name of its own: compilers up to torch 2.10 take what is in __dict__ for the property.
-        self._sparse = value
+        # Twice: compilers up to torch 2.10 take what is in __dict__ under the property's name for the property, and
+        # torch's class, which a layer becomes when it is quantised, finds it there.
+        vars(self).update(sparse=value, _sparse=value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Saved by torch's class or by an earlier version.
-        super().__setstate__({"_sparse" if key == "sparse" else key: value for key, value in state.items()})
+        # torch's class and earlier versions have saved one of them.
+        super().__setstate__({"_sparse": state.get("sparse", False), **state})
 
     @classmethod
     def from_pretrained(cls, embeddings: Tensor, *args: Any, **kwargs: Any) -> Embedding:
