@@ -24,6 +24,12 @@
 #endif
 
 namespace llmkern::cpu {
+
+#if defined(LLMKERN_SANITIZE)
+// May throw: the checks define it, and let any request for memory fail.
+void before_acquire();
+#endif
+
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
@@ -150,6 +156,9 @@ class Cache {
 
 void* acquire(size_t bytes) {
   static const bool poison = poisons();
+#if defined(LLMKERN_SANITIZE)
+  before_acquire();
+#endif
   // So much that rounding it up would give little.
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   const size_t size = whole(bytes);
