@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._groups import RNNCotangents, RNNInputs, RNNOptions, RNNSaved
 from ._launch import accumulator, ceil_div, launch
 from ._rnn_cells import cell_backward, kept_of
 from ._rnn_layer import (
@@ -198,7 +199,7 @@ def _hidden_before(layer: Layer, y: Tensor, h0: Tensor, offsets: Tensor | None) 
     before = torch.empty_like(y)
     launch(
         rnn_before_kernel, (T, ceil_div(B * layer.hidden, BLOCK)), y, h0, offsets, before, T, B, *strides, layer.hidden,
-        REVERSE=layer.reverse, BLOCK=BLOCK,
+        REVERSE=layer.options.reverse, BLOCK=BLOCK,
     )  # fmt: skip
     return before.view(-1, layer.hidden)
 
@@ -206,9 +207,9 @@ def _hidden_before(layer: Layer, y: Tensor, h0: Tensor, offsets: Tensor | None) 
 def _hidden_weight_gradient(layer: Layer, dgates: Tensor, before: Tensor) -> Tensor:
     """dW_hh, of a block diagonal its blocks, from dgates (tokens, D) and h before each token's step."""
     G, H, U, heads = layer.gates, layer.hidden, layer.units, layer.heads
-    dweight = torch.empty_like(layer.weight_hh)
+    dweight = torch.empty_like(layer.inputs.weight_hh)
     # Rows of W_hh, and where their dgates begin.
-    pieces = ((0, 2 * H, H), (2 * H, 3 * H, 0)) if layer.mode == "gru" else ((0, G * H, 0),)
+    pieces = ((0, 2 * H, H), (2 * H, 3 * H, 0)) if layer.options.mode == "gru" else ((0, G * H, 0),)
     for begin, end, column in pieces:
         of_rows = dgates[:, column : column + end - begin]
         if heads == 1:
@@ -223,10 +224,10 @@ def _hidden_weight_gradient(layer: Layer, dgates: Tensor, before: Tensor) -> Ten
 def _peephole_gradient(layer: Layer, dgates: Tensor, cells: Tensor, gates: Tensor, offsets: Tensor | None) -> Tensor:
     """Sums over tokens of di c, df c and do c', c' before zoneout mixed it."""
     H, wide = layer.hidden, cells.dtype
-    assert layer.cx is not None
-    before = _hidden_before(layer, cells, layer.cx.to(wide), offsets)
+    assert layer.inputs.cx is not None
+    before = _hidden_before(layer, cells, layer.inputs.cx.to(wide), offsets)
     after = cells.view(-1, H)
-    if layer.zoneout_cell:
+    if layer.options.zoneout_cell:
         i, f, g, _ = gates.view(-1, 4 * H).to(wide).chunk(4, 1)
         after = f * before + i * g
     parts = ((0, before), (1, before), (3, after))
@@ -234,44 +235,21 @@ def _peephole_gradient(layer: Layer, dgates: Tensor, cells: Tensor, gates: Tenso
 
 
 def rnn_backward(
-    dy: Tensor,
-    dhy: Tensor,
-    dcy: Tensor | None,
-    dcells: Tensor | None,
-    x: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    peephole: Tensor | None,
-    norms: Tensor | None,
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    normed: Tensor,
-    mode: str,
-    reverse: bool,
-    batch_first: bool,
-    clip: float,
-    zoneout: float,
-    zoneout_cell: float,
-    seed: int,
+    cotangents: RNNCotangents,
+    inputs: RNNInputs,
+    saved: RNNSaved,
+    options: RNNOptions,
     needs_dx: bool,
     needs_dstates: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole and norms, as native code
     gives them; empty where they are not wanted."""
-    layer = Layer(
-        x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, peephole, batch_sizes, mode, reverse, batch_first, clip,
-        zoneout, zoneout_cell, seed,
-    )  # fmt: skip
-    layer.check(weight_hr, norms)
+    layer = Layer(inputs, options)
+    layer.check()
 
+    x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, _, peephole, *_ = inputs
+    (dy, dhy, dcy, dcells), (y, gates, cells, _), mode = cotangents, saved, options.mode
     wide, H, I, T = accumulator(x), layer.hidden, x.shape[-1], layer.steps
     for name, tensor, width, dtype in (
         ("dy", dy, H, x.dtype),
@@ -292,7 +270,7 @@ def rnn_backward(
     # Step T takes dh to the first states.
     layer.launch(
         rnn_backward_kernel, dy, dcells, weight_hh, peephole, offsets, y, h0, given(gates), given(cells), c0, dgates,
-        dh, dc, *layer.strides(), *layer.options(), first=0, last=T + needs_dstates,
+        dh, dc, *layer.strides(), *layer.numbers(), first=0, last=T + needs_dstates,
     )  # fmt: skip
 
     grads = [x.new_empty(0)] * 10

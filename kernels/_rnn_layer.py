@@ -14,6 +14,7 @@ no bit of the results.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._facts import CELLS, GATES, saved_gates
+from .._groups import RNNInputs, RNNOptions
 from . import _launch, _random
 from ._launch import accumulator, ceil_div, next_power_of_2
-
-# Widths of the cell state, in H.
 
 
 @triton.jit
@@ -126,38 +126,26 @@ def require(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
     raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected contiguous {dtype} {shape}")
 
 
-class Layer(NamedTuple):
-    """One layer and direction; arguments as :func:`llmkern.reference.rnn` has them."""
+@dataclass(frozen=True)
+class Layer:
+    """One layer and direction."""
 
-    x: Tensor
-    hx: Tensor
-    cx: Tensor | None
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    peephole: Tensor | None
-    batch_sizes: Tensor | None
-    mode: str
-    reverse: bool
-    batch_first: bool
-    clip: float
-    zoneout: float
-    zoneout_cell: float
-    seed: int
+    inputs: RNNInputs
+    options: RNNOptions
 
     @property
     def steps(self) -> int:
-        return self.x.shape[1 if self.batch_first else 0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+        x, sizes = self.inputs.x, self.inputs.batch_sizes
+        return x.shape[1 if self.options.batch_first else 0] if sizes is None else sizes.shape[0]
 
     @property
     def hidden(self) -> int:
-        return self.hx.shape[1]
+        return self.inputs.hx.shape[1]
 
     @property
     def units(self) -> int:
         """Of a head."""
-        return self.weight_hh.shape[1]
+        return self.inputs.weight_hh.shape[1]
 
     @property
     def heads(self) -> int:
@@ -165,74 +153,75 @@ class Layer(NamedTuple):
 
     @property
     def gates(self) -> int:
-        return GATES[self.mode]
+        return GATES[self.options.mode]
 
     @property
     def cells(self) -> int:
         """C, the width of the cell state."""
-        return CELLS[self.mode] * self.hidden
+        return CELLS[self.options.mode] * self.hidden
 
     @property
     def saved(self) -> int:
         """Numbers of a token and unit that the forward saves beside y."""
-        return saved_gates(self.mode, self.clip, self.zoneout)
+        return saved_gates(self.options.mode, self.options.clip, self.options.zoneout)
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(self.x.shape[:-1])
+        return tuple(self.inputs.x.shape[:-1])
 
-    def check(self, weight_hr: Tensor | None, norms: Tensor | None) -> None:
+    def check(self) -> None:
         """Every shape that memory safety depends on."""
-        x, hx, H, G, B = self.x, self.hx, self.hidden, self.gates, self.hx.shape[0]
-        packed = self.batch_sizes is not None
-        if weight_hr is not None or norms is not None:
+        inputs, H, G = self.inputs, self.hidden, self.gates
+        x, hx, B, packed = inputs.x, inputs.hx, inputs.hx.shape[0], inputs.batch_sizes is not None
+        if inputs.weight_hr is not None or inputs.norms is not None:
             raise ValueError("rnn: the Triton kernels have no projection and no norms")
-        if x.dim() != (2 if packed else 3) or (self.mode in CELLS) != (self.cx is not None):
+        if x.dim() != (2 if packed else 3) or bool(self.cells) != (inputs.cx is not None):
             raise ValueError("rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, and cx for lstm and slstm")
         if H % self.units:
             raise ValueError("weight_hh: expected H columns, or H divided by the number of heads")
         if hx.dtype not in (x.dtype, accumulator(x)):
             raise ValueError("hx: expected the dtype of x, or float32 beside bfloat16 and float16")
-        if not packed and x.shape[0 if self.batch_first else 1] != B:
+        if not packed and x.shape[0 if self.options.batch_first else 1] != B:
             raise ValueError("hx: expected as many sequences as x")
         require("x", x, tuple(x.shape), x.dtype)
         require("hx", hx, (B, H), hx.dtype)
-        require("cx", self.cx, (B, self.cells), hx.dtype)
-        require("weight_ih", self.weight_ih, (G * H, x.shape[-1]), x.dtype)
-        require("weight_hh", self.weight_hh, (G * H, self.units), x.dtype)
-        require("bias_ih", self.bias_ih, (G * H,), x.dtype)
-        require("bias_hh", self.bias_hh, (G * H,), x.dtype)
-        require("peephole", self.peephole, (3, H), x.dtype)
-        if self.batch_sizes is not None:
-            sizes = self.batch_sizes.tolist()
+        require("cx", inputs.cx, (B, self.cells), hx.dtype)
+        require("weight_ih", inputs.weight_ih, (G * H, x.shape[-1]), x.dtype)
+        require("weight_hh", inputs.weight_hh, (G * H, self.units), x.dtype)
+        require("bias_ih", inputs.bias_ih, (G * H,), x.dtype)
+        require("bias_hh", inputs.bias_hh, (G * H,), x.dtype)
+        require("peephole", inputs.peephole, (3, H), x.dtype)
+        if inputs.batch_sizes is not None:
+            sizes = inputs.batch_sizes.tolist()
             if sizes != sorted(sizes, reverse=True) or sizes[0] > B or sizes[-1] < 1 or sum(sizes) != x.shape[0]:
                 raise ValueError("batch_sizes: expected at most B, never more than before, their sum rows of x")
 
     def offsets(self) -> Tensor | None:
         """(T + 1): where each time of a packed batch begins among the tokens. Sizes lie on the host: one small copy."""
-        if self.batch_sizes is None:
+        if self.inputs.batch_sizes is None:
             return None
-        ends = self.batch_sizes.cumsum(0)
-        return torch.nn.functional.pad(ends, (1, 0)).to(self.x.device, non_blocking=True)
+        ends = self.inputs.batch_sizes.cumsum(0)
+        return torch.nn.functional.pad(ends, (1, 0)).to(self.inputs.x.device, non_blocking=True)
 
     def strides(self) -> tuple[int, int, int, int]:
         """T, B, and how many tokens lie between two times of a sequence (not packed) and between two sequences."""
-        T, B = self.steps, self.hx.shape[0]
-        return (T, B, 1, T) if self.batch_first else (T, B, B, 1)
+        T, B = self.steps, self.inputs.hx.shape[0]
+        return (T, B, 1, T) if self.options.batch_first else (T, B, B, 1)
 
-    def options(self) -> tuple[int, int, int | None, int | None, Tensor | None, Tensor | None, Tensor | None]:
+    def numbers(self) -> tuple[int, int, int | None, int | None, Tensor | None, Tensor | None, Tensor | None]:
         """Halves of the seed, thresholds (if elements are drawn) and shares of h and c in zoneout, and the clip; None
         where there is none. Shares and clip are tensors because Triton passes a float in fp32, also beside fp64."""
-        shares = (self.zoneout, self.zoneout_cell)
-        limits = [_random.threshold(share) if share and self.seed >= 0 else None for share in shares]
+        shares = (self.options.zoneout, self.options.zoneout_cell)
+        limits = [_random.threshold(share) if share and self.inputs.seed is not None else None for share in shares]
         numbers = [
-            torch.full((1,), number, dtype=accumulator(self.x), device=self.x.device) if number else None
-            for number in (*shares, self.clip)
+            torch.full((1,), number, dtype=accumulator(self.inputs.x), device=self.inputs.x.device) if number else None
+            for number in (*shares, self.options.clip)
         ]
-        return (*_random.halves(max(self.seed, 0)), *limits, *numbers)  # type: ignore[return-value]
+        seed = 0 if self.inputs.seed is None else int(self.inputs.seed)
+        return (*_random.halves(seed), *limits, *numbers)  # type: ignore[return-value]
 
     def tile(self) -> Tile:
-        return tile_of(self.x.dtype, self.units)
+        return tile_of(self.inputs.x.dtype, self.units)
 
     def constants(self) -> dict[str, Any]:
         """Of either kernel."""
@@ -240,12 +229,12 @@ class Layer(NamedTuple):
         return {
             "H": self.hidden,
             "U": self.units,
-            "MODE": self.mode,
+            "MODE": self.options.mode,
             "G": self.gates,
             "SAVED": self.saved,
-            "REVERSE": self.reverse,
-            "ACC": _launch.acc_type(self.x),
-            "PRECISION": _precision(self.x.dtype),
+            "REVERSE": self.options.reverse,
+            "ACC": _launch.acc_type(self.inputs.x),
+            "PRECISION": _precision(self.inputs.x.dtype),
             "BLOCK_B": tile.rows,
             "BLOCK_U": tile.units,
             "BLOCK_K": tile.depth,
@@ -255,9 +244,9 @@ class Layer(NamedTuple):
 
     def launch(self, kernel: Any, *arguments: Any, first: int, last: int) -> None:
         """Makes steps [first, last), in one launch if the programs of a chain can wait for each other."""
-        tile, device = self.tile(), self.x.device
-        chains, programs = ceil_div(self.hx.shape[0], tile.rows) * self.heads, ceil_div(self.units, tile.units)
-        alone = self.units <= ALONE[self.x.dtype]
+        tile, device = self.tile(), self.inputs.x.device
+        chains, programs = ceil_div(self.inputs.hx.shape[0], tile.rows) * self.heads, ceil_div(self.units, tile.units)
+        alone = self.units <= ALONE[self.inputs.x.dtype]
         together = chains * programs <= _launch.multiprocessors(device) and (programs == 1 or _launch.concurrent())
         steps = [(first, last)] if alone or together else [(s, s + 1) for s in range(first, last)]
         counters = None

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._groups import RNNInputs, RNNOptions
 from ._launch import accumulator
 from ._rnn_cells import cell_forward, clamp, zone
 from ._rnn_layer import (
@@ -165,52 +166,32 @@ def rnn_forward_kernel(
 def _chunks(layer: Layer) -> list[tuple[int, int]]:
     """Steps whose x W_ih^T is one product: consecutive tokens, which times of batch-first sequences are not."""
     T, B, _, _ = layer.strides()
-    size = B * layer.gates * layer.hidden * accumulator(layer.x).itemsize
-    longest = T if layer.batch_first else max(WORKSPACE // size, 1)
+    size = B * layer.gates * layer.hidden * accumulator(layer.inputs.x).itemsize
+    longest = T if layer.options.batch_first else max(WORKSPACE // size, 1)
     return [(first, min(first + longest, T)) for first in range(0, T, longest)]
 
 
 def _tokens(layer: Layer, first: int, last: int) -> tuple[int, int]:
     """Where the tokens of steps [first, last) lie."""
     T, B, _, _ = layer.strides()
-    if layer.batch_first or (first, last) == (0, T):
-        return 0, layer.x.shape[:-1].numel()
-    first, last = (T - last, T - first) if layer.reverse else (first, last)
-    if layer.batch_sizes is None:
+    if layer.options.batch_first or (first, last) == (0, T):
+        return 0, layer.inputs.x.shape[:-1].numel()
+    first, last = (T - last, T - first) if layer.options.reverse else (first, last)
+    if layer.inputs.batch_sizes is None:
         return first * B, last * B
     # Sizes of a packed batch lie on the host.
-    return int(layer.batch_sizes[:first].sum()), int(layer.batch_sizes[:last].sum())
+    return int(layer.inputs.batch_sizes[:first].sum()), int(layer.inputs.batch_sizes[:last].sum())
 
 
 def rnn_forward(
-    x: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    peephole: Tensor | None,
-    norms: Tensor | None,
-    batch_sizes: Tensor | None,
-    mode: str,
-    reverse: bool,
-    batch_first: bool,
-    clip: float,
-    zoneout: float,
-    zoneout_cell: float,
-    seed: int,
-    save: bool,
+    inputs: RNNInputs, options: RNNOptions, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, gates, cells, normed) as native code gives them; the last three empty where they are not wanted.
     Packed sequences copy ``batch_sizes`` to the device."""
-    layer = Layer(
-        x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, peephole, batch_sizes, mode, reverse, batch_first, clip,
-        zoneout, zoneout_cell, seed,
-    )  # fmt: skip
-    layer.check(weight_hr, norms)
+    layer = Layer(inputs, options)
+    layer.check()
 
+    x, hx, cx = inputs[:3]
     wide, H = accumulator(x), layer.hidden
     y = x.new_empty((*layer.tokens, H))
     gates = x.new_empty((*layer.tokens, layer.saved * H) if save and layer.saved else 0)
@@ -222,10 +203,10 @@ def rnn_forward(
 
     for first, last in _chunks(layer):
         begin, end = _tokens(layer, first, last)
-        gx = wide_product(tokens[begin:end], weight_ih)
+        gx = wide_product(tokens[begin:end], inputs.weight_ih)
         layer.launch(
-            rnn_forward_kernel, gx, turns, weight_hh, bias_ih, bias_hh, peephole, offsets, y, given(gates),
-            given(cells), h, c, begin, *layer.strides(), *layer.options(), first=first, last=last,
+            rnn_forward_kernel, gx, turns, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh, inputs.peephole, offsets,
+            y, given(gates), given(cells), h, c, begin, *layer.strides(), *layer.numbers(), first=first, last=last,
         )  # fmt: skip
 
     cy = hx.new_empty(0) if c is None else c.to(hx.dtype)

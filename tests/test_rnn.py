@@ -185,18 +185,17 @@ def test_relu_layers() -> None:
     _compare(*_pair("RNN", 5, 7, 2, "relu"), torch.randn(4, 3, 5), torch.randn(2, 3, 7))
 
 
-@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize(("mode", "G"), [("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_reference_differentiates(mode: str, reverse: bool, packed: bool) -> None:
-    G = {"lstm": 4, "gru": 3}.get(mode, 1)
+def test_the_reference_differentiates(mode: str, G: int, reverse: bool, packed: bool) -> None:
     shapes = [(4, 2) if packed else (2, 2, 2), (2, 3), (2, 3), (G * 3, 2), (G * 3, 3), (G * 3,), (G * 3,)]
     x, hx, cx, *weights = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
     sizes = torch.tensor([2, 1, 1]) if packed else None
 
     def function(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        outputs = reference.rnn(x, hx, cx if mode == "lstm" else None, *weights, None, None, None, sizes, mode, reverse)
-        return outputs if mode == "lstm" else outputs[:2]
+        inputs = ops.RNNInputs(x, hx, cx if mode == "lstm" else None, *weights, batch_sizes=sizes)
+        return reference.rnn(inputs, ops.RNNOptions(mode, reverse))[: 4 if mode == "lstm" else 2]
 
     assert torch.autograd.gradcheck(function, (x, hx, cx, *weights))
 
@@ -211,7 +210,7 @@ def test_the_op_differentiates(backend: str, device: torch.device, reverse: bool
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = (*tensors, *[None] * (7 - len(tensors)))
-        return ops.rnn(*full, None, None, None, None, ops.RNNOptions("lstm", reverse), backend, cells=True)
+        return ops.rnn(ops.RNNInputs(*full), ops.RNNOptions("lstm", reverse), backend, cells=True)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=not INTERPRETING, fast_mode=INTERPRETING)
     # Second derivatives are the reference's, whichever the backend.

@@ -102,7 +102,7 @@ def test_a_kernel_argument_of_the_wrong_shape_is_refused() -> None:
     options = ops.RNNOptions("lstm")
 
     def run(tensors: list[Any], sizes: Tensor | None = None, options: ops.RNNOptions = options) -> None:
-        native.rnn_forward(*tensors, sizes, *options, True)
+        native.rnn_forward(*tensors, sizes, None, *options, True)
 
     run(good)
     for index in (1, 2, 3, 4, 5, 6, 8, 9):

@@ -14,14 +14,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import llmkern.nn as nn
 from llmkern import dispatch
+from llmkern._facts import CELLS, GATES
+from llmkern._groups import RNNCotangents, RNNInputs, RNNOptions, RNNSaved
 
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(not INTERPRETING or not kernels("lstm"), reason="of Triton's interpreter"),
 ]
 NAMES = ["LSTM", "GRU", "RNN", "sLSTM"]
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "slstm": 4}
-CELLS = {"lstm": 1, "slstm": 3}
 
 
 def _compare(module: Any, x: Any, states: Any) -> None:
@@ -48,22 +48,24 @@ def test_packed_sequences_in_both_directions(name: str, lengths: list[int], H: i
     _compare(module, x, inputs(name, B, "steps", torch.float64, H, layers=2)[1])
 
 
-def _arguments(mode: str, T: int, B: int, H: int, dtype: torch.dtype, device: str, **options: Any) -> list[Any]:
-    G, C = GATES[mode], CELLS.get(mode, 0)
+Arguments = tuple[RNNInputs, RNNOptions]
+
+
+def _arguments(mode: str, T: int, B: int, H: int, dtype: torch.dtype, device: str, reverse: bool = False) -> Arguments:
+    G, C = GATES[mode], CELLS[mode]
     shapes = [(T, B, 5), (B, H), (B, C * H), (G * H, 5), (G * H, H), (G * H,), (G * H,)]
-    tensors: list[Any] = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    if not C:
-        tensors[2] = None
-    return [*tensors, None, None, None, None, mode, options.get("reverse", False), False, 0.0, 0.0, 0.0, -1]
+    tensors = RNNInputs(*(torch.randn(shape, device=device).to(dtype) for shape in shapes))
+    return tensors if C else tensors._replace(cx=None), RNNOptions(mode, reverse)
 
 
-def _both_ways(arguments: list[Any]) -> list[Tensor]:
+def _both_ways(arguments: Arguments) -> list[Tensor]:
     """Results of the forward, then of the backward for cotangents that are the results."""
+    tensors, options = arguments
     namespace = dispatch.load("triton")
-    y, hy, cy, *saved = namespace.rnn_forward(*arguments, True)
-    cotangents = (y, hy, cy if cy.numel() else None, None)
-    given = (*cotangents, *arguments[:11], y, *saved, *arguments[11:])
-    return [y, hy, cy, *saved, *namespace.rnn_backward(*given, True, True, True)]
+    y, hy, cy, *saved = namespace.rnn_forward(tensors, options, True)
+    cotangents = RNNCotangents(y, hy, cy if cy.numel() else None, None)
+    gradients = namespace.rnn_backward(cotangents, tensors, RNNSaved(y, *saved), options, True, True, True)
+    return [y, hy, cy, *saved, *gradients]
 
 
 @pytest.mark.parametrize(("mode", "reverse"), [("lstm", False), ("gru", True)])
@@ -77,8 +79,9 @@ def test_steps_in_chunks_and_repeated_runs(mode: str, reverse: bool, monkeypatch
     for a, b in zip(whole, _both_ways(arguments), strict=True):
         torch.testing.assert_close(a, b)
     # A packed batch that happens to have no gaps.
-    packed = [arguments[0].flatten(0, 1), *arguments[1:10], torch.full((5,), 3), *arguments[11:]]
-    for a, b in zip(whole, _both_ways(packed), strict=True):
+    tensors, options = arguments
+    packed = tensors._replace(x=tensors.x.flatten(0, 1), batch_sizes=torch.full((5,), 3))
+    for a, b in zip(whole, _both_ways((packed, options)), strict=True):
         torch.testing.assert_close(a.flatten(), b.flatten())
 
 
@@ -144,8 +147,8 @@ def test_auto_leaves_to_cudnn_what_it_serves() -> None:
         reason = dispatch._obstacle("triton", op, (x,), ["batch_sizes"] if op == "lstm" else [], {})
         assert reason == "not yet measured against cuDNN on a GPU: backend('triton') takes it"
         with dispatch.backend("triton"):
-            assert dispatch._obstacle("triton", op, (x,), [], {"torchs": 1}) is None
-    assert dispatch._obstacle("triton", "gru", (x,), ["clip"], {"torchs": 0}) is None
-    assert dispatch._obstacle("triton", "slstm", (x,), ["mode"], {"torchs": 0}) is None
+            assert dispatch._obstacle("triton", op, (x,), [], {}) is None
+    assert dispatch._obstacle("triton", "gru", (x,), ["clip"], {}) is None
+    assert dispatch._obstacle("triton", "slstm", (x,), [], {}) is None
     with dispatch.backend("triton"), pytest.raises(dispatch.BackendError, match="does not serve proj_size"):
         nn.LSTM(3, 4, proj_size=2)(torch.zeros(2, 1, 3))

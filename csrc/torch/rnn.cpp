@@ -47,11 +47,10 @@ struct Layer {
   const Tensor &x, &hx;
   const Optional& cx;
   const Tensor &weight_ih, &weight_hh;
-  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &norms, &batch_sizes;
+  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &norms, &batch_sizes, &seed;
   const std::string& mode;
   bool reverse, batch_first;
   double clip, zoneout, zoneout_cell;
-  int64_t seed;
 
   std::vector<int64_t> tokens(int64_t width) const {
     std::vector<int64_t> sizes(x.dim());
@@ -104,7 +103,11 @@ struct Layer {
     op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
     op.weight_hr = data(weight_hr), op.peephole = data(peephole), op.norms = data(norms);
     op.clip = clip, op.zoneout_h = zoneout, op.zoneout_c = zoneout_cell;
-    op.draws = seed >= 0, op.seed = static_cast<uint64_t>(seed);
+    op.draws = seed.has_value();
+    if (seed) {
+      require_shape(*seed, {}, ScalarType::Long, "seed");
+      op.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+    }
     return op;
   }
 };
@@ -120,10 +123,10 @@ void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullp
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
-    Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, std::string mode,
-    bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, int64_t seed, bool save) {
-  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh,   bias_ih, bias_hh, weight_hr,    peephole,
-                    norms, batch_sizes, mode, reverse,   batch_first, clip,    zoneout, zoneout_cell, seed};
+    Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, Optional seed,
+    std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, bool save) {
+  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh, bias_ih,     bias_hh, weight_hr, peephole,
+                    norms, batch_sizes, seed, mode,      reverse,   batch_first, clip,    zoneout,   zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
@@ -139,11 +142,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const Tensor& dy, const Tensor& dhy, Optional dcy, Optional dcells, const Tensor& x, const Tensor& hx, Optional cx,
     const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
-    Optional peephole, Optional norms, Optional batch_sizes, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip, double zoneout,
-    double zoneout_cell, int64_t seed, bool needs_dx, bool needs_dstates, bool needs_dweights) {
-  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh,   bias_ih, bias_hh, weight_hr,    peephole,
-                    norms, batch_sizes, mode, reverse,   batch_first, clip,    zoneout, zoneout_cell, seed};
+    Optional peephole, Optional norms, Optional batch_sizes, Optional seed, const Tensor& y, const Tensor& gates,
+    const Tensor& cells, const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip,
+    double zoneout, double zoneout_cell, bool needs_dx, bool needs_dstates, bool needs_dweights) {
+  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh, bias_ih,     bias_hh, weight_hr, peephole,
+                    norms, batch_sizes, seed, mode,      reverse,   batch_first, clip,    zoneout,   zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();

@@ -177,26 +177,24 @@ class Call:
             weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         norms = torch.cat(list(extras.norms[index])) if extras.norms else None
-        seed, drawn = self._seed()
-        options = ops.RNNOptions(
-            self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell, seed
-        )
+        options = ops.RNNOptions(self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell)
         hx, cx, *_ = (*(state[index].contiguous() for state in self.states), None)
         weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
-        inputs, chunks = (x, hx, cx, *weights, self.batch_sizes), extras.checkpoint_chunks
-        if chunks > 1:
-            y, hy, cy, every = ops.rnn_in_chunks(inputs, options, chunks, extras.return_cell_states, drawn, backend)
+        inputs = ops.RNNInputs(x, hx, cx, *weights, self.batch_sizes, self._seed())
+        if extras.checkpoint_chunks > 1:
+            results = ops.rnn_in_chunks(inputs, options, backend, extras.return_cell_states, extras.checkpoint_chunks)
         else:
-            y, hy, cy, every = ops.rnn(*inputs, options, backend, extras.return_cell_states, drawn)
+            results = ops.rnn(inputs, options, backend, extras.return_cell_states)
+        y, hy, cy, every = results
         return (y, hy, every) if cx is None else (y, hy, cy, every)
 
-    def _seed(self) -> tuple[int, Tensor | None]:
-        """What zoneout draws from: a number, -1 where it draws nothing, or a tensor where a graph has to draw."""
+    def _seed(self) -> Tensor | None:
+        """What zoneout is drawn from, in training."""
         if not (self.train and (self.extras.zoneout or self.extras.zoneout_cell)):
-            return -1, None
+            return None
         if ops.capturing():
             raise RuntimeError("zoneout: a CUDA graph would replay one mask; call eval(), or capture without zoneout")
-        return (0, ops.drawn_seed()) if ops.seed_freezes() else (ops.draw_seed(), None)
+        return ops.drawn_seed()
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Between two layers."""

@@ -167,8 +167,8 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     weight_ih, weight_hh, bias_ih, bias_hh = (None if w is None else w.contiguous() for w in weights)
     assert weight_ih is not None
     assert weight_hh is not None
-    every = (weight_ih, weight_hh, bias_ih, bias_hh, None, None, None, None)
-    _, hy, cy, _ = ops.rnn(x.unsqueeze(0), h, c[0] if c else None, *every, ops.RNNOptions(mode), backend)
+    inputs = ops.RNNInputs(x.unsqueeze(0), h, c[0] if c else None, weight_ih, weight_hh, bias_ih, bias_hh)
+    _, hy, cy, _ = ops.rnn(inputs, ops.RNNOptions(mode), backend)
     return (hy, cy) if c else hy
 
 

@@ -4,6 +4,7 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
+from .._groups import RNNInputs, RNNOptions
 from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
@@ -23,7 +24,6 @@ from .linear_cross_entropy import linear_cross_entropy
 from .mse_loss import mse_loss
 from .optim import adagrad_step, adam_step, advance, sgd_step
 from .quantized_embedding import quantize_rows, quantized_embedding
-from .rnn import Options as RNNOptions
 from .rnn import rnn
 from .row_optim import RowRule, RowStep, RowTable, same_memory
 from .sparse_optim import (
@@ -38,6 +38,7 @@ __all__ = [
     "ROW_LOCK",
     "BagIndexError",
     "FusedEmbeddingOptions",
+    "RNNInputs",
     "RNNOptions",
     "RowParameter",
     "RowRule",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -95,6 +96,19 @@ class KernelFunction(Function):
         if torch._C._are_functorch_transforms_active():
             return _transformed(cls).apply(*(_Whole(arg) if isinstance(arg, tuple) else arg for arg in args))
         return _eager(cls).apply(*args)
+
+
+def takes(*parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a ``forward(*arguments)`` of a function: names of its arguments, and groups of them (``_groups.py``). The
+    compiler counts them."""
+    names = [name for part in parts for name in ([part] if isinstance(part, str) else part._fields)]
+
+    def named(forward: Callable[..., Any]) -> Callable[..., Any]:
+        signature = Signature([Parameter(name, Parameter.POSITIONAL_ONLY) for name in names])
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+        return forward
+
+    return named
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:

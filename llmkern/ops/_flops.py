@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._groups import RNNCotangents, RNNInputs
 from .._when_loaded import when_loaded
 
 _COUNTER = "torch.utils.flop_counter"
@@ -39,23 +40,26 @@ def _loss_backward(
     return _loss_forward(x, linear_weight, *rest)
 
 
-def _rnn_forward(
-    x: Tensor, hx: Tensor, cx: Any, weight_ih: Tensor, weight_hh: Tensor, b: Any, c: Any, weight_hr: Any, *_: Any,
-    out_val: Any = None,
-) -> int:  # fmt: skip
+def _rnn_weights(inputs: RNNInputs) -> tuple[int, int, int]:
     """A row of x meets every weight once: weights of several heads are as many numbers as they multiply."""
-    weights = weight_ih.numel() + weight_hh.numel() + (0 if weight_hr is None else weight_hr.numel())
-    return 2 * x.shape[:-1].numel() * weights
+    projection = 0 if inputs.weight_hr is None else inputs.weight_hr.numel()
+    return inputs.weight_ih.numel(), inputs.weight_hh.numel(), projection
 
 
-def _rnn_backward(a: Any, b: Any, c: Any, d: Any, x: Tensor, hx: Tensor, *rest: Any, out_val: Any = None) -> int:
-    weights, (needs_dx, needs_dstates, needs_dweights) = (rest[1], rest[2], rest[5]), rest[-4:-1]
-    of_x, of_h, projection = (0 if w is None else w.numel() for w in weights)
-    rows = x.shape[:-1].numel()
+def _rnn_forward(*arguments: Any, out_val: Any = None) -> int:
+    inputs = RNNInputs(*arguments[: len(RNNInputs._fields)])
+    return 2 * inputs.x.shape[:-1].numel() * sum(_rnn_weights(inputs))
+
+
+def _rnn_backward(*arguments: Any, out_val: Any = None) -> int:
+    first, (needs_dx, needs_dstates, needs_dweights) = len(RNNCotangents._fields), arguments[-4:-1]
+    inputs = RNNInputs(*arguments[first : first + len(RNNInputs._fields)])
+    of_x, of_h, projection = _rnn_weights(inputs)
+    rows = inputs.x.shape[:-1].numel()
     through_time = rows * (of_h + projection)
     if not needs_dstates:
         # Nothing goes further back than the first step of a sequence.
-        through_time -= hx.shape[0] * of_h
+        through_time -= inputs.hx.shape[0] * of_h
     return 2 * (through_time + rows * of_x * needs_dx + rows * (of_x + of_h + projection) * needs_dweights)
 
 

@@ -6,12 +6,13 @@ are called inside the ``autograd.Function`` of their file, which supplies every 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import dispatch
+from .._groups import GROUPS, schema_of
 
 # torch's registry takes a name once in a process. What is defined is kept beside it, so that llmkern may be imported
 # again (after its modules were purged from `sys.modules`), and so that nothing is undone when an earlier copy goes.
@@ -25,21 +26,22 @@ _library: torch.library.Library = _registry["_library"]
 _native: torch.library.Library = _registry["_native"]
 
 
-def define(schema: str, fake: Callable[..., Any], to_backend: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``llmkern::<schema>``, with one argument more at its end, ``str backend``; and ``llmkern_cpu::<schema>``,
     which the native library implements.
 
-    ``fake(*args)`` gives empty results of the right shapes, without the backend. ``to_backend(*args)`` gives the
-    arguments of a backend's function, where they are not the op's: a tensor ``drawn`` is no argument there. An overload
-    has its op's implementation. Returns the callable op.
+    ``schema`` may name a group of ``_groups.py`` among its arguments: an op takes the group's members one by one, a
+    function of a backend in Python takes the group. ``fake(*args)``, which takes groups too, gives empty results of the
+    right shapes, without the backend. An overload has its op's implementation. Returns the callable op.
     """
+    schema, in_groups = _expand(schema)
     name, _, signature = schema.partition("(")
     function, _, overload = name.partition(".")
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
-        if to_backend is not None:
-            arguments = to_backend(*arguments)
+        if backend != "native":
+            arguments = [*in_groups(arguments)]
         implementation = getattr(dispatch.load(backend), function)
         if not torch._C._is_any_autocast_enabled():
             return implementation(*arguments)
@@ -59,11 +61,34 @@ def define(schema: str, fake: Callable[..., Any], to_backend: Callable[..., Any]
             tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
         )
         _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+        torch.library.register_fake(f"llmkern::{name}", lambda *args: fake(*in_groups(args[:-1])), lib=_library)
         if not overload:
             # Sizes are numbers where memory is read.
-            _native.define(schema.replace("SymInt", "int").replace(", Tensor? drawn", ""))
+            _native.define(schema.replace("SymInt", "int"))
     return getattr(getattr(torch.ops.llmkern, function), overload or "default")
+
+
+def _expand(schema: str) -> tuple[str, Callable[[Sequence[Any]], Sequence[Any]]]:
+    """The schema with the members of its groups, and what puts arguments that come one by one into groups."""
+    sizes: list[tuple[int, Callable[..., Any] | None]] = []
+    name, _, rest = schema.partition("(")
+    arguments, results = rest.split(") -> ", 1)
+    parts = arguments.split(", ")
+    for part in parts:
+        group = GROUPS.get(part)
+        sizes.append((1, None) if group is None else (len(group._fields), group))
+    if all(group is None for _, group in sizes):
+        return schema, lambda args: args
+
+    def in_groups(args: Sequence[Any]) -> Sequence[Any]:
+        result, at = [], 0
+        for size, group in sizes:
+            result.append(args[at] if group is None else group(*args[at : at + size]))
+            at += size
+        return result
+
+    flat = ", ".join(schema_of(GROUPS[part]) if part in GROUPS else part for part in parts)
+    return f"{name}({flat}) -> {results}", in_groups
 
 
 def define_scaled(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,50 +6,49 @@ as they go from step to step, so that the results are those without chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._facts import accumulate_dtype
+from .._groups import RNN_PRIMALS, RNNCotangents, RNNInputs, RNNOptions
 from ..reference._random import shifted
-from ._autograd import differentiating, plain_backward, reference_vjp
-from .rnn import Options, RNNFunction, reference_of, rnn, rnn_backward, rnn_forward, wanted
+from ._autograd import differentiating, plain_backward, reference_vjp, takes
+from .rnn import RNNFunction, reference_of, rnn, rnn_backward, rnn_forward, wanted
 
 
 class _Chunk(NamedTuple):
     """Steps of a sequence: which of the tokens they are, and in which dimension."""
 
-    options: Options
     first: int
     tokens: int
     dim: int
     batch_sizes: Tensor | None
-    drawn: Tensor | None
+    seed: Tensor | None
 
     def of(self, t: Tensor) -> Tensor:
         return t.narrow(self.dim, self.first, self.tokens).contiguous()
 
+    def inputs(self, whole: RNNInputs, h: Tensor, c: Tensor | None) -> RNNInputs:
+        """Those of the chunk, which begins with states ``h`` and ``c``."""
+        return whole._replace(x=self.of(whole.x), hx=h, cx=c, batch_sizes=self.batch_sizes, seed=self.seed)
 
-def _cut(inputs: Sequence[Any], options: Options, chunks: int) -> list[_Chunk]:
+
+def _cut(inputs: RNNInputs, options: RNNOptions, chunks: int) -> list[_Chunk]:
     """Chunks in the order of their computation. All have all sequences, of which some may have no step in a chunk."""
-    x, hx, batch_sizes, drawn = inputs[0], inputs[1], inputs[10], inputs[11]
-    dim = int(options.batch_first)
+    batch_sizes, dim = inputs.batch_sizes, int(options.batch_first)
     # Tokens before each step.
-    tokens = range(x.shape[dim] + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
+    tokens = range(inputs.x.shape[dim] + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
     steps, done, cut = len(tokens) - 1, 0, []
     longest = -(-steps // chunks)
     begins = range(0, steps, longest)
     for begin in reversed(begins) if options.reverse else begins:
         end = min(begin + longest, steps)
         # Zoneout draws by the place of a step in the whole sequence.
-        offset = done * hx.numel()
-        seed = shifted(options.seed, offset) if options.seed >= 0 else -1
-        later = None if drawn is None else shifted(drawn, offset)
+        seed = None if inputs.seed is None else shifted(inputs.seed, done * inputs.hx.numel())
         sizes = None if batch_sizes is None else batch_sizes[begin:end]
-        first = tokens[begin]
-        cut.append(_Chunk(options._replace(seed=seed), first, tokens[end] - first, dim, sizes, later))
+        cut.append(_Chunk(tokens[begin], tokens[end] - tokens[begin], dim, sizes, seed))
         done += end - begin
     return cut
 
@@ -58,33 +57,16 @@ class RNNChunksFunction(RNNFunction):
     """(y, hy, cy, cells, h and c before each chunk); the last two have no gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        x: Tensor,
-        hx: Tensor,
-        cx: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        weight_hr: Tensor | None,
-        peephole: Tensor | None,
-        norms: Tensor | None,
-        batch_sizes: Tensor | None,
-        drawn: Tensor | None,
-        options: Options,
-        chunks: int,
-        cells: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
-        h, c = hx.to(accumulate_dtype(x.dtype)), None if cx is None else cx.to(accumulate_dtype(x.dtype))
-        cut = _cut((x, hx, cx, *weights, batch_sizes, drawn), options, chunks)
+    @takes(RNNInputs, "options", "chunks", "cells", "backend")
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, options, chunks, cells, backend = arguments
+        inputs = RNNInputs(*tensors)
+        hx, cx, wide = inputs.hx, inputs.cx, accumulate_dtype(inputs.x.dtype)
+        h, c = hx.to(wide), None if cx is None else cx.to(wide)
         starts, parts = [], []
-        for chunk in cut:
+        for chunk in _cut(inputs, options, chunks):
             starts.append((h, h.new_empty(0) if c is None else c))
-            y, h, cy, _, every, _ = rnn_forward(
-                chunk.of(x), h, c, *weights, chunk.batch_sizes, chunk.drawn, *chunk.options, cells, backend
-            )
+            y, h, cy, _, every, _ = rnn_forward(*chunk.inputs(inputs, h, c), *options, cells, backend)
             c = None if c is None else cy
             parts.append((y, every))
         ys, every_c = zip(*(parts[::-1] if options.reverse else parts), strict=True)
@@ -107,8 +89,9 @@ class RNNChunksFunction(RNNFunction):
     def backward(
         ctx: Any, dy: Tensor | None, dhy: Tensor | None, dcy: Tensor | None, dcells: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        *inputs, before_h, before_c = ctx.saved_tensors
-        x, hx, cx, needs, nothing = inputs[0], inputs[1], inputs[2], ctx.needs_input_grad, (None,) * 6
+        *tensors, before_h, before_c = ctx.saved_tensors
+        inputs, needs, nothing = RNNInputs(*tensors), ctx.needs_input_grad, (None,) * 6
+        x, hx, cx = inputs.x, inputs.hx, inputs.cx
         # The compiler gives zeros for what is empty because it was not wanted.
         dcells = dcells if ctx.cells and cx is not None else None
         dy = x.new_zeros((*x.shape[:-1], hx.shape[1])) if dy is None else dy
@@ -118,19 +101,19 @@ class RNNChunksFunction(RNNFunction):
             directions = tuple(d for d in (dy, dh, dc, dcells) if d is not None)
             function, primals = reference_of(inputs, ctx.options, len(directions))
             found = iter(reference_vjp(function, primals, directions))
-            every = [None if t is None else next(found) for t in inputs[:10]]
+            every = [None if t is None else next(found) for t in inputs.primals]
             return *(grad if need else None for grad, need in zip(every, needs, strict=False)), *nothing
         wide = accumulate_dtype(x.dtype)
         dh, dc = dh.to(wide).contiguous(), None if dc is None else dc.to(wide).contiguous()
-        wants, dx, sums = (needs[0], True, any(needs[3:10])), [], [None] * 7
+        wants, dx, sums = (needs[0], True, any(needs[3:RNN_PRIMALS])), [], [None] * (RNN_PRIMALS - 3)
         cut = _cut(inputs, ctx.options, ctx.chunks)
         for i in reversed(range(len(cut))):
-            chunk, states = cut[i], (before_h[i], None if cx is None else before_c[i])
-            given = (chunk.of(x), *states, *inputs[3:10], chunk.batch_sizes, chunk.drawn)
-            y, _, _, *saved = rnn_forward(*given, *chunk.options, True, ctx.backend)
-            cell_part = None if dcells is None else chunk.of(dcells)
+            chunk = cut[i]
+            given = chunk.inputs(inputs, before_h[i], None if cx is None else before_c[i])
+            y, _, _, *saved = rnn_forward(*given, *ctx.options, True, ctx.backend)
+            cotangents = RNNCotangents(chunk.of(dy), dh, dc, None if dcells is None else chunk.of(dcells))
             part, dh, of_c, *of_weights = rnn_backward(
-                chunk.of(dy), dh, dc, cell_part, *given, y, *saved, *chunk.options, *wants, ctx.backend
+                *cotangents, *given, y, *saved, *ctx.options, *wants, ctx.backend
             )
             dx.append(part)
             dc = None if dc is None else of_c
@@ -145,13 +128,10 @@ class RNNChunksFunction(RNNFunction):
         return y, hy, cy, cells if ctx.cells else None, *nothing
 
 
-def rnn_in_chunks(
-    inputs: Sequence[Any], options: Options, chunks: int, cells: bool, drawn: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`llmkern.ops.rnn`, whose first eleven arguments are ``inputs``, in ``chunks`` of time. Where there is
-    nothing to save, or transforms of ``torch.func`` want a graph of every step, in one."""
-    primals = inputs[:10]
-    hooked = backend != "reference" and inputs[1].shape[0] and differentiating(*primals)
+def rnn_in_chunks(inputs: RNNInputs, options: RNNOptions, backend: str, cells: bool, chunks: int) -> tuple[Tensor, ...]:
+    """As :func:`llmkern.ops.rnn`, in ``chunks`` of time. Where there is nothing to save, or transforms of
+    ``torch.func`` want a graph of every step, in one."""
+    hooked = backend != "reference" and inputs.hx.shape[0] and differentiating(*inputs.primals)
     if not hooked or torch._C._are_functorch_transforms_active():
-        return rnn(*inputs[:11], options, backend, cells, drawn)  # type: ignore[call-arg]
-    return RNNChunksFunction.run(*inputs, drawn, options, chunks, cells, backend)[:4]
+        return rnn(inputs, options, backend, cells)
+    return RNNChunksFunction.run(*inputs, options, chunks, cells, backend)[:4]

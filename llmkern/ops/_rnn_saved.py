@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
+from .._groups import RNNInputs
 from ._autograd import plain_backward, pure
 
-_INPUTS = 12
-_X, _HX, _CX, _WEIGHT_IH, _WEIGHT_HH, _BIAS_IH, _BIAS_HH, _WEIGHT_HR, _PEEPHOLE, _NORMS = range(10)
+_INPUTS = len(RNNInputs._fields)
+_X, _HX, _CX, _WEIGHT_IH, _WEIGHT_HH, _BIAS_IH, _BIAS_HH, _WEIGHT_HR, _PEEPHOLE, _NORMS, _BATCH_SIZES = range(11)
 # Behind the inputs: y, gates, cells, normed. A caller gets the first and the third.
 _Y, _CELLS = _INPUTS, _INPUTS + 2
 
 
 def keep(ctx: Any, inputs: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
-    """Saves the 12 ``inputs`` of a forward, and its ``results`` (y, gates, cells, normed)."""
+    """Saves the ``inputs`` of a forward, and its ``results`` (y, gates, cells, normed)."""
     saved = (*inputs, *results)
     ctx.save_for_backward(*saved)
     ctx.versions = ctx.first_h = None
@@ -76,7 +77,7 @@ def _changed(ctx: Any, tensors: Sequence[Tensor | None], i: int) -> bool:
 
 def _unread(ctx: Any, tensors: Sequence[Any]) -> set[int]:
     """What no wanted gradient of a plain backward reads."""
-    needs, options, batch_sizes, gates = ctx.needs_input_grad, ctx.options, tensors[_INPUTS - 2], tensors[_Y + 1]
+    needs, options, batch_sizes, gates = ctx.needs_input_grad, ctx.options, tensors[_BATCH_SIZES], tensors[_Y + 1]
     steps = tensors[_X].shape[1 if options.batch_first else 0] if batch_sizes is None else batch_sizes.shape[0]
     earlier = needs[_WEIGHT_HH] or options.mode == "gru"  # h before a step
     elman = options.mode.startswith("rnn") and not gates.numel()

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, logsigmoid
 
 from .._facts import GATES, accumulate_dtype
+from .._groups import RNNInputs, RNNOptions
 from ._random import keeps
 
 
@@ -95,53 +96,27 @@ def rnn_step(
     raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh, rnn_relu or slstm")
 
 
-def _zone(new: Tensor, old: Tensor, share: float, seed: int | Tensor, step: int, B: int, salt: int) -> Tensor:
+def _zone(new: Tensor, old: Tensor, share: float, seed: Tensor | None, step: int, B: int, salt: int) -> Tensor:
     if share == 0:
         return new
     kept: Tensor | float = share
-    if isinstance(seed, Tensor) or seed >= 0:
+    if seed is not None:
         index = torch.arange(new.numel(), device=new.device).view(new.shape) + step * B * new.shape[1]
         kept = keeps(share, seed, index, salt).to(new.dtype)
     return kept * old + (1 - kept) * new
 
 
-def rnn(
-    x: Tensor,
-    hx: Tensor,
-    cx: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    peephole: Tensor | None,
-    norms: Tensor | None,
-    batch_sizes: Tensor | None,
-    mode: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    clip: float = 0.0,
-    zoneout: float = 0.0,
-    zoneout_cell: float = 0.0,
-    seed: int | Tensor = -1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, hy, cy, cells) of a whole sequence.
-
-    Args:
-        x: (T, B, I); (B, T, I) with ``batch_first``; or packed, (total, I), with ``batch_sizes`` (T), int64,
-            non-increasing; sequences without a step keep their states.
-        hx, cx: the first states (B, H), hx (B, P) with a projection; ``cx`` for lstm and, (B, 3H), slstm only.
-        mode: ``lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu`` or ``slstm``.
-        norms: weights of the norms of W x and U h, (G*H) each, and for lstm weight and bias of that of c, (H) each, end
-            to end; or none.
-        reverse: time runs from the end of each sequence to its beginning; y[t] stays at its t.
-        seed: what zoneout is drawn from, in training, a number or a tensor (); -1 in evaluation.
+def rnn(inputs: RNNInputs, options: RNNOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, hy, cy, cells) of a whole sequence. A seed is drawn from in training; without one zoneout mixes states.
+    ``reverse``: time runs from the end of each sequence to its beginning; y[t] stays at its t.
 
     Returns:
         y, shaped as x with H (P with a projection) in place of I, of ``x``'s dtype; hy and cy, of ``hx``'s, cy empty
         where there is no ``cx``; and c after every step, in fp32 (fp64 for fp64), as empty.
         States are carried in fp32 (fp64) inside the sequence.
     """
+    x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms, batch_sizes, seed = inputs
+    mode, reverse, batch_first, clip, zoneout, zoneout_cell = options
     wide = accumulate_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr, peep, scales = (
         None if w is None else w.to(wide) for w in (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)

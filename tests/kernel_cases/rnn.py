@@ -8,22 +8,20 @@ import torch
 
 from kernel_cases import Case
 from llmkern import kernels
-
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "slstm": 4}
-_CELLS = {"lstm": 1, "slstm": 3}
+from llmkern._facts import CELLS, GATES, SAVED_GATES
+from llmkern._groups import RNNCotangents, RNNInputs, RNNOptions, RNNSaved
 
 
 def _layer(
     device: torch.device, mode: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, heads: int
-) -> tuple[Any, ...]:
-    G, C = _GATES[mode], _CELLS.get(mode, 0)
+) -> tuple[RNNInputs, RNNOptions]:
+    G, C = GATES[mode], CELLS[mode]
     x, hx, weight_ih, weight_hh, bias_ih, bias_hh = (
         torch.zeros(shape, dtype=dtype, device=device)
         for shape in ((T, B, I), (B, H), (G * H, I), (G * H, H // heads), (G * H,), (G * H,))
     )
     cx = torch.zeros(B, C * H, dtype=dtype, device=device) if C else None
-    options = (mode, False, False, 0.0, 0.0, 0.0, -1)
-    return (x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, None, None, None, None, *options)
+    return RNNInputs(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh), RNNOptions(mode)
 
 
 def forward(device: torch.device, **sizes: Any) -> None:
@@ -31,14 +29,13 @@ def forward(device: torch.device, **sizes: Any) -> None:
 
 
 def backward(device: torch.device, **sizes: Any) -> None:
-    layer = _layer(device, **sizes)
-    x, hx, cx, mode, H = layer[0], layer[1], layer[2], sizes["mode"], sizes["H"]
-    shape = x.shape[:2]
-    saved = {"lstm": 4, "gru": 4, "slstm": 5}.get(mode, 0)
+    inputs, options = _layer(device, **sizes)
+    x, hx, cx, H = inputs.x, inputs.hx, inputs.cx, sizes["H"]
+    shape, saved = x.shape[:2], SAVED_GATES[options.mode]
     y, gates = x.new_zeros(*shape, H), x.new_zeros((*shape, saved * H) if saved else 0)
     cells = x.new_zeros((*shape, cx.shape[1]) if cx is not None else 0, dtype=torch.float32)
-    dy, saved_tensors = torch.zeros_like(y), (y, gates, cells, x.new_zeros(0))
-    kernels.rnn_backward(dy, hx, cx, None, *layer[:11], *saved_tensors, *layer[11:], True, True, True)
+    cotangents, kept = RNNCotangents(torch.zeros_like(y), hx, cx, None), RNNSaved(y, gates, cells, x.new_zeros(0))
+    kernels.rnn_backward(cotangents, inputs, kept, options, True, True, True)
 
 
 def _forward_floor(mode: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, heads: int) -> int:

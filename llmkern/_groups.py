@@ -1,0 +1,72 @@
+"""Arguments that travel together, from ``functional`` to the kernels: what each is, and its shape, is said here once.
+
+An op's schema names a group where its arguments stand one after the other (``ops/_library.py``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_type_hints
+
+from torch import Tensor
+
+
+class RNNInputs(NamedTuple):
+    """One recurrent layer and direction: T steps of B sequences, hidden size H, G gates, a cell state of C columns; all
+    contiguous. Those up to ``norms`` may have a gradient."""
+
+    x: Tensor  # (T, B, I); (B, T, I) with batch_first; (tokens, I) with batch_sizes
+    hx: Tensor  # (B, H); (B, P) with a projection
+    cx: Tensor | None  # (B, C): of lstm and slstm
+    weight_ih: Tensor  # (G H, I)
+    weight_hh: Tensor  # (G H, H); of fewer columns, the blocks of a diagonal
+    bias_ih: Tensor | None  # (G H)
+    bias_hh: Tensor | None  # (G H)
+    weight_hr: Tensor | None = None  # (P, H)
+    peephole: Tensor | None = None  # (3, H)
+    norms: Tensor | None = None  # weights of the norms of W x and U h, (G H) each; lstm: weight and bias of that of c
+    batch_sizes: Tensor | None = None  # (T) of int64: sequences that have each step, on the CPU
+    seed: Tensor | None = None  # () of int64, on the CPU: what zoneout is drawn from; None: nothing is drawn
+
+    @property
+    def primals(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient."""
+        return self[:RNN_PRIMALS]
+
+
+RNN_PRIMALS = RNNInputs._fields.index("batch_sizes")
+
+
+class RNNSaved(NamedTuple):
+    """What a forward gives its backward, beside its inputs. What is not needed is empty."""
+
+    y: Tensor  # as x, with P in place of I
+    gates: Tensor  # as y, with as many hidden sizes as the mode saves (llmkern/_facts.py)
+    cells: Tensor  # c after every step, as y, with C columns, in fp32 (fp64 for fp64)
+    normed: Tensor  # of layer norms: normalised sums, and each row's deviations
+
+
+class RNNCotangents(NamedTuple):
+    dy: Tensor
+    dhy: Tensor
+    dcy: Tensor | None
+    dcells: Tensor | None
+
+
+class RNNOptions(NamedTuple):
+    """What a layer does; see :mod:`llmkern.reference.rnn`."""
+
+    mode: str
+    reverse: bool = False
+    batch_first: bool = False
+    clip: float = 0.0
+    zoneout: float = 0.0
+    zoneout_cell: float = 0.0
+
+
+GROUPS = {group.__name__: group for group in (RNNInputs, RNNSaved, RNNCotangents, RNNOptions)}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float", int: "int"}
+
+
+def schema_of(group: type[NamedTuple]) -> str:
+    """The fields as a schema has them."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(group).items())
