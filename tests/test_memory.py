@@ -79,7 +79,7 @@ def test_threads_take_and_give_at_once() -> None:
 def resident(program: str, **environment: str) -> int:
     """MiB that the process of `program` still holds after it freed a 512 MiB result."""
     program = (
-        "import torch, llmkern\nfrom llmkern import native\n"
+        "import torch, llmkern.functional\nfrom llmkern import native\n"
         "def held(): return int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmRSS'))) >> 10\n"
         "f = torch.ops.llmkern_cpu.embedding_forward\n"
         "f(torch.ones(1, 256), torch.zeros(4).long()); before = held()\n"
