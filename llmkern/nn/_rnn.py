@@ -226,12 +226,14 @@ class Layers(torch.nn.RNNBase, Deployable):
     def _check(self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None, weights: list[Any]) -> None:
         """torch's checks, which look at ``_flat_weights``."""
         kept = self._flat_weights
-        if weights is not kept:
+        # Of lists the compiler of torch 2.10 cannot say whether they are the same.
+        others = any(a is not b for a, b in zip(weights, kept, strict=False))
+        if others:
             self._flat_weights = weights
         try:
             self.check_forward_args(input, self._as_given(states), batch_sizes)
         finally:
-            if weights is not kept:
+            if others:
                 self._flat_weights = kept
 
     def _call(
