@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._groups import LossOptions
 from . import _faults
 from ._launch import accumulator
 from ._math import tanh
@@ -295,11 +296,7 @@ class Loss(NamedTuple):
     target: Tensor
     weight: Tensor | None
     V: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-    logit_scale: float
+    options: LossOptions
 
     @property
     def soft(self) -> bool:
@@ -316,13 +313,13 @@ class Loss(NamedTuple):
     @property
     def shares(self) -> bool:
         """Whether classes other than the target count for something."""
-        return self.soft or self.label_smoothing != 0
+        return self.soft or self.options.label_smoothing != 0
 
     @property
-    def options(self) -> tuple[float, ...]:
+    def numbers(self) -> tuple[float, ...]:
         """keep, rest, z_loss, softcap, scale."""
-        rest = self.label_smoothing / self.V
-        return 1 - self.label_smoothing, rest, self.z_loss, self.softcap, self.logit_scale
+        _, smoothing, *others = self.options
+        return (1 - smoothing, smoothing / self.V, *others)
 
 
 class Outputs(NamedTuple):

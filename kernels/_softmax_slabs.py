@@ -197,12 +197,12 @@ class Slabs:
         self.factors = like.new_empty((7, N), dtype=accumulated)
 
     def _constants(self) -> dict[str, Any]:
-        return {"CAP": self.loss.softcap != 0, "ENTROPY": self.entropy, "ACC": acc_type(self.like)}
+        return {"CAP": self.loss.options.softcap != 0, "ENTROPY": self.entropy, "ACC": acc_type(self.like)}
 
     def _tiles(self) -> dict[str, Any]:
-        heavy = self.loss.shares or self.loss.softcap != 0 or self.entropy or self.places is not None
+        heavy = self.loss.shares or self.loss.options.softcap != 0 or self.entropy or self.places is not None
         tiles = {"SLICE": SLICE, "LANES": 128 if heavy else 256, "ELEMENTS": 8, "num_warps": 8}
-        return {"SMOOTH": self.loss.label_smoothing != 0, **self._constants(), **tiles}
+        return {"SMOOTH": self.loss.options.label_smoothing != 0, **self._constants(), **tiles}
 
     def read(self, x: Tensor, first: int) -> None:
         loss, width = self.loss, x.shape[1]
@@ -212,7 +212,7 @@ class Slabs:
         launch(
             cross_entropy_partials_kernel, (self.N, slices), x, loss.indices, loss.probabilities, loss.weight,
             self.states, self.places, self.z_y, fault, self.N, loss.V, width, first, self.part, self.parts,
-            loss.ignore_index, *loss.options, **self._tiles(),
+            loss.options.ignore_index, *loss.numbers, **self._tiles(),
         )  # fmt: skip
         self.part += slices
 
@@ -220,8 +220,8 @@ class Slabs:
         loss = self.loss
         launch(
             cross_entropy_combine_kernel, (ceil_div(self.N, 32),), self.states, self.places, self.z_y, loss.indices,
-            loss.weight, *cotangents, *outputs, self.factors, self.N, loss.V, self.parts, loss.ignore_index,
-            *loss.options, SHARES=loss.shares, **self._constants(), BLOCK_R=32, BLOCK_P=16,
+            loss.weight, *cotangents, *outputs, self.factors, self.N, loss.V, self.parts, loss.options.ignore_index,
+            *loss.numbers, SHARES=loss.shares, **self._constants(), BLOCK_R=32, BLOCK_P=16,
         )  # fmt: skip
 
     def gradient(
@@ -230,6 +230,6 @@ class Slabs:
         loss, width = self.loss, x.shape[1]
         launch(
             cross_entropy_gradient_kernel, (self.N, ceil_div(width, SLICE)), x, dx, loss.indices, loss.probabilities,
-            dprobabilities, loss.weight, self.factors, blocked, self.N, loss.V, width, first, loss.ignore_index,
-            *loss.options, **self._tiles(),
+            dprobabilities, loss.weight, self.factors, blocked, self.N, loss.V, width, first, loss.options.ignore_index,
+            *loss.numbers, **self._tiles(),
         )  # fmt: skip

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._groups import LossOptions
 from . import _faults
 from ._launch import acc_type, accumulator, ceil_div, launch, multiprocessors, next_power_of_2
 from ._softmax_rows import (
@@ -223,22 +224,25 @@ def compute(
             slabs.gradient(logits, dlogits, 0, dtarget, blocked)
         return
     constants: dict[str, Any] = {
-        "APART": apart, "CAP": loss.softcap != 0, "SMOOTH": loss.label_smoothing != 0, "ACC": acc_type(logits)
-    }  # fmt: skip
+        "APART": apart,
+        "CAP": loss.options.softcap != 0,
+        "SMOOTH": loss.options.label_smoothing != 0,
+        "ACC": acc_type(logits),
+    }
     pointers = (
         logits, loss.indices, loss.probabilities, loss.weight, *cotangents, *outputs, dlogits, dtarget,
         _faults.word(_faults.TARGET), blocked,
     )  # fmt: skip
-    held = loss.soft or (loss.label_smoothing != 0 and loss.weight is not None)
+    held = loss.soft or (loss.options.label_smoothing != 0 and loss.weight is not None)
     beside = (outputs.entropy, outputs.argmax, cotangents.entropy)
     wide = logits.dtype == torch.float64
-    heavy = wide or loss.shares or loss.softcap != 0 or any(t is not None for t in beside)
+    heavy = wide or loss.shares or loss.options.softcap != 0 or any(t is not None for t in beside)
     if tile := _tile(V, apart, wide, held, heavy):
         BLOCK_R, BLOCK_V, num_warps = tile
         groups = ceil_div(D, BLOCK_R)
         launch(
             cross_entropy_tile_kernel, (N * groups if apart else ceil_div(N, BLOCK_R),), *pointers,
-            N, V, D, groups, loss.ignore_index, *loss.options,
+            N, V, D, groups, loss.options.ignore_index, *loss.numbers,
             **constants, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V, num_warps=num_warps,
         )  # fmt: skip
         return
@@ -249,7 +253,7 @@ def compute(
     items = N * groups
     grid = (min(items, programs * multiprocessors(logits.device)),)
     launch(
-        cross_entropy_loop_kernel, grid, *pointers, N, V, D, items, groups, loss.ignore_index, *loss.options,
+        cross_entropy_loop_kernel, grid, *pointers, N, V, D, items, groups, loss.options.ignore_index, *loss.numbers,
         **constants, LANES=LANES, ELEMENTS=ELEMENTS, num_warps=num_warps,
     )  # fmt: skip
 
@@ -276,11 +280,7 @@ def cross_entropy_forward(
     target: Tensor,
     weight: Tensor | None,
     dloss: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: LossOptions,
     entropy: bool,
     argmax: bool,
     need_logits: bool,
@@ -288,7 +288,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, ...]:
     """loss, lse, entropy and argmax of each row of ``logits`` (N, V) or (N, V, D), and the gradients of the logits and
     of probabilities for ``dloss``; what is not wanted is empty. Everything contiguous."""
-    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss = Loss(target, weight, logits.shape[1], options)
     cotangents = Cotangents(dloss)
     _check(logits, loss, cotangents)
     outputs = _rows_like(logits, entropy, argmax)
@@ -303,17 +303,13 @@ def cross_entropy_forward_(
     target: Tensor,
     weight: Tensor | None,
     dloss: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: LossOptions,
     entropy: bool,
     argmax: bool,
     need_target: bool,
 ) -> tuple[Tensor, ...]:
     """As :func:`cross_entropy_forward`; the gradient takes the place of the logits, unless a target is out of range."""
-    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss = Loss(target, weight, logits.shape[1], options)
     cotangents = Cotangents(dloss)
     _check(logits, loss, cotangents)
     outputs = _rows_like(logits, entropy, argmax)
@@ -323,7 +319,7 @@ def cross_entropy_forward_(
         blocked = torch.zeros(1, dtype=torch.int32, device=logits.device)
         launch(
             cross_entropy_check_kernel, (ceil_div(target.numel(), 1024),), target, blocked,
-            _faults.word(_faults.TARGET), target.numel(), loss.V, ignore_index, BLOCK=1024,
+            _faults.word(_faults.TARGET), target.numel(), loss.V, options.ignore_index, BLOCK=1024,
         )  # fmt: skip
     compute(logits, loss, outputs, cotangents, logits, dtarget, blocked)
     return *outputs.filled(), _or_empty(dtarget, target)
@@ -336,16 +332,12 @@ def cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: LossOptions,
     need_logits: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the logits and of probabilities; what is not wanted is empty."""
-    loss = Loss(target, weight, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss = Loss(target, weight, logits.shape[1], options)
     cotangents = Cotangents(dloss, dlse, dentropy)
     _check(logits, loss, cotangents)
     dlogits = torch.empty_like(logits) if need_logits else None

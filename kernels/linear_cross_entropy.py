@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._groups import LossOptions
 from ._launch import accumulator, ceil_div
 from ._softmax_rows import Cotangents, Loss, Outputs
 from ._softmax_slabs import Slabs
@@ -222,11 +223,7 @@ def linear_cross_entropy_forward(
     target: Tensor,
     weight: Tensor | None,
     dloss: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: LossOptions,
     workspace: int,
     entropy: bool,
     argmax: bool,
@@ -237,7 +234,7 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, ...]:
     """loss, lse, entropy and argmax of each row of x (N, H), and for ``dloss`` the gradients of x, linear_weight
     (V, H), linear_bias (V) and of probabilities; what is not wanted is empty. Everything contiguous."""
-    loss = Loss(target, weight, linear_weight.shape[0], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss = Loss(target, weight, linear_weight.shape[0], options)
     outputs = Outputs.empty(x, x.shape[:1], entropy, argmax)
     gradients = Gradients.empty(x, linear_weight, target, need_x, need_weight, need_bias, need_target)
     layer = _Layer(x, linear_weight, linear_bias)
@@ -254,11 +251,7 @@ def linear_cross_entropy_backward(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
+    options: LossOptions,
     workspace: int,
     need_x: bool,
     need_weight: bool,
@@ -266,7 +259,7 @@ def linear_cross_entropy_backward(
     need_target: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of x, linear_weight, linear_bias and of probabilities; what is not wanted is empty."""
-    loss = Loss(target, weight, linear_weight.shape[0], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss = Loss(target, weight, linear_weight.shape[0], options)
     gradients = Gradients.empty(x, linear_weight, target, need_x, need_weight, need_bias, need_target)
     layer = _Layer(x, linear_weight, linear_bias)
     _compute(layer, loss, workspace, Outputs(), Cotangents(dloss, dlse, dentropy), gradients)

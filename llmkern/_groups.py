@@ -63,7 +63,17 @@ class RNNOptions(NamedTuple):
     zoneout_cell: float = 0.0
 
 
-GROUPS = {group.__name__: group for group in (RNNInputs, RNNSaved, RNNCotangents, RNNOptions)}
+class LossOptions(NamedTuple):
+    """Of cross-entropy; see :mod:`llmkern.reference.cross_entropy`."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    logit_scale: float = 1.0
+
+
+GROUPS = {group.__name__: group for group in (RNNInputs, RNNSaved, RNNCotangents, RNNOptions, LossOptions)}
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float", int: "int"}
 
 

@@ -18,6 +18,7 @@ import llmkern
 import llmkern.functional as F
 import llmkern.nn as nn
 from llmkern import reference
+from llmkern._groups import LossOptions
 
 KERNELS = kernels("cross_entropy")
 # 1: a softmax of one; 3 and 17: less and more than a vector of fp32 in SSE; 1000: tails in AVX-512; 4099: a prime.
@@ -123,7 +124,7 @@ def test_probabilities_in_the_reference(weighted: bool, smoothing: float) -> Non
         torch.randn(5, 7, dtype=torch.float64).softmax(-1),
     )
     weight = torch.rand(7, dtype=torch.float64) if weighted else None
-    got = reference.cross_entropy(logits, target, weight, label_smoothing=smoothing)[0]
+    got = reference.cross_entropy(logits, target, weight, LossOptions(label_smoothing=smoothing))[0]
     want = TF.cross_entropy(logits, target, weight, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(got, want)
     mixed = F.cross_entropy(logits, target, weight, label_smoothing=smoothing, z_loss=0.1)

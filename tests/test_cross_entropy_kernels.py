@@ -14,14 +14,15 @@ from checks import INTERPRETING
 from torch import Tensor
 
 from llmkern import dispatch, reference
+from llmkern._groups import LossOptions
 
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif("Triton" in (dispatch.unavailable("triton") or ""), reason="no Triton"),
 ]
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs kernels on the CPU")
-PLAIN = (-100, 0.0, 0.0, 0.0, 1.0)
-EVERY = (-100, 0.1, 0.1, 3.0, -0.7)
+PLAIN = LossOptions()
+EVERY = LossOptions(-100, 0.1, 0.1, 3.0, -0.7)
 INF, NAN = float("inf"), float("nan")
 META = torch.device("meta")
 
@@ -54,7 +55,7 @@ def problem(N: int, V: int, dtype: torch.dtype, soft: bool) -> tuple[Tensor, Ten
 def right(logits: Tensor, target: Tensor, weight: Tensor, options: Any, *cotangents: Tensor) -> list[Tensor]:
     """Outputs in fp64, and the gradients of logits and probabilities."""
     leaves = [t.double().requires_grad_() for t in (logits, target) if t.is_floating_point()]
-    outputs = reference.cross_entropy(leaves[0], leaves[-1] if len(leaves) > 1 else target, weight.double(), *options)
+    outputs = reference.cross_entropy(leaves[0], leaves[-1] if len(leaves) > 1 else target, weight.double(), options)
     gradients = torch.autograd.grad(outputs[:3], leaves, [c.double() for c in cotangents])
     return [*(t.detach() for t in outputs), *gradients]
 
@@ -77,14 +78,14 @@ def test_edges_of_blocks(way: str, module: Any, V: int, options: Any, soft: bool
     logits, target, weight = problem(2, V, dtype, soft)
     cotangents = [torch.randn(2) for _ in range(3)]
     want = right(logits, target, weight, options, *cotangents)
-    outputs = module.cross_entropy_forward(logits, target, weight, None, *options, True, True, False, False)
+    outputs = module.cross_entropy_forward(logits, target, weight, None, options, True, True, False, False)
     assert outputs[4].numel() == outputs[5].numel() == 0
-    gradients = module.cross_entropy_backward(*cotangents, logits, target, weight, *options, True, soft)
+    gradients = module.cross_entropy_backward(*cotangents, logits, target, weight, options, True, soft)
     compare([*outputs[:4], *gradients[: 1 + soft]], want)
     *of_loss, dlogits, dtarget = module.cross_entropy_forward(
-        logits, target, weight, cotangents[0], *options, True, True, True, soft
+        logits, target, weight, cotangents[0], options, True, True, True, soft
     )
-    again = module.cross_entropy_backward(cotangents[0], None, None, logits, target, weight, *options, True, soft)
+    again = module.cross_entropy_backward(cotangents[0], None, None, logits, target, weight, options, True, soft)
     assert all(torch.equal(a, b) for a, b in zip((*of_loss, dlogits, dtarget), (*outputs[:4], *again), strict=True))
 
 
@@ -93,8 +94,8 @@ def test_edges_of_blocks(way: str, module: Any, V: int, options: Any, soft: bool
 def test_several_rows_a_program(module: Any, N: int, V: int) -> None:
     logits, target, weight = problem(N, V, torch.float32, False)
     cotangents = [torch.randn(N) for _ in range(3)]
-    outputs = module.cross_entropy_forward(logits, target, weight, None, *EVERY, True, True, False, False)[:4]
-    gradient = module.cross_entropy_backward(*cotangents, logits, target, weight, *EVERY, True, False)[0]
+    outputs = module.cross_entropy_forward(logits, target, weight, None, EVERY, True, True, False, False)[:4]
+    gradient = module.cross_entropy_backward(*cotangents, logits, target, weight, EVERY, True, False)[0]
     compare([*outputs, gradient], right(logits, target, weight, EVERY, *cotangents))
 
 
@@ -112,7 +113,7 @@ def test_classes_apart(module: Any, monkeypatch: pytest.MonkeyPatch, V: int, D: 
     best = logits.argmax(1).where(target >= 0, -1)
     for tile in (module._tile, lambda *_: None):
         monkeypatch.setattr(module, "_tile", tile)
-        results = module.cross_entropy_forward(logits, target, None, cotangent, *PLAIN, False, True, True, False)
+        results = module.cross_entropy_forward(logits, target, None, cotangent, PLAIN, False, True, True, False)
         compare([results[0], results[3], results[4]], [want.detach(), best, dwant])
 
 
@@ -133,7 +134,7 @@ def test_infinities_and_nan_in_whole_blocks(way: str, module: Any) -> None:
     want = TF.cross_entropy(leaf, target, reduction="none")
     (dwant,) = torch.autograd.grad(want.sum(), leaf)
     loss, lse, _, argmax, dlogits, _ = module.cross_entropy_forward(
-        logits, target, None, torch.ones(6), *PLAIN, True, True, True, False
+        logits, target, None, torch.ones(6), PLAIN, True, True, True, False
     )
     for got, expected in ((loss, want), (lse, logits.logsumexp(1)), (dlogits, dwant)):
         torch.testing.assert_close(got, expected, equal_nan=True)
@@ -144,7 +145,7 @@ def test_infinities_and_nan_in_whole_blocks(way: str, module: Any) -> None:
 def test_ignored_rows_are_not_read(way: str, module: Any) -> None:
     logits, target, weight = problem(3, 4100, torch.float32, False)
     logits[1] = NAN
-    results = module.cross_entropy_forward(logits, target, weight, torch.ones(3), *EVERY, True, True, True, False)
+    results = module.cross_entropy_forward(logits, target, weight, torch.ones(3), EVERY, True, True, True, False)
     assert [float(t[1]) for t in results[:4]] == [0, 0, 0, -1]
     assert not results[4][1].any()
     assert not results[4].isnan().any()
@@ -155,13 +156,13 @@ def test_in_place(way: str, module: Any) -> None:
     """The same bits where the logits were; nothing is written if a target is out of range."""
     logits, target, weight = problem(3, 4100, torch.bfloat16, False)
     dloss, place = torch.randn(3), logits.clone()
-    want = module.cross_entropy_forward(logits, target, weight, dloss, *PLAIN, False, False, True, False)
-    got = module.cross_entropy_forward_(place, target, weight, dloss, *PLAIN, False, False, False)
+    want = module.cross_entropy_forward(logits, target, weight, dloss, PLAIN, False, False, True, False)
+    got = module.cross_entropy_forward_(place, target, weight, dloss, PLAIN, False, False, False)
     assert torch.equal(got[0], want[0])
     assert torch.equal(place, want[4])
     place, target[2] = logits.clone(), 4100
     with pytest.raises(IndexError, match="Target 4100 is out of bounds"):
-        module.cross_entropy_forward_(place, target, weight, dloss, *PLAIN, False, False, False)
+        module.cross_entropy_forward_(place, target, weight, dloss, PLAIN, False, False, False)
     assert torch.equal(place, logits)
 
 
@@ -174,7 +175,7 @@ def test_the_same_bits_for_any_grid(module: Any, monkeypatch: pytest.MonkeyPatch
     for count in (132, 1):
         monkeypatch.setattr(module, "multiprocessors", lambda _, count=count: count)
         results.append(
-            module.cross_entropy_forward(logits, target, weight, torch.ones(5), *EVERY, True, True, True, False)
+            module.cross_entropy_forward(logits, target, weight, torch.ones(5), EVERY, True, True, True, False)
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -211,7 +212,7 @@ def test_more_than_two_to_the_31_logits(way: str, module: Any, monkeypatch: pyte
         logits[-1, -1] = 5
         target = torch.full((N,), -100)
         target[-1] = V - 1
-        rows = module.cross_entropy_forward_(logits, target, None, torch.ones(N), *PLAIN, False, True, False)
+        rows = module.cross_entropy_forward_(logits, target, None, torch.ones(N), PLAIN, False, True, False)
         want = torch.zeros(V).index_fill(0, torch.tensor(V - 1), 5).double()
         torch.testing.assert_close(rows[0][-1].double(), want.logsumexp(0) - 5)
         assert rows[3][-1] == V - 1
@@ -233,10 +234,9 @@ def test_batches_share_their_code(module: Any, V: int) -> None:
 
     def compiled(N: int, ignore_index: int) -> list[Any]:
         logits, target = torch.empty(N, V, device=META), torch.empty(N, dtype=torch.int64, device=META)
+        dloss, options = torch.empty(N, device=META), PLAIN._replace(ignore_index=ignore_index)
         with _launch.recording() as launches:
-            module.cross_entropy_forward(
-                logits, target, None, torch.empty(N, device=META), ignore_index, *PLAIN[1:], False, False, True, False
-            )
+            module.cross_entropy_forward(logits, target, None, dloss, options, False, False, True, False)
         return [(made.name, made.source.signature, made.source.constants) for made in map(unit, launches)]
 
     assert compiled(7, -100) == compiled(16, -100) == compiled(1, 1)
@@ -251,7 +251,7 @@ def test_which_way(module: Any) -> None:
         logits, target = torch.empty(N, V, dtype=dtype, device=META), torch.empty(N, dtype=torch.int64, device=META)
         with _launch.recording() as launches:
             module.cross_entropy_forward(
-                logits, target, None, torch.empty(N, device=META), *PLAIN, False, False, True, False
+                logits, target, None, torch.empty(N, device=META), PLAIN, False, False, True, False
             )
         return [(made.kernel.__name__.removeprefix("cross_entropy_"), made.grid) for made in launches]
 

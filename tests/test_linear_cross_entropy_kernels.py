@@ -13,14 +13,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern import dispatch, reference
+from llmkern._groups import LossOptions
 
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif("Triton" in (dispatch.unavailable("triton") or ""), reason="no Triton"),
 ]
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="runs kernels on the CPU")
-PLAIN = (-100, 0.0, 0.0, 0.0, 1.0)
-EVERY = (-100, 0.1, 0.1, 3.0, -0.7)
+PLAIN = LossOptions()
+EVERY = LossOptions(-100, 0.1, 0.1, 3.0, -0.7)
 META = torch.device("meta")
 
 
@@ -71,20 +72,20 @@ def test_every_output_and_gradient(module: Any, options: Any, soft: bool, shape:
     x, w, b, target, weight = problem(N, 5, V, torch.float64, soft)
     cotangents = [torch.randn(N, dtype=torch.float64) for _ in range(3)]
     leaves = [t.clone().requires_grad_() for t in (x, w, b, target) if t.is_floating_point()]
-    want = reference.linear_cross_entropy(*leaves[:3], leaves[3] if soft else target, weight, *options)
+    want = reference.linear_cross_entropy(*leaves[:3], leaves[3] if soft else target, weight, options)
     dwant = torch.autograd.grad(want[:3], leaves, cotangents, retain_graph=True)
     outputs = module.linear_cross_entropy_forward(
-        x, w, b, target, weight, None, *options, workspace, True, True, False, False, False, False
+        x, w, b, target, weight, None, options, workspace, True, True, False, False, False, False
     )
     assert all(t.numel() == 0 for t in outputs[4:])
     gradients = module.linear_cross_entropy_backward(
-        *cotangents, x, w, b, target, weight, *options, workspace, True, True, True, soft
+        *cotangents, x, w, b, target, weight, options, workspace, True, True, True, soft
     )
     for a, e in zip([*outputs[:4], *gradients[: 3 + soft]], [*want, *dwant], strict=True):
         torch.testing.assert_close(a, e)
     # The gradient of the loss, made in the forward; without those that are not needed.
     both = module.linear_cross_entropy_forward(
-        x, w, b, target, weight, cotangents[0], *options, workspace, False, False, True, True, True, soft
+        x, w, b, target, weight, cotangents[0], options, workspace, False, False, True, True, True, soft
     )
     of_loss = torch.autograd.grad(want[0], leaves, cotangents[0])
     for a, e in zip([both[0], both[1], *both[4 : 7 + soft]], [want[0], want[1], *of_loss], strict=True):
@@ -92,7 +93,7 @@ def test_every_output_and_gradient(module: Any, options: Any, soft: bool, shape:
     for i in range(3):
         need = [i == j for j in range(4)]
         one = module.linear_cross_entropy_forward(
-            x, w, b, target, weight, cotangents[0], *options, workspace, False, False, *need
+            x, w, b, target, weight, cotangents[0], options, workspace, False, False, *need
         )
         assert [t.numel() > 0 for t in one[4:]] == need
         assert torch.equal(one[4 + i], both[4 + i])
@@ -106,7 +107,7 @@ def test_sums_over_many_chunks_are_not_rounded(module: Any, workspace: int) -> N
     x, w = torch.ones(N, 3, dtype=torch.bfloat16), torch.zeros(V, 3, dtype=torch.bfloat16)
     b, target = torch.zeros(V, dtype=torch.bfloat16), torch.zeros(N, dtype=torch.int64)
     results = module.linear_cross_entropy_forward(
-        x, w, b, target, None, torch.ones(N), *PLAIN, workspace, False, False, False, True, True, False
+        x, w, b, target, None, torch.ones(N), PLAIN, workspace, False, False, False, True, True, False
     )
     share = torch.tensor(1 / V).bfloat16().double()
     for gradient in results[5:7]:
@@ -117,7 +118,7 @@ def test_sums_over_many_chunks_are_not_rounded(module: Any, workspace: int) -> N
 def test_an_empty_batch(module: Any) -> None:
     x, w, b, target = torch.empty(0, 3), torch.randn(5, 3), torch.randn(5), torch.empty(0, dtype=torch.int64)
     results = module.linear_cross_entropy_forward(
-        x, w, b, target, None, torch.empty(0), *PLAIN, 1 << 20, True, True, True, True, True, False
+        x, w, b, target, None, torch.empty(0), PLAIN, 1 << 20, True, True, True, True, True, False
     )
     assert [tuple(t.shape) for t in results] == [(0,)] * 4 + [(0, 3), (5, 3), (5,), (0,)]
     assert not results[5].any()
@@ -152,7 +153,7 @@ def peak(module: Any, workspace: int, gradient: bool = True) -> int:
     target, dloss = torch.empty(N, dtype=torch.int64, device=META), torch.empty(N, device=META)
     with _launch.recording(), _Peak() as memory:
         module.linear_cross_entropy_forward(
-            x, w, None, target, None, dloss if gradient else None, *PLAIN, workspace, False, False, gradient, gradient,
+            x, w, None, target, None, dloss if gradient else None, PLAIN, workspace, False, False, gradient, gradient,
             False, False,
         )  # fmt: skip
     return memory.peak

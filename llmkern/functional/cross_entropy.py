@@ -150,7 +150,7 @@ def cross_entropy(
         t,
         None if weight is None else weight.contiguous(),
         reduced.scale,
-        (ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale),
+        ops.LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale),
         "entropy" in outputs,
         "argmax" in outputs or "accuracy" in outputs,
         inplace and not torch.compiler.is_compiling() and logits.data_ptr() == input.data_ptr(),

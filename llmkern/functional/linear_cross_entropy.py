@@ -219,6 +219,14 @@ def _fused(
         t = target.reshape(x.shape[0], *inner).to(torch.int64)
     reduced = Reduction.of(common["reduction"], t, soft, weight, ignore_index, own["token_weight"], accumulated)
 
+    steps = ops.LossOptions(
+        ignore_index,
+        common["label_smoothing"],
+        own["z_loss"] or 0.0,
+        own["softcap"] or 0.0,
+        own["logit_scale"] or 1.0,
+    )
+
     def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.Rows:
         return ops.linear_cross_entropy(
             x,
@@ -227,13 +235,12 @@ def _fused(
             target.contiguous(),
             None if weight is None else weight.contiguous(),
             scale,
-            (ignore_index, common["label_smoothing"], own["z_loss"] or 0.0, own["softcap"] or 0.0,
-             own["logit_scale"] or 1.0),
+            steps,
             workspace,
             "entropy" in wanted,
             "argmax" in wanted or "accuracy" in wanted,
             backend,
-        )  # fmt: skip
+        )
 
     if inner:
         # Each place of the K dimensions has a weight and targets of its own.

@@ -4,7 +4,7 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
-from .._groups import RNNInputs, RNNOptions
+from .._groups import LossOptions, RNNInputs, RNNOptions
 from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
@@ -38,6 +38,7 @@ __all__ = [
     "ROW_LOCK",
     "BagIndexError",
     "FusedEmbeddingOptions",
+    "LossOptions",
     "RNNInputs",
     "RNNOptions",
     "RowParameter",

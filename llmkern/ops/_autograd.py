@@ -99,9 +99,10 @@ class KernelFunction(Function):
 
 
 def takes(*parts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For a ``forward(*arguments)`` of a function: names of its arguments, and groups of them (``_groups.py``). The
-    compiler counts them."""
-    names = [name for part in parts for name in ([part] if isinstance(part, str) else part._fields)]
+    """For a ``forward(*arguments)`` of a function: names of its arguments, and groups of them (``_groups.py``, or
+    tuples of names). The compiler counts them."""
+    every = [[part] if isinstance(part, str) else getattr(part, "_fields", part) for part in parts]
+    names = [name for part in every for name in part]
 
     def named(forward: Callable[..., Any]) -> Callable[..., Any]:
         signature = Signature([Parameter(name, Parameter.POSITIONAL_ONLY) for name in names])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from .._facts import accumulate_dtype
+from .._groups import LossOptions
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -25,12 +26,14 @@ from ._autograd import (
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
+    takes,
     zeros_for_none,
 )
 from .grad_norm import may_change, scale_
 
-OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
 _ROWS = 3  # differentiable ones: loss, lse, entropy
+_PRIMALS = ("x", "linear_weight", "linear_bias", "target")
+_NEEDS = ("need_x", "need_weight", "need_bias", "need_target")
 
 
 class Rows(NamedTuple):
@@ -58,26 +61,10 @@ class LossFunction(KernelFunction):
     """(total, loss, lse, entropy, argmax) and, for a bet, the gradients of total by the primals."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        linear_weight: Tensor | None,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        scale: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float,
-        logit_scale: float,
-        workspace: int,
-        entropy: bool,
-        argmax: bool,
-        bet: bool,
-        inplace: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    @takes(_PRIMALS, "weight", "scale", "options", "workspace", "entropy", "argmax", "bet", "inplace", "backend")
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        x, linear_weight, linear_bias, target, weight, scale, *others = arguments
+        options, workspace, entropy, argmax, bet, inplace, backend = others
         # Without a total the bet is on a gradient of 1 for each row's loss, times which a row's gradient is what it is.
         dloss = scale
         if bet and scale is None:
@@ -105,11 +92,11 @@ class LossFunction(KernelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, linear_weight, linear_bias, target, weight, scale, *options = inputs
-        *ctx.options, ctx.entropy, _, bet, ctx.inplace, ctx.backend = options
+        ctx.options, ctx.workspace, ctx.entropy, _, bet, ctx.inplace, ctx.backend = options
         ctx.linear, ctx.total = linear_weight is not None, scale is not None
         ctx.bet = _spread(ctx.linear, output[5:]) if bet else None
         # A row that is left out gets nothing, whatever its cotangent.
-        ctx.left_out = target == ctx.options[0] if bet and not ctx.total and not _counts(target) else None
+        ctx.left_out = target == ctx.options.ignore_index if bet and not ctx.total and not _counts(target) else None
         ctx.mark_non_differentiable(*output[4:])
         # Autograd would make zeros for the gradients, as large as they are, on every backward.
         ctx.set_materialize_grads(False)
@@ -123,7 +110,7 @@ class LossFunction(KernelFunction):
         given = [d if d is not None and (i < 2 or ctx.entropy) else None for i, d in enumerate(drows[:_ROWS])]
         dtotal = dtotal if ctx.total else None
         need = [ctx.needs_input_grad[i] for i in range(4)]
-        nothing = (None,) * (3 + len(ctx.options) + 4)
+        nothing = (None,) * 9
         if dtotal is None and all(d is None for d in given):
             return (None,) * 4 + nothing
         total_alone = all(d is None for d in given)
@@ -154,7 +141,7 @@ class LossFunction(KernelFunction):
                 given[0] = dtotal * scale if given[0] is None else given[0] + dtotal * scale
             given = [None if d is None else d.contiguous() for d in given]
             gradients = LossBackwardFunction.run(
-                *given, x, linear_weight, linear_bias, target, weight, *ctx.options, *need, ctx.backend
+                *given, x, linear_weight, linear_bias, target, weight, ctx.options, ctx.workspace, *need, ctx.backend
             )
         wanted = [g if n and g is not None else None for g, n in zip(gradients, need, strict=True)]
         return (*wanted, *nothing)
@@ -174,29 +161,10 @@ class LossBackwardFunction(KernelFunction):
     """The gradients of the primals, for cotangents on the rows; those not needed are empty."""
 
     @staticmethod
-    def forward(
-        dloss: Tensor | None,
-        dlse: Tensor | None,
-        dentropy: Tensor | None,
-        x: Tensor,
-        linear_weight: Tensor | None,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float,
-        logit_scale: float,
-        workspace: int,
-        need_x: bool,
-        need_weight: bool,
-        need_bias: bool,
-        need_target: bool,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        cotangents = (dloss, dlse, dentropy)
-        options = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    @takes("dloss", "dlse", "dentropy", _PRIMALS, "weight", "options", "workspace", _NEEDS, "backend")
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *cotangents, x, linear_weight, linear_bias, target, weight = arguments[:8]
+        options, workspace, need_x, need_weight, need_bias, need_target, backend = arguments[8:]
         if linear_weight is None:
             dx, dtarget = _op("backward", False)(*cotangents, x, target, weight, *options, need_x, need_target, backend)
             gradients = (dx, x.new_empty(0), x.new_empty(0), dtarget)
@@ -210,8 +178,7 @@ class LossBackwardFunction(KernelFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *ctx.options, need_x, need_weight, need_bias, need_target, _ = inputs[8:]
-        ctx.need = (need_x, need_weight, need_bias, need_target)
+        ctx.options, _, *ctx.need, _ = inputs[8:]
         ctx.save_for_backward(*inputs[:8])
         ctx.save_for_forward(*inputs[:8])
 
@@ -223,7 +190,7 @@ class LossBackwardFunction(KernelFunction):
         places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
         moved = [dgradients[i] if ctx.need[i] else torch.zeros_like(p) for i, p in zip(places, primals, strict=True)]
         of_primals, of_given = reference_vjp_vjp(function, primals, [given[i] for i in kinds], moved)
-        results: list[Tensor | None] = [None] * (8 + len(ctx.options) + 5)
+        results: list[Tensor | None] = [None] * 15
         for i, gradient in zip(kinds, of_given, strict=True):
             results[i] = gradient
         for i, gradient in zip(places, of_primals, strict=True):
@@ -274,11 +241,10 @@ def _reference(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    options: Sequence[Any],
+    options: LossOptions,
     kinds: tuple[int, ...],
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """The primals, and the reference as a function of them that gives rows of these kinds; ``options`` end with the
-    workspace."""
+    """The primals, and the reference as a function of them that gives rows of these kinds."""
     everything = (x, linear_weight, linear_bias, target)
     primals = tuple(p for p in everything if p is not None and _counts(p))
 
@@ -288,9 +254,9 @@ def _reference(
         assert a is not None
         assert t is not None
         if w is None:
-            rows = reference.cross_entropy(a, t, weight, *options[:-1])
+            rows = reference.cross_entropy(a, t, weight, options)
         else:
-            rows = reference.linear_cross_entropy(a, w, b, t, weight, *options[:-1])
+            rows = reference.linear_cross_entropy(a, w, b, t, weight, options)
         return rows[kinds[0]] if len(kinds) == 1 else tuple(rows[kind] for kind in kinds)
 
     return primals, function
@@ -303,7 +269,7 @@ def run(
     target: Tensor,
     weight: Tensor | None,
     scale: Tensor | None,
-    options: tuple[int, float, float, float, float],
+    options: LossOptions,
     workspace: int,
     entropy: bool,
     argmax: bool,
@@ -312,7 +278,7 @@ def run(
 ) -> Rows:
     """The outputs, from a backend; see the two ops for the arguments."""
     if backend == "reference":
-        _, function = _reference(x, linear_weight, linear_bias, target, weight, (*options, 0), (0, 1, 2, 3))
+        _, function = _reference(x, linear_weight, linear_bias, target, weight, options, (0, 1, 2, 3))
         primals = [p for p in (x, linear_weight, linear_bias, target) if _counts(p)]
         loss, lse, entropies, best = function(*primals)
         total = None if scale is None else (loss * scale).sum()
@@ -326,7 +292,7 @@ def run(
     if linear_bias is not None and moving and not (bet or pure):
         # The logits are computed again in the backward, before which a bias may change: torch's product keeps none.
         linear_bias = linear_bias.clone()
-    arguments = (x, linear_weight, linear_bias, target, weight, scale, *options, workspace, entropy, argmax, bet)
+    arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax, bet)
     call = LossFunction.run if moving else LossFunction.forward
     total, loss, lse, entropies, best = call(*arguments, inplace, backend)[:5]
     if inplace:

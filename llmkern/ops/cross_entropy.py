@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._groups import LossOptions
 from ._library import define
-from ._losses import OPTIONS, Rows, empty_rows, run
+from ._losses import Rows, empty_rows, run
 
 
 def _like(t: Tensor, wanted: bool) -> Tensor:
@@ -16,10 +17,10 @@ def _like(t: Tensor, wanted: bool) -> Tensor:
 # Logits (N, V) or (N, V, D), targets (N), (N, D) or probabilities of the logits' shape. With dloss the gradients that
 # it gives are made in the same pass; what is not wanted comes back empty.
 define(
-    f"cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss, {OPTIONS}, bool entropy,"
+    "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, Tensor? dloss, LossOptions, bool entropy,"
     " bool argmax, bool need_logits, bool need_target)"
     " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dlogits, Tensor dtarget)",
-    lambda logits, target, weight, dloss, a, b, c, d, e, entropy, argmax, need_logits, need_target: (
+    lambda logits, target, weight, dloss, options, entropy, argmax, need_logits, need_target: (
         *empty_rows(logits, (logits.shape[0], *logits.shape[2:]), entropy, argmax),
         _like(logits, need_logits),
         _like(target, need_target),
@@ -27,19 +28,19 @@ define(
 )
 # The gradient takes the logits' place.
 define(
-    f"cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor dloss, {OPTIONS}, bool entropy,"
+    "cross_entropy_forward_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor dloss, LossOptions, bool entropy,"
     " bool argmax, bool need_target)"
     " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, Tensor dtarget)",
-    lambda logits, target, weight, dloss, a, b, c, d, e, entropy, argmax, need_target: (
+    lambda logits, target, weight, dloss, options, entropy, argmax, need_target: (
         *empty_rows(logits, (logits.shape[0], *logits.shape[2:]), entropy, argmax),
         _like(target, need_target),
     ),
 )
 define(
     "cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor logits, Tensor target,"
-    f" Tensor? weight, {OPTIONS}, bool need_logits, bool need_target)"
+    " Tensor? weight, LossOptions, bool need_logits, bool need_target)"
     " -> (Tensor dlogits, Tensor dtarget)",
-    lambda dloss, dlse, dentropy, logits, target, weight, a, b, c, d, e, need_logits, need_target: (
+    lambda dloss, dlse, dentropy, logits, target, weight, options, need_logits, need_target: (
         _like(logits, need_logits),
         _like(target, need_target),
     ),
@@ -51,7 +52,7 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None,
     scale: Tensor | None,
-    options: tuple[int, float, float, float, float],
+    options: LossOptions,
     entropy: bool,
     argmax: bool,
     inplace: bool,
@@ -63,7 +64,6 @@ def cross_entropy(
         target: int64 indices (N) or (N, D), or probabilities of the logits' shape.
         weight: (V), or None.
         scale: (N) or (N, D), in fp32 (fp64 for fp64): what a row's loss counts for in ``total``; None for no total.
-        options: ignore_index, label_smoothing, z_loss, softcap (0: none), logit_scale.
         entropy, argmax: whether they are wanted.
         inplace: whether the gradient may take the place of the logits.
     """

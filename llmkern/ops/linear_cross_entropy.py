@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._groups import LossOptions
 from ._library import define
-from ._losses import OPTIONS, Rows, empty_rows, run
+from ._losses import Rows, empty_rows, run
 
 
 def _gradients(x: Tensor, linear_weight: Tensor, target: Tensor, *need: bool) -> tuple[Tensor, ...]:
@@ -19,18 +20,18 @@ _GRADIENTS = "Tensor dx, Tensor dlinear_weight, Tensor dlinear_bias, Tensor dtar
 # wanted comes back empty. workspace: bytes that logits and their gradients may take.
 define(
     "linear_cross_entropy_forward(Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-    f" Tensor? dloss, {OPTIONS}, int workspace, bool entropy, bool argmax, {_NEED})"
+    f" Tensor? dloss, LossOptions, int workspace, bool entropy, bool argmax, {_NEED})"
     f" -> (Tensor loss, Tensor lse, Tensor entropy, Tensor argmax, {_GRADIENTS})",
-    lambda x, linear_weight, linear_bias, target, weight, dloss, a, b, c, d, e, workspace, entropy, argmax, *need: (
+    lambda x, linear_weight, linear_bias, target, weight, dloss, options, workspace, entropy, argmax, *need: (
         *empty_rows(x, x.shape[:1], entropy, argmax),
         *_gradients(x, linear_weight, target, *need),
     ),
 )
 define(
     "linear_cross_entropy_backward(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor x, Tensor linear_weight,"
-    f" Tensor? linear_bias, Tensor target, Tensor? weight, {OPTIONS}, int workspace, {_NEED})"
+    f" Tensor? linear_bias, Tensor target, Tensor? weight, LossOptions, int workspace, {_NEED})"
     f" -> ({_GRADIENTS})",
-    lambda dloss, dlse, dentropy, x, linear_weight, linear_bias, target, weight, a, b, c, d, e, workspace, *need: (
+    lambda dloss, dlse, dentropy, x, linear_weight, linear_bias, target, weight, options, workspace, *need: (
         _gradients(x, linear_weight, target, *need)
     ),
 )
@@ -43,7 +44,7 @@ def linear_cross_entropy(
     target: Tensor,
     weight: Tensor | None,
     scale: Tensor | None,
-    options: tuple[int, float, float, float, float],
+    options: LossOptions,
     workspace: int,
     entropy: bool,
     argmax: bool,

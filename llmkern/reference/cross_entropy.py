@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._facts import accumulate_dtype
+from .._groups import LossOptions
 
 # exp of it is 0: keeps p log p at 0 where p is, and its derivative too.
 _NOTHING = -800.0
@@ -24,11 +25,7 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    logit_scale: float = 1.0,
+    options: LossOptions = LossOptions(),  # noqa: B008
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, logsumexp, entropy (in nats) and argmax of every row.
 
@@ -36,7 +33,6 @@ def cross_entropy(
         logits: ``(N, V, *)``.
         target: indices ``(N, *)`` or probabilities ``(N, V, *)``.
         weight: ``(V)``. Default: ones.
-        softcap: 0: none.
 
     Returns:
         Four tensors ``(N, *)``, in fp32 (fp64 for fp64), the last in int64. Rows whose index is ``ignore_index``
@@ -45,6 +41,7 @@ def cross_entropy(
     Raises:
         IndexError: if an index is neither ``ignore_index`` nor in [0, V).
     """
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
     accumulated = accumulate_dtype(logits.dtype)
     z = logits.to(accumulated) * logit_scale
     if softcap:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import reference
 from .._facts import accumulate_dtype
+from .._groups import LossOptions
 from .._torch import F
 
 
 def linear_cross_entropy(
-    x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *options: Any
+    x: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None = None,
+    options: LossOptions = LossOptions(),  # noqa: B008
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`llmkern.reference.cross_entropy` gives for the logits of ``x`` (N, H).
 
-    ``linear_weight`` (V, H), ``linear_bias`` (V) or None; ``target`` and ``options`` as there.
+    ``linear_weight`` (V, H), ``linear_bias`` (V) or None; the rest is as there.
     """
     accumulate = accumulate_dtype(x.dtype)
     bias = None if linear_bias is None else linear_bias.to(accumulate)
-    return reference.cross_entropy(F.linear(x.to(accumulate), linear_weight.to(accumulate), bias), target, *options)
+    logits = F.linear(x.to(accumulate), linear_weight.to(accumulate), bias)
+    return reference.cross_entropy(logits, target, weight, options)

@@ -8,9 +8,10 @@ import torch
 
 from kernel_cases import Case
 from llmkern import kernels
+from llmkern._groups import LossOptions
 
-PLAIN = (-100, 0.0, 0.0, 0.0, 1.0)
-EVERY = (-100, 0.1, 1e-4, 30.0, 0.5)
+PLAIN = LossOptions()
+EVERY = LossOptions(-100, 0.1, 1e-4, 30.0, 0.5)
 
 
 def logits_and_target(
@@ -36,21 +37,21 @@ def forward(
     dloss = torch.ones((shape[0], *shape[2:]), device=device) if gradient else None
     options = EVERY if every else PLAIN
     kernels.cross_entropy_forward(
-        logits, target, weight, dloss, *options, every, every, gradient, gradient and soft and every
+        logits, target, weight, dloss, options, every, every, gradient, gradient and soft and every
     )
 
 
 def forward_(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     logits, target = logits_and_target(device, dtype, shape, False)
     dloss = torch.ones(shape[0], device=device)
-    kernels.cross_entropy_forward_(logits, target, None, dloss, *PLAIN, False, False, False)
+    kernels.cross_entropy_forward_(logits, target, None, dloss, PLAIN, False, False, False)
 
 
 def backward(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Of losses that were not reduced, their lse and entropy."""
     logits, target = logits_and_target(device, dtype, shape, False)
     cotangents = [torch.ones(shape[0], device=device) for _ in range(3)]
-    kernels.cross_entropy_backward(*cotangents, logits, target, None, *PLAIN, True, False)
+    kernels.cross_entropy_backward(*cotangents, logits, target, None, PLAIN, True, False)
 
 
 def bytes_of(dtype: torch.dtype, shape: tuple[int, ...], soft: bool = False, gradient: bool = True, **_: Any) -> int:

@@ -8,8 +8,9 @@ import torch
 
 from kernel_cases import Case
 from llmkern import kernels
+from llmkern._groups import LossOptions
 
-PLAIN = (-100, 0.0, 0.0, 0.0, 1.0)
+PLAIN = LossOptions()
 
 
 def operands(device: torch.device, dtype: torch.dtype, N: int, H: int, V: int) -> tuple[torch.Tensor, ...]:
@@ -22,7 +23,7 @@ def forward(device: torch.device, dtype: torch.dtype, N: int, H: int, V: int, wo
     x, w, target = operands(device, dtype, N, H, V)
     dloss = torch.ones(N, device=device) if gradient else None
     kernels.linear_cross_entropy_forward(
-        x, w, None, target, None, dloss, *PLAIN, workspace, False, False, gradient, gradient, False, False
+        x, w, None, target, None, dloss, PLAIN, workspace, False, False, gradient, gradient, False, False
     )
 
 
@@ -31,7 +32,7 @@ def backward(device: torch.device, dtype: torch.dtype, N: int, H: int, V: int, w
     x, w, target = operands(device, dtype, N, H, V)
     dloss = torch.ones(N, device=device)
     kernels.linear_cross_entropy_backward(
-        dloss, None, None, x, w, None, target, None, *PLAIN, workspace, True, True, False, False
+        dloss, None, None, x, w, None, target, None, PLAIN, workspace, True, True, False, False
     )
 
 
