@@ -28,7 +28,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "fused_embedding": ("fused_embedding_forward", "fused_embedding_backward"),
     "grad_norm": ("grad_norm", "scale_"),
     "linear": ("linear_forward", "linear_backward"),
-    "mse_loss": ("mse_loss_forward", "mse_loss_backward", "mse_loss_settle_"),
+    "mse_loss": ("mse_loss_forward", "mse_loss_backward", "mse_loss_correct_"),
     "quantized_embedding": ("quantized_embedding_forward", "quantized_embedding_quantize"),
     "optim": ("advance", "adam_step", "sgd_step", "adagrad_step"),
     "row_optim": ("row_lookup", "row_catch_up", "row_step"),

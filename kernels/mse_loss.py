@@ -2,7 +2,7 @@
 
 Traffic. Sum: reads 2N. Elementwise: reads 2N, writes N. Backward: reads 2N (3N with elementwise g), writes N for each
 gradient that is wanted. The sum writes the gradients in its own pass, which saves the 2N that a backward would read
-again: a bet on the gradient that the sum will get. If another comes, a kernel that finds it out writes them anew.
+again, for the gradient that the sum will most likely get. If another comes, a kernel that finds it out corrects them.
 
 A program takes one block, sixteen elements a thread, so that eight loads of 16 bytes are in flight. The sum of a
 block is one partial in fp32 (fp64 for fp64); one program adds the partials in order, in fp64.
@@ -91,7 +91,7 @@ def _gradient_block(
 
 
 @triton.jit(do_not_specialize=["n"])
-def mse_loss_settle_kernel(
+def mse_loss_correct_kernel(
     dloss_ptr, scale_ptr, input_ptr, target_ptr, dinput_ptr, dtarget_ptr, n: tl.int64,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +176,7 @@ def mse_loss_backward(
     return dinput, dtarget
 
 
-def mse_loss_settle_(
+def mse_loss_correct_(
     dloss: Tensor, scale: Tensor, input: Tensor, target: Tensor, dinput: Tensor, dtarget: Tensor
 ) -> None:
     """Makes gradients that the forward gave for ``scale`` those for ``dloss``, in place, if it is another; empty ones
@@ -185,6 +185,6 @@ def mse_loss_settle_(
     given = [gradient if gradient.numel() else None for gradient in (dinput, dtarget)]
     if any(gradient is not None for gradient in given):
         launch(
-            mse_loss_settle_kernel, (ceil_div(input.numel(), BLOCK),), dloss, scale, input, target, *given,
+            mse_loss_correct_kernel, (ceil_div(input.numel(), BLOCK),), dloss, scale, input, target, *given,
             input.numel(), ACC=acc_type(input), BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

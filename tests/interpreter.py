@@ -1,23 +1,38 @@
-"""A process in which Triton interprets its kernels on the CPU.
+"""Processes in which Triton interprets its kernels on the CPU.
 
-Triton decides when a kernel is defined whether it is to be interpreted, hence a process of its own. One begins with
-seconds of imports, so several modules share it. It takes up to half a minute of one core, so ``conftest.py`` puts the
-tests that wait for it first: others fill the second worker.
+Triton decides when a kernel is defined whether it is to be interpreted, hence a process of its own. It takes a hundred
+times as long as a kernel, and gives the same results from the same sources: ``interpreted.csv`` keeps of each test
+module a digest of what its results depend on, and tests run again what has changed since. Of the rest they run one case
+of each test, for the ways from a call to a kernel. ``python tests/interpreter.py --write`` runs what has changed and
+keeps the digests of what passed.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RECORD = HERE / "interpreted.csv"
 _ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "LLMKERN_TEST_REQUIRE": "triton", "OMP_NUM_THREADS": "1"}
-_ENVIRONMENT["LLMKERN_TEST_CASES"] = "6"
 _PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--durations=5")
 TRAFFIC = "kernel_traffic.py"
+# Modules of a process, which begins with seconds of imports; neighbours by name are of one op, mostly.
 _TOGETHER = 6
+_KERNELS = (
+    "kernels/*.py",
+    "llmkern/reference/*.py",
+    "llmkern/_facts.py",
+    "llmkern/_groups.py",
+    "llmkern/ops/_library.py",
+)
+_HELPERS = ("tests/checks.py", "tests/conftest.py", "tests/optimizers.py", "tests/recurrent.py", "tests/row_tables.py")
 
 
 def modules() -> list[str]:
@@ -27,19 +42,59 @@ def modules() -> list[str]:
     return [path.name for path in paths if any(mark in path.read_text() for mark in marks)]
 
 
-def processes() -> list[list[str]]:
-    """The modules of one process each; neighbours by name are of one op, mostly."""
-    names = modules()
+def digest(name: str) -> str:
+    """Of a test module, the kernels, what they are compared with, and the version of Triton."""
+    found = hashlib.sha256(version("triton").encode())
+    for pattern in (*_KERNELS, *_HELPERS, f"tests/{name}"):
+        for path in sorted(HERE.parent.glob(pattern)):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def changed() -> list[str]:
+    """Modules that have not passed as they are."""
+    with RECORD.open(newline="") as file:
+        passed = dict(csv.reader(file))
+    return [name for name in modules() if passed.get(name) != digest(name)]
+
+
+def processes(names: list[str]) -> list[list[str]]:
     return [names[i : i + _TOGETHER] for i in range(0, len(names), _TOGETHER)]
 
 
-def run(*names: str) -> tuple[int, str]:
-    """The exit status and the output of test modules, or of the count of the kernels' traffic."""
+def run(*names: str, cases: int = 6) -> tuple[int, str]:
+    """The exit status and the output of test modules, at most ``cases`` of each test, or of the count of the kernels'
+    traffic."""
     files = [f"tests/{name}" for name in names]
     command = [sys.executable, "-W", "ignore", *((*files, "--json") if names == (TRAFFIC,) else (*_PYTEST, *files))]
     # A worker of pytest-xdist tells its children what it is; this child is none.
     environment = {key: value for key, value in _ENVIRONMENT.items() if not key.startswith("PYTEST_")}
+    environment["LLMKERN_TEST_CASES"] = str(cases)
     done = subprocess.run(
         command, env=environment, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return done.returncode, done.stdout
+
+
+def write() -> int:
+    """Runs what has changed, two modules at a time, and keeps what passed after each; how many failed."""
+    failed = 0
+    with ThreadPoolExecutor(2) as pool:
+        names = changed()
+        for name, (code, output) in zip(names, pool.map(run, names), strict=True):
+            print(output, flush=True)
+            if code not in (0, 5):
+                failed += 1
+                continue
+            with RECORD.open(newline="") as file:
+                passed = dict(csv.reader(file))
+            passed[name] = digest(name)
+            with RECORD.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows((n, passed[n]) for n in modules() if n in passed)
+    return failed
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        sys.exit(write())
+    print(*changed(), sep="\n")

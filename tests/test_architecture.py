@@ -226,6 +226,7 @@ COVERED = {
     "pytest benchmarks": ("tests/test_benchmarks.py", '"pytest", "benchmarks"'),
     "pytest tests/test_benchmarks.py": ("tests/test_benchmarks.py", "def test_every_installed_peer_matches"),
     "python tests/kernel_gate.py": ("tests/test_kernel_gate.py", "kernel_gate.measure_all("),
+    "python tests/interpreter.py": ("tests/test_interpreter.py", "interpreter.write("),
     "python tests/kernel_traffic.py": ("tests/interpreter.py", '"kernel_traffic.py"'),
     "llmkern demo": ("tests/test_cli.py", 'command("demo"'),
     "llmkern info": ("tests/test_cli.py", 'command("info"'),

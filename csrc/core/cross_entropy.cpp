@@ -11,9 +11,9 @@
 // Rows are shared out among the threads; if there are fewer rows than threads, a row's slabs are. Classes that do not
 // lie side by side (D > 1) are transposed into scratch rows, as many as a cache line holds, and their gradients back.
 //
-// Asked for with the outputs, the gradient is a bet on the cotangents that will come: functional knows the reduction,
-// and so the factor of each row. ops/cross_entropy.py keeps it for the backward, and calls this function again if the
-// bet was lost: then the slabs are summed again, and the bits are the same.
+// Asked for with the outputs, the gradient is precomputed for the cotangents that will come: functional knows the
+// reduction, and so the factor of each row. ops/_losses.py keeps it for the backward, and calls this function again if
+// others come: then the slabs are summed again, and the bits are the same.
 #include "core/cross_entropy.h"
 
 #include <algorithm>

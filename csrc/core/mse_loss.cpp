@@ -2,8 +2,8 @@
 //
 // Traffic. Sum: reads 2N. Elementwise: reads 2N, writes N. Backward: reads 2N (3N with elementwise g),
 // writes N for each gradient that is wanted. Three FLOPs an element, so all run at memory speed in one pass.
-// The sum writes the gradients in its own pass, which saves the 2N that a backward would read again: a bet on the
-// gradient that the sum will get, which ops/mse_loss.py settles.
+// The sum writes the gradients in its own pass, which saves the 2N that a backward would read again: for the gradient
+// that the sum will most likely get. If another comes, ops/mse_loss.py computes them anew.
 //
 // The sum is taken over chunks of a fixed size, each in fp32 (fp64 for fp64) over a fixed number of lanes;
 // the chunks' sums are added in fp64, in order. So the bits depend neither on the number of threads nor on

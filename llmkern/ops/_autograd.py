@@ -52,8 +52,7 @@ def traced(tensor: Tensor) -> bool:
 
 def plain_backward(*cotangents: Tensor | None) -> bool:
     """Whether a backward is a plain one: no graph of it, no transform, no batch of them
-    (``autograd.grad(..., is_grads_batched=True)``). To others nothing computed before, on a bet on the gradient that
-    they would get, may be handed out."""
+    (``autograd.grad(..., is_grads_batched=True)``). Others may not get a gradient that a forward has precomputed."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
     return not any(torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents if d is not None)

@@ -3,8 +3,9 @@
 Both are one function of *primals*: (logits,) or (x, linear_weight, linear_bias), and the target where it holds
 probabilities. Both give per-row outputs, and a ``total``: the sum of the losses times ``scale``. functional knows what
 a row counts for, so the gradient of ``total`` is known before the backward but for a factor, and the forward kernel
-makes it in the same pass: a bet. The backward hands it out, times the factor, or a copy of it where the graph is kept
-for another backward; if other cotangents come (on the rows, or in a graph of the backward), it is computed anew.
+computes it in the same pass. The backward hands out this precomputed gradient, times the factor, or a copy of it where
+the graph is kept for another backward; if other cotangents come (on the rows, or in a graph of the backward), it is
+computed anew.
 """
 
 from __future__ import annotations
@@ -58,19 +59,21 @@ def _op(phase: str, linear: bool) -> Any:
 
 
 class LossFunction(KernelFunction):
-    """(total, loss, lse, entropy, argmax) and, for a bet, the gradients of total by the primals."""
+    """(total, loss, lse, entropy, argmax) and, precomputed, the gradients of total by the primals."""
 
     @staticmethod
-    @takes(_PRIMALS, "weight", "scale", "options", "workspace", "entropy", "argmax", "bet", "inplace", "backend")
+    @takes(_PRIMALS, "weight", "scale", "options", "workspace", "entropy", "argmax", "precompute", "inplace", "backend")
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         x, linear_weight, linear_bias, target, weight, scale, *others = arguments
-        options, workspace, entropy, argmax, bet, inplace, backend = others
-        # Without a total the bet is on a gradient of 1 for each row's loss, times which a row's gradient is what it is.
+        options, workspace, entropy, argmax, precompute, inplace, backend = others
+        # Without a total they are those of each row's loss, to be multiplied by what comes for the row.
         dloss = scale
-        if bet and scale is None:
+        if precompute and scale is None:
             dloss = torch.ones((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype), device=x.device)
-        dloss = dloss if bet else None
-        x_wanted, *need = (bet and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target))
+        dloss = dloss if precompute else None
+        x_wanted, *need = (
+            precompute and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target)
+        )
         if linear_weight is not None:
             rows = _op("forward", True)(
                 x, linear_weight, linear_bias, target, weight, dloss, *options, workspace, entropy, argmax, x_wanted,
@@ -92,15 +95,17 @@ class LossFunction(KernelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, linear_weight, linear_bias, target, weight, scale, *options = inputs
-        ctx.options, ctx.workspace, ctx.entropy, _, bet, ctx.inplace, ctx.backend = options
+        ctx.options, ctx.workspace, ctx.entropy, _, precompute, ctx.inplace, ctx.backend = options
         ctx.linear, ctx.total = linear_weight is not None, scale is not None
-        ctx.bet = _spread(ctx.linear, output[5:]) if bet else None
+        ctx.precomputed = _spread(ctx.linear, output[5:]) if precompute else None
         # A row that is left out gets nothing, whatever its cotangent.
-        ctx.left_out = target == ctx.options.ignore_index if bet and not ctx.total and not _counts(target) else None
+        ctx.left_out = (
+            target == ctx.options.ignore_index if precompute and not ctx.total and not _counts(target) else None
+        )
         ctx.mark_non_differentiable(*output[4:])
         # Autograd would make zeros for the gradients, as large as they are, on every backward.
         ctx.set_materialize_grads(False)
-        inplace = ctx.inplace and bet
+        inplace = ctx.inplace and precompute
         ctx.save_for_backward(None if inplace else x, linear_weight, linear_bias, target, weight, scale)
         ctx.save_for_forward(x, linear_weight, linear_bias, target, weight, scale)
 
@@ -113,23 +118,23 @@ class LossFunction(KernelFunction):
         nothing = (None,) * 9
         if dtotal is None and all(d is None for d in given):
             return (None,) * 4 + nothing
-        total_alone = all(d is None for d in given)
-        if ctx.bet is not None and dtotal is not None and total_alone and plain_backward(dtotal):
+        total_alone, loss_alone = all(d is None for d in given), given[1] is given[2] is None
+        if ctx.precomputed is not None and dtotal is not None and total_alone and plain_backward(dtotal):
             # Before another backward through this graph the logits may change: torch has kept probabilities.
-            again, gradients = keeps_graph() and not ctx.inplace, ctx.bet
-            ctx.bet = gradients if again else None
+            again, gradients = keeps_graph() and not ctx.inplace, ctx.precomputed
+            ctx.precomputed = gradients if again else None
             gradients = [g.clone() if again and g is not None else g for g in gradients]
             # Mostly it is 1.
             if may_change(dtotal):
                 scale_([g for g in gradients if g is not None], dtotal.double(), ctx.backend)
-        elif ctx.bet is not None and not ctx.total and given[1] is given[2] is None and plain_backward(given[0]):
+        elif ctx.precomputed is not None and not ctx.total and loss_alone and plain_backward(given[0]):
             # Here they may have changed before the first backward, too.
             dloss = given[0]
             assert dloss is not None
             dloss = dloss if ctx.left_out is None else dloss.masked_fill(ctx.left_out, 0)
-            again, gradients = keeps_graph(), ctx.bet
+            again, gradients = keeps_graph(), ctx.precomputed
             gradients = [g if g is None else _rows_times(g, dloss, in_place=not again) for g in gradients]
-            ctx.bet = ctx.bet if again else None
+            ctx.precomputed = ctx.precomputed if again else None
         else:
             x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
             if x is None:
@@ -284,15 +289,15 @@ def run(
         total = None if scale is None else (loss * scale).sum()
         return Rows(total, loss, lse, entropies if entropy else None, best if argmax else None)
     moving = differentiating(x, linear_weight, linear_bias, target)
-    # A bet is eager only: a compiler and torch.func see a pure function.
+    # Eager only: a compiler and torch.func see a pure function.
     pure = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     summed = scale is not None or (linear_weight is None and x.numel() > 0)
-    bet = moving and summed and torch.is_grad_enabled() and not pure
-    inplace = inplace and bet and scale is not None
-    if linear_bias is not None and moving and not (bet or pure):
+    precompute = moving and summed and torch.is_grad_enabled() and not pure
+    inplace = inplace and precompute and scale is not None
+    if linear_bias is not None and moving and not (precompute or pure):
         # The logits are computed again in the backward, before which a bias may change: torch's product keeps none.
         linear_bias = linear_bias.clone()
-    arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax, bet)
+    arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax, precompute)
     call = LossFunction.run if moving else LossFunction.forward
     total, loss, lse, entropies, best = call(*arguments, inplace, backend)[:5]
     if inplace:

@@ -18,7 +18,7 @@ def _gradients(input: Tensor, need_input: bool, need_target: bool) -> tuple[Tens
     return input.new_empty(input.shape if need_input else (0,)), input.new_empty(input.shape if need_target else (0,))
 
 
-# `scale` is a bet on the gradient of the sum; what is needed of the operands' gradients is written in the same pass.
+# For a sum that will get the gradient `scale`, what is needed of the operands' gradients is written in the same pass.
 mse_loss_forward = define(
     "mse_loss_forward(Tensor input, Tensor target, bool reduce, Tensor? scale, bool need_input, bool need_target)"
     " -> (Tensor loss, Tensor dinput, Tensor dtarget)",
@@ -34,17 +34,17 @@ mse_loss_backward = define(
 )
 
 
-def _settled(
-    bet: tuple[Tensor, Tensor], dloss: Tensor, scale: Tensor, input: Tensor, target: Tensor, backend: str
+def _usable(
+    gradients: tuple[Tensor, Tensor], dloss: Tensor, scale: Tensor, input: Tensor, target: Tensor, backend: str
 ) -> bool:
-    """Whether the forward's gradients may be handed out. A GPU's kernel compares what came with the bet, and puts them
-    right if it was lost: the host would have to wait for the number."""
+    """Whether the precomputed gradients may be handed out. A GPU's kernel compares what came with what was expected,
+    and corrects them: the host would have to wait for the number."""
     if not plain_backward(dloss):
         return False
-    settle = getattr(dispatch.load(backend), "mse_loss_settle_", None)
-    if settle is None:
+    correct = getattr(dispatch.load(backend), "mse_loss_correct_", None)
+    if correct is None:
         return torch.equal(dloss, scale)
-    settle(dloss, scale, input, target, *bet)
+    correct(dloss, scale, input, target, *gradients)
     return True
 
 
@@ -57,7 +57,7 @@ def _twice_dot(a: Tensor, b: Tensor, reduce: bool) -> Tensor:
 class MseLossFunction(KernelFunction):
     """(loss, dinput, dtarget), loss = (input - target)^2, or its sum.
 
-    ``scale`` is a bet on the gradient of the sum, and dinput and dtarget what that gradient gives. Where the bet is
+    ``scale`` is the gradient that the sum will most likely get, and dinput and dtarget what it gives. Where it is
     right, the backward returns them and no operand is read again; where it is wrong (the loss was scaled, say), or
     they were given away already (a second backward), they are computed anew.
     """
@@ -78,7 +78,7 @@ class MseLossFunction(KernelFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         input, target, ctx.reduce, ctx.scale, _, _, ctx.backend = inputs
         _, dinput, dtarget = output
-        ctx.bet = (dinput, dtarget) if ctx.scale is not None else None
+        ctx.precomputed = (dinput, dtarget) if ctx.scale is not None else None
         ctx.mark_non_differentiable(dinput, dtarget)
         # Autograd would make zeros for dinput and dtarget, as large as the operands, on every backward.
         ctx.set_materialize_grads(False)
@@ -89,16 +89,16 @@ class MseLossFunction(KernelFunction):
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         input, target = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
-        # A lost bet is given up before the recomputation needs as much memory again.
-        bet, ctx.bet = ctx.bet, None
+        # What is of no use is freed before the recomputation needs as much memory again.
+        gradients, ctx.precomputed = ctx.precomputed, None
         if dloss is None:
             return (None,) * 7
-        if bet is None or not _settled(bet, dloss, ctx.scale, input, target, ctx.backend):
-            bet = None
-            bet = MseLossBackwardFunction.run(
+        if gradients is None or not _usable(gradients, dloss, ctx.scale, input, target, ctx.backend):
+            gradients = None
+            gradients = MseLossBackwardFunction.run(
                 dloss.contiguous(), input, target, ctx.reduce, need_input, need_target, ctx.backend
             )
-        dinput, dtarget = bet
+        dinput, dtarget = gradients
         return dinput if need_input else None, dtarget if need_target else None, None, None, None, None, None
 
     @staticmethod
@@ -171,7 +171,7 @@ def mse_loss(
         return reference.mse_loss(input, target, reduce, weight)
     if not differentiating(input, target):
         return mse_loss_forward(input, target, reduce, None, False, False, backend)[0]
-    # The bet is eager only: a compiler and torch.func see a pure function.
+    # Eager only: a compiler and torch.func see a pure function.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         scale = None
     need_input, need_target = (scale is not None and t.requires_grad for t in (input, target))

@@ -22,10 +22,10 @@ def backward(device: torch.device, dtype: torch.dtype, n: int, reduce: bool, gra
     kernels.mse_loss_backward(dloss, x, t, reduce, True, gradients > 1)
 
 
-def lost_bet(device: torch.device, dtype: torch.dtype, n: int, reduce: bool, gradients: int) -> None:
+def other_gradient(device: torch.device, dtype: torch.dtype, n: int, reduce: bool, gradients: int) -> None:
     x, t, dx = (torch.zeros(n, dtype=dtype, device=device) for _ in range(3))
     dloss, scale = torch.ones((), device=device), torch.zeros((), device=device)
-    kernels.mse_loss_settle_(dloss, scale, x, t, dx, dx.new_empty(0))
+    kernels.mse_loss_correct_(dloss, scale, x, t, dx, dx.new_empty(0))
 
 
 def _floor(reads: int, writes: int) -> Callable[..., int]:
@@ -39,7 +39,7 @@ for _dtype in (torch.float32, torch.bfloat16):
         ("sum", forward, True, 0, 2, 0),
         ("each", forward, False, 0, 2, 1),
         ("backward of the sum", backward, True, 1, 2, 1),
-        ("a lost bet", lost_bet, True, 1, 2, 1),
+        ("another gradient", other_gradient, True, 1, 2, 1),
         ("backward of each", backward, False, 2, 3, 2),
     ):
         _options = {"reduce": _reduce, "gradients": _gradients}

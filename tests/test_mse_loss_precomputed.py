@@ -1,4 +1,4 @@
-"""Squared error: the gradients that the forward writes on a bet, and what becomes of a lost one."""
+"""Squared error: the gradients that the forward precomputes, and what happens when another one comes."""
 
 from __future__ import annotations
 
@@ -67,23 +67,23 @@ def test_gradients_of_the_forward(dtype: torch.dtype, reduction: str, layout: st
 
 
 @pytest.mark.kernels
-def test_a_lost_bet(recomputed: list[bool]) -> None:
+def test_a_other_gradient(recomputed: list[bool]) -> None:
     x, t = (torch.randn(8193, requires_grad=True) for _ in range(2))
     # A kernel may find out by itself, and write the same gradients anew.
-    settles = hasattr(dispatch.load(*KERNELS), "mse_loss_settle_")
+    corrects = hasattr(dispatch.load(*KERNELS), "mse_loss_correct_")
     for reduction, number in itertools.product(("mean", "sum"), (3.0, math.nan)):
         ours, theirs = (
             run(partial(f, reduction=reduction), (x, t), torch.tensor(number)) for f in (LF.mse_loss, F.mse_loss)
         )
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-    assert len(recomputed) == (0 if settles else 4)
+    assert len(recomputed) == (0 if corrects else 4)
     recomputed.clear()
     dx = torch.autograd.grad(LF.mse_loss(x, t), x, create_graph=True)[0]
     assert len(recomputed) == 1
     torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], torch.full_like(x, 2 / 8193))
     dead = LF.mse_loss(x * 1, t)
     torch.autograd.grad(dead * 0 + x.sum(), x)
-    assert len(recomputed) == 2 - settles
+    assert len(recomputed) == 2 - corrects
 
 
 @pytest.mark.kernels
