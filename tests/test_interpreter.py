@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,41 +15,32 @@ pytestmark = [
 ]
 
 CHANGED = interpreter.changed() if find_spec("triton") is not None else []
-SAME = [name for name in interpreter.modules() if name not in CHANGED]
+MODULES = [name for name in CHANGED if name != interpreter.TRAFFIC]
+SAMPLE = [name for name in interpreter.SAMPLE if name not in CHANGED]
 
 
-def _pass(names: list[str], cases: int) -> None:
-    code, output = interpreter.run(*names, cases=cases)
-    # 5: every test of the modules is for other backends.
-    assert code in (0, 5), output[-8000:]
-
-
-@pytest.mark.parametrize("names", interpreter.processes(CHANGED), ids=" ".join)
+@pytest.mark.parametrize("names", interpreter.processes(MODULES), ids=" ".join)
 def test_modules_that_have_changed(names: list[str]) -> None:
-    _pass(names, cases=6)
+    assert interpreter.faults(*names) == ""
 
 
-@pytest.mark.parametrize("names", interpreter.processes(SAME), ids=" ".join)
-def test_one_case_of_other_modules(names: list[str]) -> None:
-    _pass(names, cases=1)
+@pytest.mark.parametrize("name", SAMPLE)
+def test_one_case_of_others(name: str) -> None:
+    assert interpreter.faults(name, cases=1) == ""
 
 
-def test_traffic() -> None:
-    """No kernel moves more than its case allows."""
-    code, output = interpreter.run(interpreter.TRAFFIC)
-    assert code == 0, output[-4000:]
-    rows = json.loads(output.splitlines()[-1])
-    assert rows
-    assert [(case, row) for case, row in rows.items() if not 1 <= row["ratio"] <= row["allowed"]] == []
+@pytest.mark.parametrize("name", {interpreter.TRAFFIC}.intersection(CHANGED))
+def test_no_kernel_moves_more_than_its_case_allows(name: str) -> None:
+    assert interpreter.faults(name) == ""
 
 
 def test_what_failed_or_has_changed_runs_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     record = tmp_path / "record.csv"
     record.touch()
-    every = interpreter.modules()
+    every = [interpreter.TRAFFIC, *interpreter.modules()]
     monkeypatch.setattr(interpreter, "RECORD", record)
     assert interpreter.changed() == every
-    monkeypatch.setattr(interpreter, "run", lambda name: (int(name == every[1]), ""))
+    monkeypatch.setattr(interpreter, "faults", lambda name: "wrong" * (name == every[1]))
     assert interpreter.write() == 1
     assert interpreter.changed() == [every[1]]
     digest = interpreter.digest
