@@ -355,7 +355,12 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Runner, "row", row)
     monkeypatch.setattr(machine, "limits", lambda device: {})
     arguments = ["--op", "mse_loss,optim", "--rounds", "1", "--no-memory", "--against", "torch", "--json", str(file)]
-    done = CliRunner().invoke(app, ["bench", *arguments])
+    # A process that was started in the background ignores the key.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = CliRunner().invoke(app, ["bench", *arguments])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code == 130, done.output
     assert "interrupted after 1 of " in done.output
     assert rows[0].id in done.output
