@@ -13,7 +13,7 @@
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
-# Test processes side by side.
+# Test processes side by side; a file is one's, so that two never build in one folder.
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +41,7 @@ demo: $(VENV)/.demo
 	$(BIN)/llmkern demo $(ARGS)
 
 test: $(VENV)/.test
-	LLMKERN_TEST_REQUIRE=native OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	LLMKERN_TEST_REQUIRE=native OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Leaks: a container may forbid to look for them, and libgomp's threads are none of ours. What waits sleeps, because there
 # are more threads than some machines have cores.

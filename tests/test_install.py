@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout"),
-    # One worker, which makes one wheel.
-    pytest.mark.xdist_group("install"),
 ]
 MAKE = shutil.which("make")
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
