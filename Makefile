@@ -41,7 +41,7 @@ demo: $(VENV)/.demo
 	$(BIN)/llmkern demo $(ARGS)
 
 test: $(VENV)/.test
-	LLMKERN_TEST_REQUIRE=native OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	LLMKERN_TEST_REQUIRE=native OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Leaks: a container may forbid to look for them, and libgomp's threads are none of ours. What waits sleeps, because there
 # are more threads than some machines have cores.
