@@ -24,6 +24,7 @@ from ._autograd import (
     differentiating,
     keeps_graph,
     plain_backward,
+    pure,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
@@ -290,11 +291,11 @@ def run(
         return Rows(total, loss, lse, entropies if entropy else None, best if argmax else None)
     moving = differentiating(x, linear_weight, linear_bias, target)
     # Eager only: a compiler and torch.func see a pure function.
-    pure = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    eager = not pure()
     summed = scale is not None or (linear_weight is None and x.numel() > 0)
-    precompute = moving and summed and torch.is_grad_enabled() and not pure
+    precompute = moving and summed and torch.is_grad_enabled() and eager
     inplace = inplace and precompute and scale is not None
-    if linear_bias is not None and moving and not (precompute or pure):
+    if linear_bias is not None and moving and eager and not precompute:
         # The logits are computed again in the backward, before which a bias may change: torch's product keeps none.
         linear_bias = linear_bias.clone()
     arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax, precompute)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from .._facts import accumulate_dtype
-from ._autograd import KernelFunction, differentiating, plain_backward
+from ._autograd import KernelFunction, differentiating, plain_backward, pure
 from ._library import define
 
 
@@ -172,7 +172,7 @@ def mse_loss(
     if not differentiating(input, target):
         return mse_loss_forward(input, target, reduce, None, False, False, backend)[0]
     # Eager only: a compiler and torch.func see a pure function.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if pure():
         scale = None
     need_input, need_target = (scale is not None and t.requires_grad for t in (input, target))
     return MseLossFunction.run(input, target, reduce, scale, need_input, need_target, backend)[0]

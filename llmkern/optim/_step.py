@@ -71,7 +71,6 @@ class Step(torch.optim.Optimizer, Replaces):
 
     _op: str
     _rows_op: str
-    # Options of a step on rows that torch has not.
     # How many lists torch's `_init_group` fills, and which of them is that of step counts; states come before.
     _lists: int
     _counts: int | None = None
