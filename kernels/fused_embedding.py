@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._groups import FUSED_EMBEDDING_PRIMALS, FusedEmbeddingInputs, FusedEmbeddingOptions
 from . import _faults, _random
 from ._blocks import unit_d
 from ._fused_embedding import (
@@ -41,53 +42,34 @@ SHARES, SHARE_TOKENS = 512, 16
 class _Call(NamedTuple):
     """What both phases are called with: the tables, the norm's weights, the rows, and how they are put together."""
 
-    weight: Tensor
-    position_weight: Tensor | None
-    token_type_weight: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    indices: Tensor
-    positions: Tensor | None
-    token_types: Tensor | None
-    scale: float
-    norm: str
-    eps: float
-    p: float
-    seed: int
-
-    @property
-    def tables(self) -> tuple[tuple[str, Tensor | None, Tensor | None], ...]:
-        return (
-            ("weight", self.weight, self.indices),
-            ("position_weight", self.position_weight, self.positions),
-            ("token_type_weight", self.token_type_weight, self.token_types),
-        )
+    inputs: FusedEmbeddingInputs
+    options: FusedEmbeddingOptions
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """N, D, the rows of each table, and after how many tokens positions and types repeat."""
-        counts = (0 if table is None else table.shape[0] for _, table, _ in self.tables)
-        periods = (1 if at is None else max(at.shape[0], 1) for at in (self.positions, self.token_types))
-        return (self.indices.shape[0], self.weight.shape[1], *counts, *periods)
+        counts = (0 if table is None else table.shape[0] for _, table, _ in self.inputs.tables())
+        periods = (1 if at is None else max(at.shape[0], 1) for at in (self.inputs.positions, self.inputs.token_types))
+        return (self.inputs.indices.shape[0], self.inputs.weight.shape[1], *counts, *periods)
 
     @property
     def rows(self) -> tuple[Tensor | None, ...]:
         """Indices, and where faults of them are reported."""
         kinds = (_faults.EMBEDDING, _faults.POSITION, _faults.TOKEN_TYPE)
-        every = (self.indices, self.positions, self.token_types)
+        every = (self.inputs.indices, self.inputs.positions, self.inputs.token_types)
         return (*every, *(None if at is None else _faults.word(k) for k, at in zip(kinds, every, strict=True)))
 
     @property
     def dropout(self) -> tuple[int | float | None, ...]:
-        limit = _random.threshold(self.p) if self.p > 0 else None
-        return (*_random.halves(self.seed), limit, 1 / (1 - self.p) if self.p < 1 else 0.0)
+        limit = _random.threshold(self.options.p) if self.options.p > 0 else None
+        return (*_random.halves(self.options.seed), limit, 1 / (1 - self.options.p) if self.options.p < 1 else 0.0)
 
     def check(self, reads: bool) -> None:
         """``reads``: whether the tables' values are looked at, and not their shapes alone."""
-        N, D = self.sizes[:2]
-        if self.norm not in ("none", "layer", "rms"):
-            raise ValueError(f"fused_embedding: expected norm none, layer or rms, got {self.norm}")
-        for name, table, at in self.tables:
+        (N, D), dtype = self.sizes[:2], self.inputs.weight.dtype
+        if self.options.norm not in ("none", "layer", "rms"):
+            raise ValueError(f"fused_embedding: expected norm none, layer or rms, got {self.options.norm}")
+        for name, table, at in self.inputs.tables():
             if (table is None) != (at is None):
                 raise ValueError("fused_embedding: expected a table and its indices, or neither")
             if table is None or at is None:
@@ -96,10 +78,10 @@ class _Call(NamedTuple):
                 raise ValueError(f"{name}: expected a contiguous tensor")
             period = at.shape[0]
             repeats = N == 0 if period == 0 else N % period == 0
-            if table.dim() != 2 or table.shape[1] != D or table.dtype != self.weight.dtype or not repeats:
+            if table.dim() != 2 or table.shape[1] != D or table.dtype != dtype or not repeats:
                 raise ValueError(f"{name}: expected (rows, D) of weight's dtype, and indices of which N is a multiple")
-        for name, row in (("norm_weight", self.norm_weight), ("norm_bias", self.norm_bias)):
-            if row is not None and (row.shape != (D,) or row.dtype != self.weight.dtype or not row.is_contiguous()):
+        for name, row in (("norm_weight", self.inputs.norm_weight), ("norm_bias", self.inputs.norm_bias)):
+            if row is not None and (row.shape != (D,) or row.dtype != dtype or not row.is_contiguous()):
                 raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
 
 
@@ -111,32 +93,13 @@ def _tile(D: int, elements: int, longest: int = LONGEST) -> dict[str, Any]:
     return {"ROWS": rows, "BLOCK_D": BLOCK_D, "UNIT": unit_d(D), "num_warps": warps}
 
 
-def fused_embedding_forward(
-    weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    indices: Tensor,
-    positions: Tensor | None,
-    token_types: Tensor | None,
-    scale: float,
-    norm: str,
-    eps: float,
-    p: float,
-    seed: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-) -> tuple[Tensor, Tensor]:
+def fused_embedding_forward(inputs: FusedEmbeddingInputs, options: FusedEmbeddingOptions) -> tuple[Tensor, Tensor]:
     """(out, stats): (N, D), and each row's mean and 1 / deviation, (N, 2), without a norm (0, 2); all contiguous.
 
     Raises:
         IndexError: if an index is outside its table; see :mod:`llmkern.kernels._faults`.
     """
-    call = _Call(
-        weight, position_weight, token_type_weight, norm_weight, norm_bias, indices, positions, token_types,
-        scale, norm, eps, p, seed,
-    )  # fmt: skip
+    call, weight, norm = _Call(inputs, options), inputs.weight, options.norm
     call.check(True)
     N, D = call.sizes[:2]
     out = weight.new_empty((N, D))
@@ -146,7 +109,8 @@ def fused_embedding_forward(
     grid = (ceil_div(N, tile["ROWS"]), 1 if long else max(ceil_div(D, tile["BLOCK_D"]), 1))
     launch(
         fused_embedding_long_forward_kernel if long else fused_embedding_forward_kernel, grid, out, stats,
-        *call[:5], *call.rows, *call.sizes, scale, eps, *call.dropout, NORM=norm, ACC=acc_type(weight), **tile,
+        *inputs[:5], *call.rows, *call.sizes, options.scale, options.eps, *call.dropout, NORM=norm,
+        ACC=acc_type(weight), **tile,
     )  # fmt: skip
     return out, stats
 
@@ -160,17 +124,18 @@ def _dsum(call: _Call, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tu
     shares = ceil_div(N, tokens)
     dsum = torch.empty_like(dout) if wanted else None
     partials = [dout.new_empty((shares, D), dtype=accumulator(dout)) if want else None for want in norm_wants]
-    rows, changing = (*call[:4], *call.rows, *call.sizes), call.dropout
+    rows, changing = (*call.inputs[:4], *call.rows, *call.sizes), call.dropout
     long = D > LONGEST
     if long and wanted:
         launch(
-            fused_embedding_long_backward_kernel, (ceil_div(N, tile["ROWS"]),), dout, stats, dsum, *rows, call.scale,
-            *changing, NORM=call.norm, ACC=acc, **tile,
+            fused_embedding_long_backward_kernel, (ceil_div(N, tile["ROWS"]),), dout, stats, dsum, *rows,
+            call.options.scale, *changing, NORM=call.options.norm, ACC=acc, **tile,
         )  # fmt: skip
     if learns or (wanted and not long):
         launch(
             fused_embedding_backward_kernel, (shares, max(ceil_div(D, tile["BLOCK_D"]), 1)), dout, stats,
-            None if long else dsum, *partials, *rows, tokens, call.scale, *changing, NORM=call.norm, ACC=acc, **tile,
+            None if long else dsum, *partials, *rows, tokens, call.options.scale, *changing, NORM=call.options.norm,
+            ACC=acc, **tile,
         )  # fmt: skip
     results = [dsum]
     for partial in partials:
@@ -195,48 +160,28 @@ def _order(indices: Tensor, num_rows: int, N: int, padding_idx: int = -1) -> Row
 
 
 def fused_embedding_backward(
-    dout: Tensor,
-    weight: Tensor,
-    position_weight: Tensor | None,
-    token_type_weight: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    indices: Tensor,
-    positions: Tensor | None,
-    token_types: Tensor | None,
-    stats: Tensor,
-    scale: float,
-    norm: str,
-    eps: float,
-    p: float,
-    seed: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-    wants: int,
+    dout: Tensor, inputs: FusedEmbeddingInputs, stats: Tensor, options: FusedEmbeddingOptions, wants: int
 ) -> tuple[Tensor, ...]:
     """Gradients of the three tables and of the norm's weight and bias; the k-th is empty unless bit k of ``wants`` is
     set."""
-    call = _Call(
-        weight, position_weight, token_type_weight, norm_weight, norm_bias, indices, positions, token_types,
-        scale, norm, eps, p, seed,
-    )  # fmt: skip
+    call, weight, norm = _Call(inputs, options), inputs.weight, options.norm
     call.check(norm != "none")
     N, D = call.sizes[:2]
     if dout.shape != (N, D) or dout.dtype != weight.dtype or not dout.is_contiguous():
         raise ValueError("dout: expected (N, D) of weight's dtype, contiguous")
     if norm != "none" and (stats.shape != (N, 2) or stats.dtype != accumulator(weight) or not stats.is_contiguous()):
         raise ValueError("stats: expected what the forward gave")
-    wanted = [wants >> k & 1 == 1 and t is not None for k, t in enumerate(call[:5])]
+    wanted = [wants >> k & 1 == 1 and t is not None for k, t in enumerate(inputs[:FUSED_EMBEDDING_PRIMALS])]
     grads: list[Any] = [None] * 5
     if norm == "none":
-        dsum = dropout_forward(dout, p, seed) if p > 0 else dout
+        dsum = dropout_forward(dout, options.p, options.seed) if options.p > 0 else dout
     else:
         dsum, *grads[3:] = _dsum(call, dout, stats, any(wanted[:3]), (wanted[3], wanted[4]))
-    for k, (_, table, at) in enumerate(call.tables):
+    for k, (_, table, at) in enumerate(inputs.tables()):
         if wanted[k] and table is not None and at is not None:
             token, num_rows = k == 0, table.shape[0]
-            order = _order(at, num_rows, N, padding_idx if token else -1)
+            order = _order(at, num_rows, N, options.padding_idx if token else -1)
             # What the row of a token counts for.
-            by = dsum.new_full((N,), scale, dtype=accumulator(dsum)) if token and scale != 1 else None
-            grads[k] = table_gradient(dsum, order, num_rows, by, by_freq=token and scale_grad_by_freq)
+            by = dsum.new_full((N,), options.scale, dtype=accumulator(dsum)) if token and options.scale != 1 else None
+            grads[k] = table_gradient(dsum, order, num_rows, by, by_freq=token and options.scale_grad_by_freq)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)

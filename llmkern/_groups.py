@@ -63,6 +63,43 @@ class RNNOptions(NamedTuple):
     zoneout_cell: float = 0.0
 
 
+class FusedEmbeddingInputs(NamedTuple):
+    """Tables and norm of N tokens; all contiguous. Those up to ``indices`` may have a gradient."""
+
+    weight: Tensor  # (V, D)
+    position_weight: Tensor | None  # (P, D)
+    token_type_weight: Tensor | None  # (K, D)
+    norm_weight: Tensor | None  # (D)
+    norm_bias: Tensor | None  # (D)
+    indices: Tensor  # (N)
+    positions: Tensor | None  # rows of position_weight: N, or fewer that are repeated
+    token_types: Tensor | None  # rows of token_type_weight, likewise
+
+    # No property: the compiler of torch 2.10 knows none of a tuple.
+    def tables(self) -> tuple[tuple[str, Tensor | None, Tensor | None], ...]:
+        """Each table's name, the table, and its rows."""
+        return (
+            ("weight", self.weight, self.indices),
+            ("position_weight", self.position_weight, self.positions),
+            ("token_type_weight", self.token_type_weight, self.token_types),
+        )
+
+
+FUSED_EMBEDDING_PRIMALS = FusedEmbeddingInputs._fields.index("indices")
+
+
+class FusedEmbeddingOptions(NamedTuple):
+    """What is done to the rows; see :mod:`llmkern.reference.fused_embedding`."""
+
+    scale: float = 1.0
+    norm: str = "none"
+    eps: float = 1e-5
+    p: float = 0.0
+    seed: int = 0
+    padding_idx: int = -1
+    scale_grad_by_freq: bool = False
+
+
 class LossOptions(NamedTuple):
     """Of cross-entropy; see :mod:`llmkern.reference.cross_entropy`."""
 
@@ -73,7 +110,8 @@ class LossOptions(NamedTuple):
     logit_scale: float = 1.0
 
 
-GROUPS = {group.__name__: group for group in (RNNInputs, RNNSaved, RNNCotangents, RNNOptions, LossOptions)}
+_ALL = (RNNInputs, RNNSaved, RNNCotangents, RNNOptions, FusedEmbeddingInputs, FusedEmbeddingOptions, LossOptions)
+GROUPS = {group.__name__: group for group in _ALL}
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float", int: "int"}
 
 

@@ -36,15 +36,15 @@ def strange(*tensors: Tensor | None) -> list[str]:
         if t is None:
             continue
         kind = type(t)
-        if not issubclass(kind, Tensor):
-            return ["arguments that are not tensors"]
+        if kind is not Tensor and kind is not Parameter:
+            if not issubclass(kind, Tensor):
+                return ["arguments that are not tensors"]
+            # An exporter's fake tensors stand for plain ones: the choice of a backend knows of the graph.
+            exported = kind.__name__ == "FakeTensor" and leaving() is not None
+            if not t.is_nested and not exported and (compiling or _knows_aten_only(kind)):
+                return [f"tensors of class {kind.__name__}"]
         if t.is_nested:
             return NESTED
-        if kind is not Tensor and kind is not Parameter and (compiling or _knows_aten_only(kind)):
-            if kind.__name__ == "FakeTensor" and leaving() is not None:
-                # An exporter's: it is its graph that is in question, which the choice of a backend knows of.
-                continue
-            return [f"tensors of class {kind.__name__}"]
         if t.layout is not torch.strided:
             return ["tensors that are not strided"]
     return []

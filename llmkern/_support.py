@@ -21,9 +21,9 @@ from ._plain import TRANSFORMS
 class Work(NamedTuple):
     """What a rule of size may look at. Callers of ``pick`` give what the rules of their op read."""
 
+    op: str
     dtype: torch.dtype
     options: Sequence[str]
-    torch_serves: bool
     elements: int = 0
     products: int = 0
     steps: int = 0
@@ -129,7 +129,9 @@ def _lstm_cell_on_cpu(work: Work) -> str | None:
 
 def _recurrent_on_gpu(work: Work) -> str | None:
     """What torch's cells and layers serve on a GPU stays theirs until a benchmark says otherwise."""
-    return "not yet measured against cuDNN on a GPU: backend('triton') takes it" if work.torch_serves else None
+    if TABLE[work.op]["torch"].lacks(work.options):
+        return None
+    return "not yet measured against cuDNN on a GPU: backend('triton') takes it"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

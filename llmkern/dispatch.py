@@ -130,13 +130,13 @@ def _obstacle(
     for other in tensors[1:]:
         if other.device != first.device or other.dtype != first.dtype:
             return f"mixed arguments: {first.dtype} on {first.device}, {other.dtype} on {other.device}"
-    if any(t.layout != torch.strided for t in tensors):
+    if any([t.layout is not torch.strided for t in tensors]):  # noqa: C419
         return "serves strided tensors only"
     if lacks := support.lacks(options):
         return f"does not serve {', '.join(lacks)}"
     if support.unless is None or _forced != "auto":
         return None
-    return support.unless(Work(first.dtype, options, serves("torch", op, options), **work))
+    return support.unless(Work(op, first.dtype, options, **work))
 
 
 def pick(

@@ -111,9 +111,9 @@ def fused_embedding(
     steps = ops.FusedEmbeddingOptions(
         float(scale), norm or "none", float(eps), p, seed, row_number(padding_idx, weight), scale_grad_by_freq
     )
-    optional = (None if t is None else t.contiguous() for t in operands[1:])
-    rows = (input.reshape(-1).contiguous(), _repeated(positions, input), _repeated(token_types, input))
-    out = ops.fused_embedding(weight.contiguous(), tuple(optional), rows, steps, backend)
+    tensors = [None if t is None else t.contiguous() for t in operands]
+    tensors += [input.reshape(-1).contiguous(), _repeated(positions, input), _repeated(token_types, input)]
+    out = ops.fused_embedding(ops.FusedEmbeddingInputs._make(tensors), steps, backend)
     return ops.as_shape(out, (*input.shape, weight.shape[1]))
 
 

@@ -56,7 +56,7 @@ class _Cell(torch.nn.RNNCellBase, Deployable):
         weight_ih, weight_hh, *biases = map(self._parameters.get, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         if weight_ih is None or weight_hh is None or type(input) is not Tensor:
             return None
-        if (self.bias and any(b is None for b in biases)) or not 0 < input.dim() < 3:
+        if (self.bias and (biases[0] is None or biases[1] is None)) or not 0 < input.dim() < 3:
             return None
         if not (isinstance(states[0], Tensor) and isinstance(states[-1], Tensor)):
             return None

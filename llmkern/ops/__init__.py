@@ -4,7 +4,7 @@ An op here works on canonical arguments (contiguous, one layout, per-row results
 argument, so that a backward runs where its forward ran. Everything a user may write is in ``llmkern.functional``.
 """
 
-from .._groups import LossOptions, RNNInputs, RNNOptions
+from .._groups import FusedEmbeddingInputs, FusedEmbeddingOptions, LossOptions, RNNInputs, RNNOptions
 from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
@@ -16,7 +16,6 @@ from .cross_entropy import cross_entropy
 from .dropout import dropout
 from .embedding import embedding, renormalise
 from .embedding_bag import BagIndexError, embedding_bag
-from .fused_embedding import Options as FusedEmbeddingOptions
 from .fused_embedding import fused_embedding
 from .grad_norm import grad_norm, may_change, scale_
 from .linear import linear
@@ -37,6 +36,7 @@ from .sparse_optim import (
 __all__ = [
     "ROW_LOCK",
     "BagIndexError",
+    "FusedEmbeddingInputs",
     "FusedEmbeddingOptions",
     "LossOptions",
     "RNNInputs",

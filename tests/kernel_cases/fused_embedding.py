@@ -8,6 +8,7 @@ import torch
 
 from kernel_cases import Case
 from llmkern import kernels
+from llmkern._groups import FusedEmbeddingInputs, FusedEmbeddingOptions
 
 MODELS: dict[str, dict[str, Any]] = {
     "bert": {"L": 64, "K": 2, "norm": "layer", "bias": True, "p": 0.1},
@@ -23,21 +24,24 @@ def _arguments(device: torch.device, dtype: torch.dtype, V: int, D: int, N: int,
     at = torch.arange(N, device=device) % V
     positions = torch.arange(m["L"], device=device) if m["L"] else None
     types = torch.zeros(1, dtype=torch.int64, device=device) if m["K"] else None
-    options = (1.0, m["norm"], 1e-5, m["p"], 123456789123, -1, False)
-    inputs = (table(V), table(m["L"]), table(m["K"]), row(m["norm"] != "none"), row(m["bias"]), at, positions, types)
+    options = FusedEmbeddingOptions(1.0, m["norm"], 1e-5, m["p"], 123456789123, -1, False)
+    rows = (at, positions, types)
+    inputs = FusedEmbeddingInputs(
+        table(V), table(m["L"]), table(m["K"]), row(m["norm"] != "none"), row(m["bias"]), *rows
+    )
     return inputs, options
 
 
 def forward(device: torch.device, **sizes: Any) -> None:
     inputs, options = _arguments(device, **sizes)
-    kernels.fused_embedding_forward(*inputs, *options)
+    kernels.fused_embedding_forward(inputs, options)
 
 
 def backward(device: torch.device, dtype: torch.dtype, N: int, D: int, **sizes: Any) -> None:
     inputs, options = _arguments(device, dtype, N=N, D=D, **sizes)
     stats = torch.ones((N, 2), device=device)
     dout = torch.ones((N, D), dtype=dtype, device=device)
-    kernels.fused_embedding_backward(dout, *inputs, stats, *options, 0b11111)
+    kernels.fused_embedding_backward(dout, inputs, stats, options, 0b11111)
 
 
 def _tables(model: str) -> int:
