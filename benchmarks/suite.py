@@ -13,25 +13,14 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-OPS = (
-    "cross_entropy",
-    "linear",
-    "linear_cross_entropy",
-    "rnn",
-    "embedding",
-    "embedding_bag",
-    "fused_embedding",
-    "quantized_embedding",
-    "mse_loss",
-    "optim",
-    "model",
-    "scaling",
-)
+# Those that have a file here.
+OPS = tuple(sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py")))
 PHASES = ("forward", "forward+backward", "step")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")

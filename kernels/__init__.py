@@ -8,36 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-
-# Where each function of the namespace lives; a module is imported, and Triton with it, when it is first needed.
-_MODULES: dict[str, tuple[str, ...]] = {
-    "cross_entropy": ("cross_entropy_forward", "cross_entropy_forward_", "cross_entropy_backward"),
-    "linear_cross_entropy": ("linear_cross_entropy_forward", "linear_cross_entropy_backward"),
-    "dropout": ("dropout_forward",),
-    "embedding": ("embedding_forward", "embedding_backward", "embedding_sparse_backward", "embedding_renorm_"),
-    "embedding_bag": (
-        "embedding_bag_forward",
-        "embedding_bag_max_forward",
-        "embedding_bag_backward",
-        "embedding_bag_sparse_backward",
-        "embedding_bag_samples_backward",
-    ),
-    "fused_embedding": ("fused_embedding_forward", "fused_embedding_backward"),
-    "grad_norm": ("grad_norm", "scale_"),
-    "linear": ("linear_forward", "linear_backward"),
-    "mse_loss": ("mse_loss_forward", "mse_loss_backward", "mse_loss_correct_"),
-    "quantized_embedding": ("quantized_embedding_forward", "quantized_embedding_quantize"),
-    "optim": ("advance", "adam_step", "sgd_step", "adagrad_step"),
-    "row_optim": ("row_lookup", "row_catch_up", "row_step"),
-    "sparse_optim": (
-        *("sparse_sgd_step", "sparse_adagrad_step", "sparse_adam_step", "rowwise_adagrad_step", "sparse_grad_norm"),
-    ),
-    "rnn": ("rnn_forward",),
-    "_rnn_backward": ("rnn_backward",),
-}
 
 
 def interpreting() -> bool:
@@ -67,13 +43,19 @@ def synchronize(device: torch.device | int | None = None) -> None:
     importlib.import_module("._faults", __name__).raise_any()
 
 
-_HOME = {function: module for module, functions in _MODULES.items() for function in functions}
+@cache
+def _homes() -> dict[str, str]:
+    """The file of each function. They are read, not imported: that takes seconds, and a call needs one of them."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    functions = re.compile(r"^def ([a-z]\w*)\(", re.MULTILINE)
+    return {name: file.stem for file in files for name in functions.findall(file.read_text())}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    home = _homes().get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_HOME[name]}", __name__)
-    # All of the module's: a function may have the name of its module, which the import has put into this namespace.
-    globals().update({function: getattr(module, function) for function in _MODULES[_HOME[name]]})
+    module = importlib.import_module(f".{home}", __name__)
+    # All of the file's: a function may have the name of its file, which the import has put into this namespace.
+    globals().update({function: vars(module)[function] for function, file in _homes().items() if file == home})
     return globals()[name]

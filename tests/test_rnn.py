@@ -14,6 +14,7 @@ import llmkern
 import llmkern.nn as nn
 from llmkern import ops, reference
 from llmkern.dispatch import BackendError
+from llmkern.ops.rnn import rnn
 
 CLASSES = ["LSTM", "GRU", "RNN"]
 NATIVE = llmkern.dispatch.unavailable("native") is None
@@ -210,7 +211,7 @@ def test_the_op_differentiates(backend: str, device: torch.device, reverse: bool
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         full = (*tensors, *[None] * (7 - len(tensors)))
-        return ops.rnn(ops.RNNInputs(*full), ops.RNNOptions("lstm", reverse), backend, cells=True)
+        return rnn(ops.RNNInputs(*full), ops.RNNOptions("lstm", reverse), backend, cells=True)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=not INTERPRETING, fast_mode=INTERPRETING)
     # Second derivatives are the reference's, whichever the backend.

@@ -8,43 +8,31 @@ from typing import Any
 
 import torch.nn.functional
 
-from ._losses import CrossEntropyOutput
-from .cross_entropy import cross_entropy, nll_loss
-from .dropout import dropout
-from .embedding import embedding
-from .embedding_bag import embedding_bag
-from .fused_embedding import fused_embedding
-from .grad_norm import clip_grad_norm_
-from .linear import linear
-from .linear_cross_entropy import linear_cross_entropy
-from .mse_loss import mse_loss
-from .quantized_embedding import quantize_rows, quantized_embedding
-from .rnn import gru, gru_cell, lstm, lstm_cell, rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell, slstm
+from ._losses import CrossEntropyOutput as CrossEntropyOutput
+from .cross_entropy import cross_entropy as cross_entropy
+from .cross_entropy import nll_loss as nll_loss
+from .dropout import dropout as dropout
+from .embedding import embedding as embedding
+from .embedding_bag import embedding_bag as embedding_bag
+from .fused_embedding import fused_embedding as fused_embedding
+from .grad_norm import clip_grad_norm_ as clip_grad_norm_
+from .linear import linear as linear
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .mse_loss import mse_loss as mse_loss
+from .quantized_embedding import quantize_rows as quantize_rows
+from .quantized_embedding import quantized_embedding as quantized_embedding
+from .rnn import gru as gru
+from .rnn import gru_cell as gru_cell
+from .rnn import lstm as lstm
+from .rnn import lstm_cell as lstm_cell
+from .rnn import rnn_relu as rnn_relu
+from .rnn import rnn_relu_cell as rnn_relu_cell
+from .rnn import rnn_tanh as rnn_tanh
+from .rnn import rnn_tanh_cell as rnn_tanh_cell
+from .rnn import slstm as slstm
 
-__all__ = [
-    "CrossEntropyOutput",
-    "clip_grad_norm_",
-    "cross_entropy",
-    "dropout",
-    "embedding",
-    "embedding_bag",
-    "fused_embedding",
-    "gru",
-    "gru_cell",
-    "linear",
-    "linear_cross_entropy",
-    "lstm",
-    "lstm_cell",
-    "mse_loss",
-    "nll_loss",
-    "quantize_rows",
-    "quantized_embedding",
-    "rnn_relu",
-    "rnn_relu_cell",
-    "rnn_tanh",
-    "rnn_tanh_cell",
-    "slstm",
-]
+# What is imported above.
+__all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Layers and directions of a recurrent network, over ``ops.rnn``, which knows one of each."""
+"""Layers and directions of a recurrent network, over ``rnn``, which knows one of each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from .._facts import CELLS, GATES
+from ..ops.rnn import rnn
 from ._rnn_options import Extras
 from .dropout import dropout
 
@@ -184,7 +185,7 @@ class Call:
         if extras.checkpoint_chunks > 1:
             results = ops.rnn_in_chunks(inputs, options, backend, extras.return_cell_states, extras.checkpoint_chunks)
         else:
-            results = ops.rnn(inputs, options, backend, extras.return_cell_states)
+            results = rnn(inputs, options, backend, extras.return_cell_states)
         y, hy, cy, every = results
         return (y, hy, every) if cx is None else (y, hy, cy, every)
 

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function
 from .. import dispatch, ops
 from .._facts import accumulate_dtype
 from .._torch import F
+from ..ops.cross_entropy import cross_entropy as cross_entropy_op
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, present, single
 from ._overrides import overridden
 
@@ -145,7 +146,7 @@ def cross_entropy(
     shape = (logits.shape[0], *logits.shape[2:])
     t = probabilities[0] if soft else t.reshape(shape).to(torch.int64).contiguous()
     reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, accumulate_dtype(x.dtype))
-    rows = ops.cross_entropy(
+    rows = cross_entropy_op(
         logits,
         t,
         None if weight is None else weight.contiguous(),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from .._torch import VF, F
+from ..ops.dropout import dropout as dropout_op
 from ._overrides import overridden
 
 
@@ -36,4 +37,4 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
             return F.dropout(input, p, training, inplace)
         # What torch's function calls, by a name that may be patched with this one.
         return (VF.dropout_ if inplace else VF.dropout)(input, p, training)
-    return ops.dropout(input, float(p), ops.draw_seed(), backend)
+    return dropout_op(input, float(p), ops.draw_seed(), backend)

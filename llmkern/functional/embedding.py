@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import dispatch, ops
 from .._torch import F
 from ..ops import RowParameter
+from ..ops.embedding import embedding as embedding_op
+from ..ops.embedding import renormalise
 from ._overrides import overridden
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -82,8 +84,8 @@ def embedding(
     row = row_number(padding_idx, weight)
     try:
         if max_norm is not None:
-            ops.renormalise(weight, indices, max_norm, norm_type, backend)
-        out = ops.embedding(weight.contiguous(), indices, row, scale_grad_by_freq, sparse, backend)
+            renormalise(weight, indices, max_norm, norm_type, backend)
+        out = embedding_op(weight.contiguous(), indices, row, scale_grad_by_freq, sparse, backend)
     except IndexError:
         raise_as_torch(F.embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         raise

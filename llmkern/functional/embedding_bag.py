@@ -7,6 +7,9 @@ from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
 from .._torch import F
+from ..ops.embedding import renormalise
+from ..ops.embedding_bag import BagIndexError
+from ..ops.embedding_bag import embedding_bag as embedding_bag_op
 from ._overrides import overridden
 from .embedding import INDEX_DTYPES, raise_as_torch, row_number
 
@@ -89,8 +92,8 @@ def embedding_bag(
             per_sample_weights = None if per_sample_weights is None else per_sample_weights[: len(indices)]
     try:
         if max_norm is not None:
-            ops.renormalise(weight, indices, max_norm, norm_type, backend)
-        return ops.embedding_bag(
+            renormalise(weight, indices, max_norm, norm_type, backend)
+        return embedding_bag_op(
             weight.contiguous(),
             None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous(),
             indices,
@@ -107,7 +110,7 @@ def embedding_bag(
         # Indices or offsets that are out of bounds.
         raise_as_torch(F.embedding_bag, *as_written)
         if isinstance(error, IndexError):
-            raise ops.BagIndexError(str(error)) from None
+            raise BagIndexError(str(error)) from None
         raise
 
 

@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
 from .._torch import F
+from ..ops.fused_embedding import fused_embedding as fused_embedding_op
 from ._overrides import overridden
 from .embedding import INDEX_DTYPES, row_number
 
@@ -113,7 +114,7 @@ def fused_embedding(
     )
     tensors = [None if t is None else t.contiguous() for t in operands]
     tensors += [input.reshape(-1).contiguous(), _repeated(positions, input), _repeated(token_types, input)]
-    out = ops.fused_embedding(ops.FusedEmbeddingInputs._make(tensors), steps, backend)
+    out = fused_embedding_op(ops.FusedEmbeddingInputs._make(tensors), steps, backend)
     return ops.as_shape(out, (*input.shape, weight.shape[1]))
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import dispatch, ops
 from .._torch import clip_grad_norm_ as torchs_clip_grad_norm_
 from .._torch import get_total_norm
+from ..ops.grad_norm import grad_norm, may_change, scale_
+from ..ops.sparse_optim import sparse_grad_norm
 
 
 @torch.no_grad()
@@ -70,13 +72,13 @@ def clip_grad_norm_(
         for p in tables:
             p.grad = p.grad.to_dense()
         kinds = by_backend([p.grad for p in parameters if p.grad is not None], norm_type)
-    if ops.may_change(factor):
+    if may_change(factor):
         for backend, members in kinds:
             values = [grad._values() if grad.is_sparse else grad for grad in members]
             if backend == "torch":
                 torch._foreach_mul_(values, factor.to(values[0].device))
             else:
-                ops.scale_(values, factor.to(values[0].device), backend)
+                scale_(values, factor.to(values[0].device), backend)
     return norm.to(reduce(torch.promote_types, (grad.dtype for grad in grads)))
 
 
@@ -118,9 +120,9 @@ def _norms(backend: str, grads: list[Tensor], norm_type: float) -> list[Tensor]:
     if backend != "torch" and grads[0].is_sparse:
         flat = (grad._values().view(grad._nnz(), math.prod(grad.shape[1:])) for grad in grads)
         rows = zip((grad._indices()[0] for grad in grads), flat, (len(grad) for grad in grads), strict=True)
-        return [ops.sparse_grad_norm(*row, backend) for row in rows]
+        return [sparse_grad_norm(*row, backend) for row in rows]
     if backend != "torch":
-        return [ops.grad_norm(grads, backend)]
+        return [grad_norm(grads, backend)]
     # Entries of one index are parts of one sum.
     values = [grad.coalesce()._values() if grad.is_sparse else grad for grad in grads]
     norm = get_total_norm(values, norm_type)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from .._torch import F
+from ..ops.linear import linear as linear_op
 from ._overrides import overridden
 
 
@@ -32,7 +33,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if backend == "torch":
         return F.linear(input, weight, bias)
     flat = bias if bias is None else bias.contiguous()
-    y = ops.linear(input.reshape(rows, weight.shape[1]).contiguous(), weight.contiguous(), flat, backend)
+    y = linear_op(input.reshape(rows, weight.shape[1]).contiguous(), weight.contiguous(), flat, backend)
     return ops.as_shape(y, (*input.shape[:-1], weight.shape[0]))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import dispatch, functional, ops
 from .._facts import accumulate_dtype
 from .._torch import F
+from ..ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, present
 from ._overrides import overridden
 
@@ -228,7 +229,7 @@ def _fused(
     )
 
     def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.Rows:
-        return ops.linear_cross_entropy(
+        return linear_cross_entropy_op(
             x,
             linear_weight.contiguous(),
             None if linear_bias is None else linear_bias.contiguous(),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from .. import dispatch, ops
+from .. import dispatch
 from .._facts import accumulate_dtype
 from .._torch import F
+from ..ops.mse_loss import mse_loss as mse_loss_op
 from ._losses import single
 from ._overrides import overridden
 
@@ -75,7 +76,7 @@ def mse_loss(
     # As in torch, the mean divides by the sum of the weights as they were given, not as they were broadcast.
     factors = None if weight is None else weight.expand_as(x)
     scale = _expected_gradient(x, t, reduction)
-    loss = ops.mse_loss(x.contiguous(), t.contiguous(), reduction != "none", factors, scale, backend)
+    loss = mse_loss_op(x.contiguous(), t.contiguous(), reduction != "none", factors, scale, backend)
     if reduction == "mean":
         loss = loss / (x.numel() if weight is None else weight.to(loss.dtype).sum())
     return loss.to(dtype)

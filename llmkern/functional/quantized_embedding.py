@@ -8,6 +8,8 @@ from torch.overrides import handle_torch_function
 
 from .. import dispatch, ops
 from .._torch import F
+from ..ops.quantized_embedding import quantize_rows as quantize_rows_op
+from ..ops.quantized_embedding import quantized_embedding as quantized_embedding_op
 from ._overrides import overridden
 from .embedding import INDEX_DTYPES
 
@@ -42,7 +44,7 @@ def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor
         raise ValueError(f"weight: got {weight.dtype} of shape {tuple(weight.shape)}, expected a floating table (V, D)")
     weight = weight.detach().contiguous()
     backend = dispatch.pick("quantized_embedding", weight, options=dispatch.strange(weight))
-    data, scale, offset = ops.quantize_rows(weight, bits, backend)
+    data, scale, offset = quantize_rows_op(weight, bits, backend)
     unfit = "holds NaN or infinities, or spans more than float32 can; expected finite numbers"
     if torch.compiler.is_compiling():
         # No value can be looked at while a graph is made; it is when the graph runs.
@@ -100,4 +102,4 @@ def quantized_embedding(
     backend = dispatch.pick("quantized_embedding", scale, offset, options=options)
     indices = input.reshape(-1).contiguous()
     table = (weight.contiguous(), scale.contiguous(), offset.contiguous())
-    return ops.as_shape(ops.quantized_embedding(*table, indices, D, bits, dtype, backend), (*input.shape, D))
+    return ops.as_shape(quantized_embedding_op(*table, indices, D, bits, dtype, backend), (*input.shape, D))

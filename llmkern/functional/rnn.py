@@ -37,6 +37,7 @@ from .. import dispatch, ops
 from .._facts import GATES, RNN_MODES
 from .._torch import VF
 from ..ops import differentiating
+from ..ops.rnn import rnn
 from ._overrides import overridden
 from ._rnn_layers import Call
 from ._rnn_options import Extras
@@ -168,7 +169,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     assert weight_ih is not None
     assert weight_hh is not None
     inputs = ops.RNNInputs(x.unsqueeze(0), h, c[0] if c else None, weight_ih, weight_hh, bias_ih, bias_hh)
-    _, hy, cy, _ = ops.rnn(inputs, ops.RNNOptions(mode), backend)
+    _, hy, cy, _ = rnn(inputs, ops.RNNOptions(mode), backend)
     return (hy, cy) if c else hy
 
 

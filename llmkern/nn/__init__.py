@@ -13,38 +13,27 @@ from .. import functional
 from .._torch_tree import mount
 from . import utils
 from ._quantization import convert_ours
-from .cross_entropy import CrossEntropyLoss, NLLLoss
-from .dropout import Dropout
-from .embedding import Embedding, EmbeddingBag
-from .fused_embedding import FusedEmbedding
-from .linear import Linear
-from .linear_cross_entropy import LinearCrossEntropyLoss
-from .mse_loss import MSELoss
-from .quantized_embedding import QuantizedEmbedding
-from .rnn import GRU, LSTM, RNN, sLSTM
-from .rnn_cell import GRUCell, LSTMCell, RNNCell
+from .cross_entropy import CrossEntropyLoss as CrossEntropyLoss
+from .cross_entropy import NLLLoss as NLLLoss
+from .dropout import Dropout as Dropout
+from .embedding import Embedding as Embedding
+from .embedding import EmbeddingBag as EmbeddingBag
+from .fused_embedding import FusedEmbedding as FusedEmbedding
+from .linear import Linear as Linear
+from .linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from .mse_loss import MSELoss as MSELoss
+from .quantized_embedding import QuantizedEmbedding as QuantizedEmbedding
+from .rnn import GRU as GRU
+from .rnn import LSTM as LSTM
+from .rnn import RNN as RNN
+from .rnn import sLSTM as sLSTM
+from .rnn_cell import GRUCell as GRUCell
+from .rnn_cell import LSTMCell as LSTMCell
+from .rnn_cell import RNNCell as RNNCell
 
-__all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "CrossEntropyLoss",
-    "Dropout",
-    "Embedding",
-    "EmbeddingBag",
-    "FusedEmbedding",
-    "GRUCell",
-    "LSTMCell",
-    "Linear",
-    "LinearCrossEntropyLoss",
-    "MSELoss",
-    "NLLLoss",
-    "QuantizedEmbedding",
-    "RNNCell",
-    "functional",
-    "sLSTM",
-    "utils",
-]
+# The classes that are imported above, and the two modules.
+_ours = {name for name, value in globals().items() if isinstance(value, type) and value.__module__.startswith(__name__)}
+__all__ = [*sorted(_ours), "functional", "utils"]
 
 sys.modules[f"{__name__}.functional"] = functional
 _classes = [name for name in torch.nn.modules.__all__ if name in __all__ and hasattr(torch.nn.modules, name)]

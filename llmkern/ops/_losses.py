@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._facts import accumulate_dtype
 from .._groups import LossOptions
+from ..reference.cross_entropy import cross_entropy
+from ..reference.linear_cross_entropy import linear_cross_entropy
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -259,10 +260,7 @@ def _reference(
         a, w, b, t = (next(rest) if _counts(p) else p for p in everything)
         assert a is not None
         assert t is not None
-        if w is None:
-            rows = reference.cross_entropy(a, t, weight, options)
-        else:
-            rows = reference.linear_cross_entropy(a, w, b, t, weight, options)
+        rows = cross_entropy(a, t, weight, options) if w is None else linear_cross_entropy(a, w, b, t, weight, options)
         return rows[kinds[0]] if len(kinds) == 1 else tuple(rows[kind] for kind in kinds)
 
     return primals, function

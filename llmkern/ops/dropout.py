@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
+from ..reference.dropout import dropout as reference
 from ._autograd import KernelFunction, differentiating
 from ._library import define
 
@@ -37,7 +37,7 @@ def dropout(x: Tensor, p: float, seed: int, backend: str) -> Tensor:
     """x / (1 - p) where an element is kept, else 0; it is dropped with probability ``p``, by ``seed`` and its index."""
     x = x.contiguous()
     if backend == "reference":
-        return reference.dropout(x, p, seed)
+        return reference(x, p, seed)
     if differentiating(x):
         return DropoutFunction.run(x, p, seed, backend)
     return dropout_forward(x, p, seed, backend)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import dispatch, reference
+from .. import dispatch
+from ..reference.embedding import embedding as reference
+from ..reference.embedding import embedding_row_scale
 from ._autograd import KernelFunction, differentiating
 from ._library import define
 from ._sparse import differentiable_sparse_gradient, sparse_gradient
@@ -79,7 +81,7 @@ class EmbeddingBackwardFunction(KernelFunction):
         num_weights, padding_idx, scale_grad_by_freq, backend = ctx.options
         # A plain lookup: the scale below carries padding and frequency, in this derivative and in the next.
         ddout = EmbeddingFunction.run(ddweight.contiguous(), indices, -1, False, backend)
-        ddout = ddout * reference.embedding_row_scale(indices, num_weights, padding_idx, scale_grad_by_freq, ddout)
+        ddout = ddout * embedding_row_scale(indices, num_weights, padding_idx, scale_grad_by_freq, ddout)
         return ddout, None, None, None, None, None
 
     @staticmethod
@@ -112,7 +114,7 @@ def embedding(
 ) -> Tensor:
     """Rows of ``weight`` (V, D), contiguous, at ``indices`` (N), contiguous: (N, D). ``padding_idx`` < 0: none."""
     if backend == "reference":
-        return reference.embedding(weight, indices, padding_idx, scale_grad_by_freq)
+        return reference(weight, indices, padding_idx, scale_grad_by_freq)
     if not differentiating(weight):
         return embedding_forward(weight, indices, backend)
     if sparse:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import dispatch, reference
+from .. import dispatch
+from ..reference.embedding import embedding_row_scale
+from ..reference.embedding_bag import embedding_bag as reference
 from ._autograd import KernelFunction, differentiating, pure
 from ._library import define
 from ._sparse import differentiable_sparse_gradient, sparse_gradient
@@ -215,7 +217,7 @@ def _frequency(
         # What lies behind the last bag counts for another row.
         position = torch.arange(indices.shape[0], device=indices.device)
         counted = torch.where(position < offsets[-1], indices, options.num_weights)
-    scale = reference.embedding_row_scale(counted, options.num_weights + 1, -1, True, like).squeeze(-1)
+    scale = embedding_row_scale(counted, options.num_weights + 1, -1, True, like).squeeze(-1)
     return scale, (indices, offsets, options._replace(scale_grad_by_freq=False))
 
 
@@ -348,9 +350,7 @@ def embedding_bag(
         if offsets is None:
             length = indices.shape[0] // max(num_bags, 1)
             offsets = torch.arange(num_bags, device=indices.device) * length
-        return reference.embedding_bag(
-            weight, indices, offsets, mode, samples, include_last_offset, padding_idx, scale_grad_by_freq
-        )
+        return reference(weight, indices, offsets, mode, samples, include_last_offset, padding_idx, scale_grad_by_freq)
     include_last_offset = include_last_offset and offsets is not None
     options = Options(
         num_bags, weight.shape[0], mode == "mean", include_last_offset, padding_idx, scale_grad_by_freq, backend

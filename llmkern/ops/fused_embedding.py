@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._facts import accumulate_dtype
 from .._groups import FUSED_EMBEDDING_PRIMALS, FusedEmbeddingInputs, FusedEmbeddingOptions
+from ..reference.fused_embedding import fused_embedding as reference
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -136,7 +136,7 @@ def _reference(inputs: Sequence[Any], options: FusedEmbeddingOptions) -> tuple[A
     def function(*tensors: Tensor) -> Tensor:
         remaining = iter(tensors)
         full: list[Any] = [None if t is None else next(remaining) for t in primals]
-        return reference.fused_embedding(FusedEmbeddingInputs(*full, *rows), options)
+        return reference(FusedEmbeddingInputs(*full, *rows), options)
 
     return function, tuple(t for t in primals if t is not None)
 
@@ -166,7 +166,7 @@ def _present(tangents: Any, inputs: Any, primals: tuple[Tensor, ...]) -> tuple[T
 def fused_embedding(inputs: FusedEmbeddingInputs, options: FusedEmbeddingOptions, backend: str) -> Tensor:
     """(N, D), as :func:`llmkern.reference.fused_embedding`."""
     if backend == "reference":
-        return reference.fused_embedding(inputs, options)
+        return reference(inputs, options)
     if not differentiating(*inputs[:FUSED_EMBEDDING_PRIMALS]):
         return fused_embedding_forward(*inputs, *options, backend)[0]
     return FusedEmbeddingFunction.run(*inputs, options, backend)[0]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference
 from .._torch import F
+from ..reference.linear import linear as reference
 from ._autograd import KernelFunction, differentiating, pure, zeros_for_none
 from ._library import define
 
@@ -103,7 +103,7 @@ class LinearBackwardFunction(KernelFunction):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """y (N, O) of contiguous ``x`` (N, I), ``weight`` (O, I) and ``bias`` (O)."""
     if backend == "reference":
-        return reference.linear(x, weight, bias)
+        return reference(x, weight, bias)
     if not differentiating(x, weight, bias):
         return linear_forward(x, weight, bias, backend)
     return LinearFunction.run(x, weight, bias, backend)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch
 from .._facts import accumulate_dtype
+from ..reference.mse_loss import mse_loss as reference
 from ._autograd import KernelFunction, differentiating, plain_backward, pure
 from ._library import define
 
@@ -168,7 +169,7 @@ def mse_loss(
     ``weight`` (dispatch says so); the reference does.
     """
     if backend == "reference":
-        return reference.mse_loss(input, target, reduce, weight)
+        return reference(input, target, reduce, weight)
     if not differentiating(input, target):
         return mse_loss_forward(input, target, reduce, None, False, False, backend)[0]
     # Eager only: a compiler and torch.func see a pure function.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..reference.quantized_embedding import quantize_rows as reference_quantize_rows
+from ..reference.quantized_embedding import quantized_embedding as reference
 from ._library import define
 
 quantized_embedding_forward = define(
@@ -27,7 +28,7 @@ quantized_embedding_quantize = define(
 def quantize_rows(weight: Tensor, bits: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(data, scale, offset) of a contiguous ``weight`` (V, D), as :func:`llmkern.reference.quantize_rows`."""
     if backend == "reference":
-        return reference.quantize_rows(weight, bits)
+        return reference_quantize_rows(weight, bits)
     return quantized_embedding_quantize(weight, bits, backend)
 
 
@@ -43,5 +44,5 @@ def quantized_embedding(
 ) -> Tensor:
     """(N, D) of ``dtype``; all tensors contiguous, ``indices`` (N)."""
     if backend == "reference":
-        return reference.quantized_embedding(weight, scale, offset, indices, embedding_dim, bits, dtype)
+        return reference(weight, scale, offset, indices, embedding_dim, bits, dtype)
     return quantized_embedding_forward(weight, scale, offset, indices, embedding_dim, bits, dtype, backend)

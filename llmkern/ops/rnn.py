@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._facts import accumulate_dtype, saved_gates
 from .._groups import RNN_PRIMALS, RNNCotangents, RNNInputs, RNNOptions, RNNSaved
+from ..reference.rnn import rnn as reference
 from ._autograd import (
     KernelFunction,
     differentiating,
@@ -178,7 +178,7 @@ def reference_of(inputs: Sequence[Any], options: RNNOptions, outputs: int) -> tu
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         remaining = iter(tensors)
         full = [None if t is None else next(remaining) for t in primals]
-        return reference.rnn(RNNInputs(*full, *others), options)[:outputs]  # type: ignore[arg-type]
+        return reference(RNNInputs(*full, *others), options)[:outputs]  # type: ignore[arg-type]
 
     return function, tuple(t for t in primals if t is not None)
 

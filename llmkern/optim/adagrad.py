@@ -8,7 +8,8 @@ import torch.optim
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from .. import ops
+from ..ops.optim import adagrad_step, advance
+from ..ops.sparse_optim import sparse_adagrad_step
 from ._step import Folded, Step
 
 
@@ -33,7 +34,7 @@ class Adagrad(Step, torch.optim.Adagrad):
         *tensors, steps = lists
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "weight_decay", "eps"))
         last = folded.factor(lists[0][0].device), folded.after, backend
-        ops.adagrad_step(*tensors, ops.advance(steps, backend), *numbers, group["maximize"], *last)
+        adagrad_step(*tensors, advance(steps, backend), *numbers, group["maximize"], *last)
 
     def _rows_step(
         self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
@@ -41,9 +42,7 @@ class Adagrad(Step, torch.optim.Adagrad):
         (state_sum,), steps = lists[2:]
         numbers = (float(group[key]) for key in ("lr", "lr_decay", "eps"))
         state_sum = state_sum.view(rows[0].shape)
-        ops.sparse_adagrad_step(
-            *rows, state_sum, *ops.advance(steps, backend), *numbers, group["maximize"], factor, backend
-        )
+        sparse_adagrad_step(*rows, state_sum, *advance(steps, backend), *numbers, group["maximize"], factor, backend)
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         return {"has_sparse_grad": grad.is_sparse, "has_complex": p.is_complex()}

@@ -9,7 +9,7 @@ import torch.optim
 from torch import Tensor
 from torch.optim.adam import adam
 
-from .. import ops
+from ..ops.optim import adam_step, advance
 from ._step import Folded, Step
 
 
@@ -35,7 +35,7 @@ class _AdamStep(Step):
         numbers = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
         flags = (group.get("decoupled_weight_decay", False), group["maximize"])
         last = folded.factor(lists[0][0].device), folded.after, backend
-        ops.adam_step(*tensors, ops.advance(steps, backend), *numbers, *flags, *last)
+        adam_step(*tensors, advance(steps, backend), *numbers, *flags, *last)
 
     def _torch_options(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

@@ -9,7 +9,8 @@ import torch.optim
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from .. import ops
+from ..ops.optim import sgd_step
+from ..ops.sparse_optim import sparse_sgd_step
 from ._step import Folded, Step
 
 
@@ -33,12 +34,12 @@ class SGD(Step, torch.optim.SGD):
         numbers = (float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay"))
         flags = (group["nesterov"], group["maximize"])
         last = folded.factor(params[0].device), folded.after, backend
-        ops.sgd_step(params, grads, buffers, steps, *numbers, *flags, *last)
+        sgd_step(params, grads, buffers, steps, *numbers, *flags, *last)
 
     def _rows_step(
         self, group: dict[str, Any], rows: Any, lists: list[list[Any]], factor: float | Tensor, backend: str
     ) -> None:
-        ops.sparse_sgd_step(*rows, float(group["lr"]), group["maximize"], factor, backend)
+        sparse_sgd_step(*rows, float(group["lr"]), group["maximize"], factor, backend)
 
     def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         super()._torch_step(group, lists, folded)

@@ -14,8 +14,8 @@ import torch.optim
 from torch import Tensor
 from torch.optim._functional import sparse_adam
 
-from .. import ops
 from .._facts import accumulate_dtype
+from ..ops.sparse_optim import rowwise_adagrad_step, sparse_adam_step
 from ._step import Folded, Step
 
 
@@ -44,7 +44,7 @@ class SparseAdam(Step, torch.optim.SparseAdam):
         state["step"] += 1
         averages = (state[key].view(rows[0].shape) for key in ("exp_avg", "exp_avg_sq"))
         numbers = map(float, (state["step"], group["lr"], *group["betas"], group["eps"]))
-        ops.sparse_adam_step(*rows, *averages, *numbers, group.get("maximize", False), factor, backend)
+        sparse_adam_step(*rows, *averages, *numbers, group.get("maximize", False), factor, backend)
 
     def _torch_step(self, group: dict[str, Any], lists: list[list[Any]], folded: Folded) -> None:
         params, grads, exp_avgs, exp_avg_sqs = lists
@@ -129,4 +129,4 @@ class RowWiseAdagrad(Step, torch.optim.Optimizer):
     ) -> None:
         state_sum = self.state[lists[0][0]]["sum"]
         numbers = (float(group["lr"]), group["eps"])
-        ops.rowwise_adagrad_step(*rows, state_sum, *numbers, group["maximize"], factor, backend)
+        rowwise_adagrad_step(*rows, state_sum, *numbers, group["maximize"], factor, backend)

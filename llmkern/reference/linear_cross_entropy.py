@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import reference
 from .._facts import accumulate_dtype
 from .._groups import LossOptions
 from .._torch import F
+from .cross_entropy import cross_entropy
 
 
 def linear_cross_entropy(
@@ -25,4 +25,4 @@ def linear_cross_entropy(
     accumulate = accumulate_dtype(x.dtype)
     bias = None if linear_bias is None else linear_bias.to(accumulate)
     logits = F.linear(x.to(accumulate), linear_weight.to(accumulate), bias)
-    return reference.cross_entropy(logits, target, weight, options)
+    return cross_entropy(logits, target, weight, options)

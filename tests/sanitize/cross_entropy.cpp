@@ -113,7 +113,7 @@ void check_large() {
 
 }  // namespace
 
-void check_cross_entropy() {
+LLMKERN_CHECK(cross_entropy) {
   constexpr int64_t kSlab = cpu::kCrossEntropySlab;
   for (DType t : kDTypes) {
     for (LossOptions options : kLossOptions) {

@@ -4,7 +4,7 @@
 
 namespace llmkern::sanitize {
 
-void check_dropout() {
+LLMKERN_CHECK(dropout) {
   for (DType t : kDTypes)
     for (int64_t n : {int64_t{1}, int64_t{15}, int64_t{33}, int64_t{70001}})
       for (double p : {0.0, 0.25, 1.0}) {

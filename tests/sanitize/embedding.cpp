@@ -71,7 +71,7 @@ void renorm_case(DType t, int64_t D, double p) {
 
 }  // namespace
 
-void check_embedding() {
+LLMKERN_CHECK(embedding) {
   for (DType t : kDTypes)
     for (bool wide : {false, true})
       for (int64_t D : {1, 7, 67, 131}) {

@@ -116,7 +116,7 @@ void check_starts() {
 
 }  // namespace
 
-void check_embedding_bag() {
+LLMKERN_CHECK(embedding_bag) {
   check_starts();
   for (DType t : kDTypes)
     for (bool wide : {false, true})

@@ -109,7 +109,7 @@ void fused_embedding_case(DType dtype, Norm norm, double p, int64_t D, int64_t B
 
 }  // namespace
 
-void check_fused_embedding() {
+LLMKERN_CHECK(fused_embedding) {
   for (DType dtype : kDTypes)
     for (Norm norm : {Norm::none, Norm::layer, Norm::rms})
       for (double p : {0.0, 0.25})

@@ -88,7 +88,7 @@ void check_empty() {
 
 }  // namespace
 
-void check_gemm() {
+LLMKERN_CHECK(gemm) {
   using enum DType;
   const Types all[] = {{f32, f32, f32},  {bf16, bf16, bf16}, {bf16, bf16, f32}, {f16, f16, f16},
                        {f32, bf16, f32}, {f16, f32, bf16},   {bf16, f32, f16},  {f64, f64, f64}};

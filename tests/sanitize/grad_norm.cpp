@@ -4,7 +4,7 @@
 
 namespace llmkern::sanitize {
 
-void check_grad_norm() {
+LLMKERN_CHECK(grad_norm) {
   where = "grad_norm";
   std::vector<Array> arrays;
   std::vector<cpu::Span> tensors;

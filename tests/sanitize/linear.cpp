@@ -4,7 +4,7 @@
 
 namespace llmkern::sanitize {
 
-void check_linear() {
+LLMKERN_CHECK(linear) {
   for (DType t : kDTypes)
     for (const auto& [N, I, O] : {std::array<int64_t, 3>{1, 7, 5}, {3, 65, 33}, {19, 31, 47}}) {
       where = std::string("linear ") + name_of(t) + " " + std::to_string(N) + "x" + std::to_string(I);

@@ -99,7 +99,7 @@ struct Case {
 
 }  // namespace
 
-void check_linear_cross_entropy() {
+LLMKERN_CHECK(linear_cross_entropy) {
   for (DType t : kDTypes) {
     for (LossOptions options : kLossOptions)
       for (const Size& size : {Size{1, 3, 5}, Size{7, 19, 67}, Size{23, 35, 131}})

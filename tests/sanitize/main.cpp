@@ -3,8 +3,7 @@
 //
 // Operands lie in heap blocks of exactly their size, so that a read or a write past an end stops the program; results
 // are NaN before a kernel writes them, and are compared with plain loops in double. Loosely: what an error may be, the
-// Python tests measure. An op is one function `check_<op>`, in the file of its stem, and one line here; `sanitize gemm`
-// runs one.
+// Python tests measure. An op is one `LLMKERN_CHECK(<op>)`, in the file of its stem; `sanitize gemm` runs one.
 //
 // Each check is then run again with a request for memory that fails, the first, the second and so on: the caller gets
 // std::bad_alloc, from whichever thread asked.
@@ -18,46 +17,12 @@
 
 namespace llmkern::sanitize {
 
-void check_cross_entropy();
-void check_dropout();
-void check_embedding();
-void check_embedding_bag();
-void check_fused_embedding();
-void check_gemm();
-void check_grad_norm();
-void check_linear();
-void check_linear_cross_entropy();
-void check_mse_loss();
-void check_optim();
-void check_quantized_embedding();
-void check_rnn();
-void check_row_optim();
-void check_runtime();
-void check_sparse_optim();
+std::map<std::string, void (*)()>& checks() {
+  static std::map<std::string, void (*)()> all;
+  return all;
+}
 
 namespace {
-
-constexpr struct {
-  const char* name;
-  void (*check)();
-} kChecks[] = {
-    {"cross_entropy", &check_cross_entropy},
-    {"dropout", &check_dropout},
-    {"embedding", &check_embedding},
-    {"embedding_bag", &check_embedding_bag},
-    {"fused_embedding", &check_fused_embedding},
-    {"gemm", &check_gemm},
-    {"grad_norm", &check_grad_norm},
-    {"linear", &check_linear},
-    {"linear_cross_entropy", &check_linear_cross_entropy},
-    {"mse_loss", &check_mse_loss},
-    {"optim", &check_optim},
-    {"quantized_embedding", &check_quantized_embedding},
-    {"rnn", &check_rnn},
-    {"row_optim", &check_row_optim},
-    {"runtime", &check_runtime},
-    {"sparse_optim", &check_sparse_optim},
-};
 
 // Requests for memory so far, and the one that fails.
 std::atomic<int64_t> requests{0};
@@ -87,11 +52,11 @@ int run(const char* wanted) {
     return lacking ? 0 : 2;
   }
   bool known = false;
-  for (const auto& [name, check] : kChecks) {
-    if (wanted && std::strcmp(wanted, name) != 0) continue;
+  for (const auto& [name, check] : checks()) {
+    if (wanted && name != wanted) continue;
     known = true;
     check_failures(check, requests_of(check, -1));
-    std::printf("sanitize: %s passed\n", name);
+    std::printf("sanitize: %s passed\n", name.c_str());
     std::fflush(stdout);
   }
   if (!known) std::printf("sanitize: no check is named %s\n", wanted);

@@ -33,7 +33,7 @@ void mse_loss_case(DType t, int64_t N, int64_t skip) {
 
 }  // namespace
 
-void check_mse_loss() {
+LLMKERN_CHECK(mse_loss) {
   for (DType t : kDTypes)
     for (int64_t N : {0, 1, 7, 8191, 24577})
       for (int64_t skip : {0, 1}) mse_loss_case(t, N, skip);

@@ -90,7 +90,7 @@ void check_step(const Op& op, bool has_state, void (*run)(const Op&, const std::
 
 }  // namespace
 
-void check_optim() {
+LLMKERN_CHECK(optim) {
   for (const cpu::Adam& op :
        {cpu::Adam{0.01, 0.9, 0.999, 1e-3, 0, false, false}, cpu::Adam{0.1, 0.4, 0.9, 1e-3, 0.1, true, true},
         cpu::Adam{0.01, 0.9, 0.99, 1e-3, 0.2, false, false}})

@@ -41,7 +41,7 @@ void quantized_case(DType t, int bits, int64_t V, int64_t D, int64_t N) {
 
 }  // namespace
 
-void check_quantized_embedding() {
+LLMKERN_CHECK(quantized_embedding) {
   for (DType t : kDTypes)
     for (int bits : {8, 4})
       for (int64_t D : {0, 1, 2, 7, 31, 32, 33, 67, 131}) {

@@ -199,7 +199,7 @@ void check_norms(cpu::RnnMode mode, Shape shape, bool reverse) {
 
 }  // namespace
 
-void check_rnn() {
+LLMKERN_CHECK(rnn) {
   using enum cpu::RnnMode;
   for (cpu::RnnMode mode : {lstm, gru, rnn_tanh, rnn_relu, slstm}) {
     for (Shape shape : {kDense, kBatchFirst, kPacked})

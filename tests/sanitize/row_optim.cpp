@@ -84,7 +84,7 @@ void row_case(DType t, DType state_dtype, cpu::RowRule rule, bool amsgrad, doubl
 
 }  // namespace
 
-void check_row_optim() {
+LLMKERN_CHECK(row_optim) {
   using Kind = cpu::RowOptim;
   for (int64_t D : {0, 1, 17, 64, 131})
     for (bool closed : {true, false}) {

@@ -92,6 +92,6 @@ void check_probe() {
 
 }  // namespace
 
-void check_runtime() { check_memory(), check_threads(), check_row_order(), check_elementwise(), check_probe(); }
+LLMKERN_CHECK(runtime) { check_memory(), check_threads(), check_row_order(), check_elementwise(), check_probe(); }
 
 }  // namespace llmkern::sanitize

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,15 @@
 namespace llmkern::sanitize {
 
 using Doubles = std::vector<double>;
+
+// Every check, by its name; each has been entered when main begins.
+std::map<std::string, void (*)()>& checks();
+
+// LLMKERN_CHECK(gemm) { ... } is the check of that name.
+#define LLMKERN_CHECK(name)                                                \
+  static void check_##name();                                              \
+  static const bool name##_is_checked = (checks()[#name] = &check_##name); \
+  static void check_##name()
 
 inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 

@@ -77,7 +77,7 @@ void check_bad_indices() {
 
 }  // namespace
 
-void check_sparse_optim() {
+LLMKERN_CHECK(sparse_optim) {
   for (DType t : kDTypes)
     for (DType q : {t, accum_of(t)})
       for (int64_t D : {1, 7, 33, 128})
