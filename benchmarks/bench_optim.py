@@ -64,7 +64,7 @@ TABLE, TOKENS = (128256, 2048), 8192
 
 
 class ComposedRowWiseAdagrad:
-    """What torch has not, of what it has."""
+    """What torch does not have, of what it has."""
 
     def __init__(self, parameters: list[torch.Tensor], lr: float, eps: float = 1e-10) -> None:
         (self.table,) = parameters

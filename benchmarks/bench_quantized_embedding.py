@@ -24,10 +24,10 @@ def draw(ns: SimpleNamespace, sizes: dict[str, Any], place: Place) -> tuple[torc
         import llmkern
 
         return llmkern.quantize_embedding(weight, bits), indices
-    return _torchs(weight, bits), indices
+    return _torch_class(weight, bits), indices
 
 
-def _torchs(weight: torch.Tensor, bits: int) -> torch.nn.Module:
+def _torch_class(weight: torch.Tensor, bits: int) -> torch.nn.Module:
     dtype = torch.quint8 if bits == 8 else torch.quint4x2
     scheme = torch.per_channel_affine_float_qparams
     observer = torch.ao.quantization.PerChannelMinMaxObserver(dtype=dtype, qscheme=scheme, ch_axis=0)

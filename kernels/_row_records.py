@@ -1,4 +1,4 @@
-"""What is on record of the steps that rows wait for: one launch a step, and no thread of the host waits for it.
+"""The step log of lazily updated tables: one launch a step, and no thread of the host waits for it.
 
 A record is 31 doubles, laid out as ``RowRecord`` in ``csrc/core/row_optim.h``: the step, its rule's numbers, and in
 closed form what this step and all later ones do to a row without a gradient. The formulas, and why two nodes of a

@@ -14,13 +14,14 @@ and writes N D; the step reads N D of gradients and reads and writes p, m, v. No
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._groups import LazyTable
 from . import _faults
 from . import _optim_rules as rules
 from . import _row_records as records
@@ -218,19 +219,8 @@ def row_record_kernel(
             records.extend_adam(record, new, mask, beta1, beta2, eps + zero, e0, e3, e2, RULE == "amsgrad")
 
 
-class _Table(NamedTuple):
-    """A table, its states and what is on record, in the order of the native backend's arguments."""
-
-    param: Tensor
-    states: list[Tensor]
-    applied: Tensor
-    history: Tensor
-    pending: int
-    kind: str
-    decoupled: bool
-    maximize: bool
-    nesterov: bool
-    closed: bool
+class _Table(LazyTable):
+    """What kernels are given of a table."""
 
     def check(self) -> None:
         """That memory is not touched outside tensors, and that the closed form is one that exists."""
@@ -240,14 +230,14 @@ class _Table(NamedTuple):
         few = {"adam": (2, 3), "sgd": (0, 1), "adagrad": (1, 1)}[self.kind]
         good = p.dim() == 2 and few[0] <= len(self.states) <= few[1] and len(types) < 2
         good = good and types <= {p.dtype, accumulator(p)} and all(s.numel() == p.numel() for s in self.states)
-        if not good or not all(t.is_contiguous() for t in (p, self.applied, self.history, *self.states)):
+        if not good or not all(t.is_contiguous() for t in (p, self.applied, self.log, *self.states)):
             raise ValueError(
                 "row_optim: expected a table (V, D) and the states of its optimizer, contiguous, of its shape, and of"
                 " its dtype or float32 (float64 for float64)"
             )
-        size = self.history.shape == (max(self.history.shape[0], self.pending + 1), records.SIZE.value)
+        size = self.log.shape == (max(self.log.shape[0], self.logged + 1), records.SIZE.value)
         if self.applied.dtype != torch.int32 or self.applied.numel() != p.shape[0] or not size:
-            raise ValueError("row_optim: expected applied int32 (V), and history float64 (more than count, 31)")
+            raise ValueError("row_optim: expected applied int32 (V), and log float64 (more than count, 31)")
         fp32 = all(t.dtype == torch.float32 for t in (p, *self.states))
         if self.closed and (not fp32 or self.kind == "adagrad"):
             raise ValueError("closed: expected float32 and no adagrad")
@@ -260,7 +250,7 @@ class _Table(NamedTuple):
 
     def pointers(self) -> tuple[Any, ...]:
         """What every kernel begins with."""
-        return self.param, *self.states, *[None] * (3 - len(self.states)), self.applied, self.history
+        return self.param, *self.states, *[None] * (3 - len(self.states)), self.applied, self.log
 
     def constants(self) -> dict[str, Any]:
         return {
@@ -320,12 +310,9 @@ def _checked_indices(indices: Tensor) -> Tensor:
     return indices
 
 
-def row_lookup(
-    param: Tensor, states: list[Tensor], applied: Tensor, history: Tensor, count: int, kind: str, decoupled: bool,
-    maximize: bool, nesterov: bool, closed: bool, indices: Tensor,
-) -> Tensor:  # fmt: skip
-    """Rows (N, D) at ``indices`` (N) as they are after all ``count`` steps on record; nothing else is written."""
-    table = _Table(param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed)
+def row_lookup(lazy: LazyTable, indices: Tensor) -> Tensor:
+    """Rows (N, D) at ``indices`` (N) as they are after all logged steps; nothing else is written."""
+    table, param, count = _Table(*lazy), lazy.param, lazy.logged
     table.check()
     N, (V, D) = _checked_indices(indices).shape[0], param.shape
     out = param.new_empty((N, D))
@@ -337,18 +324,15 @@ def row_lookup(
     return out
 
 
-def row_catch_up(
-    param: Tensor, states: list[Tensor], applied: Tensor, history: Tensor, count: int, kind: str, decoupled: bool,
-    maximize: bool, nesterov: bool, closed: bool, indices: Tensor | None,
-) -> None:  # fmt: skip
-    """Makes the steps on record that rows ``indices`` (``None``: all rows) have not had."""
-    table = _Table(param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed)
+def row_catch_up(lazy: LazyTable, indices: Tensor | None) -> None:
+    """Makes the logged steps that rows ``indices`` (``None``: all rows) have not had."""
+    table, param, count = _Table(*lazy), lazy.param, lazy.logged
     table.check()
     V, D = param.shape
     options = {**table.constants(), "num_warps": _warps(D)}
     if indices is None:
         launch(row_catch_up_kernel, table.grid(V), *table.pointers(), None, None, 0, V, D, count, **options)
-        applied.fill_(count)
+        lazy.applied.fill_(count)
         return
     N = _checked_indices(indices).shape[0]
     if N == 0:
@@ -359,21 +343,17 @@ def row_catch_up(
     table.mark(order.rows, order.group, count)
 
 
-def row_step(
-    param: Tensor, states: list[Tensor], applied: Tensor, history: Tensor, count: int, kind: str, decoupled: bool,
-    maximize: bool, nesterov: bool, closed: bool, indices: Tensor, values: Tensor, step: list[float],
-    grad_scale: float | Tensor,
-) -> bool:  # fmt: skip
+def row_step(lazy: LazyTable, indices: Tensor, values: Tensor, step: list[float], grad_scale: float | Tensor) -> bool:
     """One step on a gradient that is ``grad_scale`` times the sum of ``values`` (N, D) by ``indices`` (N). Says whether
-    the step changes rows that have no gradient; it is then on record, as ``history[count]``."""
-    table = _Table(param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed)
+    the step changes rows that have no gradient; it is then logged, as ``log[logged]``."""
+    table, param, count = _Table(*lazy), lazy.param, lazy.logged
     table.check()
     N, (V, D) = _checked_indices(indices).shape[0], param.shape
     if values.shape != (N, D) or values.dtype != param.dtype or not values.is_contiguous() or len(step) != 6:
         raise ValueError(
             "row_step: expected contiguous values (N, D) of the parameter's dtype, and a step's six numbers"
         )
-    recorded = kind == "adam" or step[5] != 0 or (kind == "sgd" and step[2] != 0)
+    is_logged = lazy.kind == "adam" or step[5] != 0 or (lazy.kind == "sgd" and step[2] != 0)
     rows = group = None
     if N:
         factor, scale = rules.factored(grad_scale)
@@ -386,12 +366,12 @@ def row_step(
             rows, chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
             **{**table.constants(), "BLOCK_D": block}, CHUNK=CHUNK, ROWS=some,
         )  # fmt: skip
-        table.mark(rows, group, count + recorded)
-    if recorded:
+        table.mark(rows, group, count + is_logged)
+    if is_logged:
         # In closed form every record grows by the step.
-        size = ceil_div(count + 1, 128) if closed else 1
+        size = ceil_div(count + 1, 128) if lazy.closed else 1
         launch(
-            row_record_kernel, (size,), history, rows, group, N, V, count, *step, *table.numbers(step, 1.0),
-            *table.extension(step), RULE=table.rule, CLOSED=closed, BLOCK=128,
+            row_record_kernel, (size,), lazy.log, rows, group, N, V, count, *step, *table.numbers(step, 1.0),
+            *table.extension(step), RULE=table.rule, CLOSED=lazy.closed, BLOCK=128,
         )  # fmt: skip
-    return recorded
+    return is_logged

@@ -11,7 +11,7 @@ from torch._C import _is_tracing
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
-def asked_by_the_compiler(function: _Function) -> _Function:
+def constant_while_compiling(function: _Function) -> _Function:
     """``function``, whose answers never change: a compiler that traces a call of it makes the call, and takes the
     answer."""
     # torch.compiler.assume_constant_result does this, and loads the compiler to do so.
@@ -19,8 +19,8 @@ def asked_by_the_compiler(function: _Function) -> _Function:
     return function
 
 
-@asked_by_the_compiler
-def leaving() -> str | None:
+@constant_while_compiling
+def exporter() -> str | None:
     """What makes a graph of the call that is being made to run elsewhere, where llmkern may not be: ``torch.jit.trace``
     or ``torch.export``, with which ONNX is written too; mostly nothing."""
     if _is_tracing():

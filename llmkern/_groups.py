@@ -110,11 +110,42 @@ class LossOptions(NamedTuple):
     logit_scale: float = 1.0
 
 
-_ALL = (RNNInputs, RNNSaved, RNNCotangents, RNNOptions, FusedEmbeddingInputs, FusedEmbeddingOptions, LossOptions)
-GROUPS = {group.__name__: group for group in _ALL}
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float", int: "int"}
+class LazyTable(NamedTuple):
+    """A table whose rows are stepped when they are next looked up, and the optimizer's rule."""
+
+    param: Tensor  # (V, D)
+    states: list[Tensor]  # of its shape, in the order of :mod:`llmkern.reference.optim`
+    applied: Tensor  # (V) of int32: how many of the logged steps a row has had
+    log: Tensor  # (capacity, 31) of float64: a record of each step; it begins with the numbers of RowStep
+    logged: int  # how many steps the log has
+    kind: str  # "adam", "sgd" or "adagrad"
+    decoupled: bool
+    maximize: bool
+    nesterov: bool
+    closed: bool  # many steps without a gradient are computed at once, to the rounding of fp32
 
 
-def schema_of(group: type[NamedTuple]) -> str:
-    """The fields as a schema has them."""
-    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(group).items())
+_ALL = (
+    *(RNNInputs, RNNSaved, RNNCotangents, RNNOptions),
+    *(FusedEmbeddingInputs, FusedEmbeddingOptions),
+    LossOptions,
+    LazyTable,
+)
+_TYPES = {
+    Tensor: "Tensor{}",
+    Tensor | None: "Tensor{}?",
+    list[Tensor]: "Tensor{}[]",
+    str: "str",
+    bool: "bool",
+    float: "float",
+    int: "int",
+}
+# A group by its name in a schema; with "!" after it, one whose tensors are written to.
+GROUPS = {group.__name__ + written: group for group in _ALL for written in ("", "!")}
+
+
+def schema_of(name: str) -> str:
+    """The fields of a group as a schema has them."""
+    written = [f"({letter}!)" if name.endswith("!") else "" for letter in "abcdefghijklmnop"]
+    fields = zip(get_type_hints(GROUPS[name]).items(), written, strict=False)
+    return ", ".join(f"{_TYPES[kind].format(mark)} {field}" for (field, kind), mark in fields)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._graphs import asked_by_the_compiler, leaving
+from ._graphs import constant_while_compiling, exporter
 
 # Of their shape nothing can be asked.
 NESTED = ["nested tensors"]
@@ -24,7 +24,7 @@ TRANSFORMS = (
 )
 
 
-def strange(*tensors: Tensor | None) -> list[str]:
+def not_plain(*tensors: Tensor | None) -> list[str]:
     """What keeps kernels from a call with these tensors, whatever their dtypes, named as an option that no kernel
     has; mostly nothing."""
     compiling = torch.compiler.is_compiling()
@@ -40,7 +40,7 @@ def strange(*tensors: Tensor | None) -> list[str]:
             if not issubclass(kind, Tensor):
                 return ["arguments that are not tensors"]
             # An exporter's fake tensors stand for plain ones: the choice of a backend knows of the graph.
-            exported = kind.__name__ == "FakeTensor" and leaving() is not None
+            exported = kind.__name__ == "FakeTensor" and exporter() is not None
             if not t.is_nested and not exported and (compiling or _knows_aten_only(kind)):
                 return [f"tensors of class {kind.__name__}"]
         if t.is_nested:
@@ -73,7 +73,7 @@ def autocasts(tensor: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
-@asked_by_the_compiler
+@constant_while_compiling
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether torch hands a dense LSTM whose input is of this dtype to oneDNN, as a whole, under autocast too."""
     if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):

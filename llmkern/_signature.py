@@ -8,7 +8,7 @@ from typing import Any
 _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-class ShownSignature:
+class FullSignature:
     """For a class's ``__signature__``: the arguments of the first ``__init__`` along its bases that takes no
     ``**kwargs``, without those ``given`` to it, and the keywords of all before it. ``after`` an argument one may come
     that another ``__init__`` takes out of ``*args``: its name and default."""

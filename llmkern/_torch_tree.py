@@ -34,25 +34,25 @@ class Replaces(metaclass=ABCMeta):  # noqa: B024
         return True if theirs is not None and issubclass(other, theirs) else NotImplemented
 
 
-def mount(package: str, torchs: ModuleType, replaced: dict[Any, Any]) -> None:
-    """Puts the tree below ``torchs``, which is loaded, below our ``package``. ``replaced``: torch's objects, and ours
-    in their places."""
+def mount(package: str, torch_root: ModuleType, replaced: dict[Any, Any]) -> None:
+    """Puts the tree below ``torch_root``, which is loaded, below our ``package``. ``replaced``: torch's objects and
+    ours in their places."""
     for theirs, ours in replaced.items():
         if isinstance(ours, type) and issubclass(ours, Replaces):
             ours._replaced = theirs
     # An earlier import of this package, since purged from `sys.modules`, left one.
     sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "mounted_at", None) != package]
-    tree = _Tree(package, torchs.__name__, {id(theirs): (theirs, ours) for theirs, ours in replaced.items()})
+    tree = _Tree(package, torch_root.__name__, {id(theirs): (theirs, ours) for theirs, ours in replaced.items()})
     sys.meta_path.insert(0, tree)
-    tree.mount_loaded(torchs.__name__)
+    tree.mount_loaded(torch_root.__name__)
 
 
 class _Tree(MetaPathFinder, Loader):
     """Stands first among the finders: torch's packages have paths, on which another would find torch's files, and
     execute them again."""
 
-    def __init__(self, package: str, torchs: str, replaced: dict[int, tuple[Any, Any]]) -> None:
-        self.mounted_at, self.torchs, self.replaced = package, torchs, replaced
+    def __init__(self, package: str, torch_root: str, replaced: dict[int, tuple[Any, Any]]) -> None:
+        self.mounted_at, self.torch_root, self.replaced = package, torch_root, replaced
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if not name.startswith(self.mounted_at + "."):
@@ -75,11 +75,11 @@ class _Tree(MetaPathFinder, Loader):
             sys.modules[name] = theirs
         self.mount_loaded(theirs.__name__)
 
-    def mount_loaded(self, torchs: str) -> None:
-        """Names what torch has loaded below ``torchs``. Left to import statements, a submodule would be made an
+    def mount_loaded(self, torch_root: str) -> None:
+        """Names what torch has loaded below ``torch_root``. Left to import statements, a submodule would be made an
         attribute of its package, where torch may have a function of that name (``torch.nn.utils.weight_norm``)."""
-        for theirs in sorted(name for name in sys.modules if name.startswith(torchs + ".")):
-            name = self.mounted_at + theirs.removeprefix(self.torchs)
+        for theirs in sorted(name for name in sys.modules if name.startswith(torch_root + ".")):
+            name = self.mounted_at + theirs.removeprefix(self.torch_root)
             if name in sys.modules:
                 # A file of ours; torch's has names that it has not.
                 _complete(sys.modules[name], sys.modules[theirs])
@@ -91,12 +91,12 @@ class _Tree(MetaPathFinder, Loader):
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module
             self.exec_module(module)
-            (package, _, child), torchs_package = name.rpartition("."), theirs.rpartition(".")[0]
-            if getattr(sys.modules[torchs_package], child, None) is sys.modules[theirs]:
+            (package, _, child), torch_package = name.rpartition("."), theirs.rpartition(".")[0]
+            if getattr(sys.modules[torch_package], child, None) is sys.modules[theirs]:
                 setattr(sys.modules[package], child, module)
 
     def _theirs(self, name: str) -> str:
-        return self.torchs + name.removeprefix(self.mounted_at)
+        return self.torch_root + name.removeprefix(self.mounted_at)
 
     def _ours(self, theirs: ModuleType) -> dict[str, Any]:
         """What a module of torch's makes public that we replace."""

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from ._graphs import asked_by_the_compiler, leaving
+from ._graphs import constant_while_compiling, exporter
 from ._plain import NESTED as NESTED
 from ._plain import autocasts as autocasts
+from ._plain import not_plain as not_plain
 from ._plain import onednn_takes as onednn_takes
-from ._plain import strange as strange
 from ._support import TABLE as TABLE
 from ._support import Support as Support
 from ._support import Work
@@ -93,7 +93,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-@asked_by_the_compiler
+@constant_while_compiling
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or ``None`` if it can."""
     if name not in _unavailable:
@@ -118,7 +118,7 @@ def _obstacle(
     if name in ("torch", "reference"):
         lacks = support.lacks(options)
         return f"{name} has no option {', '.join(lacks)}" if lacks else None
-    if _forced == "auto" and (maker := leaving()) is not None:
+    if _forced == "auto" and (maker := exporter()) is not None:
         return f"{maker} makes a graph to run elsewhere"
     if (reason := unavailable(name)) is not None:
         return reason
@@ -147,7 +147,7 @@ def pick(
     Args:
         op: a key of ``TABLE``.
         tensors: the floating tensors of the call; they must share device and dtype for a kernel to serve them.
-        options: names of the options that are in use with other than their neutral values, and what :func:`strange`
+        options: names of the options that are in use with other than their neutral values, and what :func:`not_plain`
             says of all tensors of the call.
         torch_does: what the caller does on ``"torch"``, where that is not torch's own function; for explain.
         work: what the op's rules of size look at: fields of :class:`Work`.
@@ -181,10 +181,10 @@ def note(op: str, backend: str, reason: str) -> None:
         _trace.append(Choice(op, backend, reason))
 
 
-def leaves(op: str) -> bool:
+def exported(op: str) -> bool:
     """Whether a graph of this call of ``op`` is being made to run elsewhere, which torch's own functions are left to,
     unless a backend is forced. For who can go torch's way as a whole, earlier than :func:`pick` is asked."""
-    if _forced != "auto" or (maker := leaving()) is None:
+    if _forced != "auto" or (maker := exporter()) is None:
         return False
     note(op, "torch", f"{maker} makes a graph to run elsewhere")
     return True
@@ -196,7 +196,7 @@ def shortcut(name: str) -> ModuleType | None:
     where asking takes as long as answering."""
     if _trace is not None or _forced not in ("auto", name) or unavailable(name) is not None:
         return None
-    if torch._C._len_torch_dispatch_stack() or leaving() is not None:
+    if torch._C._len_torch_dispatch_stack() or exporter() is not None:
         return None
     return load(name)
 

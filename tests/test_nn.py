@@ -56,7 +56,7 @@ EXTRA = {
 }
 
 
-def _torchs(name: str) -> Any:
+def _torch_class(name: str) -> Any:
     if not hasattr(torch.nn, name):
         pytest.skip(f"torch {torch.__version__} has no nn.{name}")
     return getattr(torch.nn, name)
@@ -64,7 +64,7 @@ def _torchs(name: str) -> Any:
 
 def _both(name: str) -> tuple[Any, Any]:
     modules = []
-    for cls in (getattr(nn, name), _torchs(name)):
+    for cls in (getattr(nn, name), _torch_class(name)):
         torch.manual_seed(11)
         modules.append(BUILD[name](cls))
     return modules[0], modules[1]
@@ -92,7 +92,7 @@ def test_submodules_import(module: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_constructors_take_torchs_arguments(name: str) -> None:
-    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (getattr(nn, name), _torchs(name)))
+    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (getattr(nn, name), _torch_class(name)))
     shared = {key: value for key, value in ours.items() if key not in EXTRA.get(name, set())}
     assert [(k, p.default, p.kind) for k, p in shared.items()] == [(k, p.default, p.kind) for k, p in theirs.items()]
 
@@ -140,7 +140,7 @@ def test_from_pretrained(name: str) -> None:
     table = torch.randn(6, 3)
     for frozen in (True, False):
         ours, theirs = (
-            c.from_pretrained(table, freeze=frozen, padding_idx=1) for c in (getattr(nn, name), _torchs(name))
+            c.from_pretrained(table, freeze=frozen, padding_idx=1) for c in (getattr(nn, name), _torch_class(name))
         )
         assert type(ours) is getattr(nn, name)
         assert ours.weight.requires_grad is theirs.weight.requires_grad

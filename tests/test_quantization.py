@@ -165,7 +165,7 @@ def test_quantisation_of_graphs() -> None:
 
 def test_what_torch_has_not_stays_and_says_so() -> None:
     model = nn.Sequential(nn.GRU(4, 4, clip=0.5), nn.GRU(4, 4))
-    with pytest.warns(UserWarning, match=r"got GRU\(4, 4, clip=0.5\), with options that GRU of torch has not"):
+    with pytest.warns(UserWarning, match=r"got GRU\(4, 4, clip=0.5\), with options that GRU of torch does not have"):
         made = quantize_dynamic(model)
     assert [type(m) for m in made] == [nn.GRU, torch.ao.nn.quantized.dynamic.GRU]
     with warnings.catch_warnings():

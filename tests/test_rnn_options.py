@@ -1,4 +1,4 @@
-"""What torch's recurrent layers have not: every option against its reference, on every backend and shape of input."""
+"""What torch's recurrent layers do not have: every option against its reference, on every backend."""
 
 from __future__ import annotations
 

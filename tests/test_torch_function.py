@@ -57,7 +57,7 @@ CASES = {
     "gru_cell": Case(F.gru_cell, VF.gru_cell, (torch.randn(2, 4), STATE[0], *_rows(3))),
     "rnn_tanh_cell": Case(F.rnn_tanh_cell, VF.rnn_tanh_cell, (torch.randn(2, 4), STATE[0], *_rows(1))),
     "rnn_relu_cell": Case(F.rnn_relu_cell, VF.rnn_relu_cell, (torch.randn(2, 4), STATE[0], *_rows(1))),
-    # What torch has not is asked about under our function.
+    # What torch does not have is asked about under our function.
     "z_loss": Case(F.cross_entropy, None, (LOGITS, LABELS), {"z_loss": 0.1, "outputs": ("lse",)}),
     "weighted mean": Case(F.embedding_bag, None, BAGS, {"per_sample_weights": torch.rand(4)}),
     "clip": Case(

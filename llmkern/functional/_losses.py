@@ -84,7 +84,7 @@ class Reduction:
         one = torch.ones((), dtype=dtype, device=target.device) if total is None else 1 / total
         return cls(name, tokens, total, (one.expand(shape) if tokens is None else tokens * one).contiguous())
 
-    def __call__(self, rows: ops.Rows) -> Tensor:
+    def __call__(self, rows: ops.LossRows) -> Tensor:
         if rows.total is not None:
             return rows.total
         losses = rows.loss if self.tokens is None else rows.loss * self.tokens
@@ -104,7 +104,7 @@ def _target_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dt
 
 
 def present(
-    loss: Tensor, rows: ops.Rows, outputs: Sequence[str], target: Tensor, soft: bool, shape: Sequence[int]
+    loss: Tensor, rows: ops.LossRows, outputs: Sequence[str], target: Tensor, soft: bool, shape: Sequence[int]
 ) -> Tensor | CrossEntropyOutput:
     """``loss``, with the outputs that were asked for, in ``shape``."""
     if not outputs:

@@ -13,18 +13,18 @@ from .. import dispatch
 
 def overridden(op: str, *arguments: Any) -> bool:
     """Whether somebody is asked before a call on these arguments. The caller then hands the call, as it was written, to
-    torch's function, which asks them under its own name; what torch has not, to ``handle_torch_function``.
+    torch's function, which asks them under its own name; what torch does not have, to ``handle_torch_function``.
 
     A default device is a mode too. It has nothing to say about functions that take tensors: it is not asked, or
     setting one would switch every kernel off. Nor are those of torch.export: torch's functions ask them, if they serve.
     """
-    if not has_torch_function_variadic(*arguments) or _nobody_speaks(arguments):
+    if not has_torch_function_variadic(*arguments) or _no_override(arguments):
         return False
     dispatch.note(op, "torch", "a __torch_function__ of an argument, or a TorchFunctionMode, is asked")
     return True
 
 
-def _nobody_speaks(arguments: tuple[Any, ...]) -> bool:
+def _no_override(arguments: tuple[Any, ...]) -> bool:
     if not torch._C._is_torch_function_mode_enabled() or torch.compiler.is_dynamo_compiling():
         return False
     for mode in map(type, torch.overrides._get_current_function_mode_stack()):

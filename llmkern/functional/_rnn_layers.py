@@ -17,7 +17,7 @@ from .dropout import dropout
 
 
 @dataclass
-class Call:
+class RNNCall:
     """A call in either of torch's forms (see ``functional/rnn.py``), with the states as a tuple."""
 
     mode: str
@@ -35,7 +35,7 @@ class Call:
     autocast: bool
 
     @classmethod
-    def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> Call:
+    def parse(cls, mode: str, args: tuple[Any, ...], extras: Extras) -> RNNCall:
         input, batch_sizes, hx, *rest = args if isinstance(args[3], (list, tuple)) else (args[0], None, *args[1:])
         states = tuple(hx) if CELLS[mode] else (hx,)
         if extras.state_dtype is not None:
@@ -94,8 +94,8 @@ class Call:
                 return False
         return True
 
-    def cast(self, dtype: torch.dtype) -> Call | None:
-        """The call that autocast makes of this one, in bf16, or of options that torch has not in any narrow dtype;
+    def cast(self, dtype: torch.dtype) -> RNNCall | None:
+        """The call that autocast makes of this one, in bf16, or with options beyond torch's in any narrow dtype;
         ``None`` where only torch knows.
 
         torch runs all Elman networks in bf16, and LSTMs that oneDNN takes as a whole; its steps of GRUs and of other

@@ -1,4 +1,4 @@
-"""What torch's recurrent layers have not: the options, and which values they take."""
+"""What torch's recurrent layers do not have: the options, and which values they take."""
 
 from __future__ import annotations
 

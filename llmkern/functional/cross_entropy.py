@@ -103,13 +103,13 @@ def cross_entropy(
     Losses are computed and summed in fp32 (fp64 for fp64). No input is written to, but with ``inplace``.
     """
     if overridden("cross_entropy", input, target, weight, token_weight):
-        as_torchs: Any = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        positional: Any = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale}
         own |= {"token_weight": token_weight, "outputs": outputs, "inplace": inplace}
         if z_loss == 0 and not softcap and logit_scale == 1 and token_weight is None and not outputs:
-            return F.cross_entropy(*as_torchs)
+            return F.cross_entropy(*positional)
         public: Any = cross_entropy
-        answer = handle_torch_function(public, (input, target, weight, token_weight), *as_torchs, **own)
+        answer = handle_torch_function(public, (input, target, weight, token_weight), *positional, **own)
         if isinstance(answer, CrossEntropyOutput) and isinstance(answer.loss, Iterator):
             # The default of subclasses makes what it converts of one iterator, which is good for torch's own tuples.
             return CrossEntropyOutput._make(answer.loss)
@@ -117,12 +117,12 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     check_outputs(outputs)
-    strange = dispatch.strange(input, target, weight, token_weight)
-    if strange != dispatch.NESTED and not _well_formed(
+    not_plain = dispatch.not_plain(input, target, weight, token_weight)
+    if not_plain != dispatch.NESTED and not _well_formed(
         input, target, weight, ignore_index, reduction, label_smoothing, token_weight
     ):
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    soft = strange != dispatch.NESTED and target.shape == input.shape
+    soft = not_plain != dispatch.NESTED and target.shape == input.shape
     used = {
         "weight": weight is not None,
         "label_smoothing": label_smoothing != 0,
@@ -138,7 +138,7 @@ def cross_entropy(
         x, t, weight = single(x), single(t), None if weight is None else single(weight)
     if soft:
         x, t = (both.to(torch.promote_types(x.dtype, t.dtype)) for both in (x, t))
-    options = [*strange, *(name for name, on in used.items() if on)]
+    options = [*not_plain, *(name for name, on in used.items() if on)]
     backend = dispatch.pick("cross_entropy", *_tensors(x, weight), options=options)
     if backend == "torch":
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)

@@ -26,7 +26,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     # A seed is a number: the compiler would leave its graph for it, vmap has its own rules for random numbers, and a
     # CUDA graph would replay one mask.
     options = [name for name, on in (("inplace", inplace), ("traced", ops.seed_freezes())) if on]
-    options += dispatch.strange(input)
+    options += dispatch.not_plain(input)
     backend = "torch"
     counts = training is True and isinstance(p, (int, float)) and isinstance(input, Tensor)
     if counts and 0 < p <= 1 and input.numel():

@@ -69,15 +69,15 @@ def embedding(
         options.append("scale_grad_by_freq")
     if sparse:
         options.append("sparse")
-    strange = dispatch.strange(input, weight)
+    not_plain = dispatch.not_plain(input, weight)
     served = isinstance(input, Tensor) and isinstance(weight, Tensor)
     served = served and weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
-    if padding_idx is not None and strange != dispatch.NESTED:
+    if padding_idx is not None and not_plain != dispatch.NESTED:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
     if max_norm is not None or sparse:
         # torch's gradient says that it has no sparse one by frequency.
         served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
-    backend = "torch" if not served else dispatch.pick("embedding", weight, options=[*options, *strange])
+    backend = "torch" if not served else dispatch.pick("embedding", weight, options=[*options, *not_plain])
     if backend == "torch":
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     indices = input.reshape(-1).contiguous()

@@ -71,8 +71,8 @@ def embedding_bag(
         "weighted_mean": mode == "mean" and per_sample_weights is not None,
     }
     options = [name for name, value in values.items() if value is not None and value is not False]
-    strange = dispatch.strange(input, weight, offsets, per_sample_weights)
-    served = strange == dispatch.NESTED or _is_bag_call(
+    not_plain = dispatch.not_plain(input, weight, offsets, per_sample_weights)
+    served = not_plain == dispatch.NESTED or _is_bag_call(
         input, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx
     )
     served = served and not (mode == "max" and (scale_grad_by_freq or sparse))
@@ -80,7 +80,7 @@ def embedding_bag(
         # torch's gradient says that it has no sparse one by frequency.
         served = served and not (sparse and scale_grad_by_freq) and not ops.traced(weight)
     floats = [weight] if per_sample_weights is None else [weight, per_sample_weights]
-    backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=[*options, *strange])
+    backend = "torch" if not served else dispatch.pick("embedding_bag", *floats, options=[*options, *not_plain])
     if backend == "torch":
         return F.embedding_bag(*as_written)
     indices, num_bags = input.reshape(-1).contiguous(), input.shape[0]

@@ -90,7 +90,7 @@ def fused_embedding(
         raise ValueError("norm_weight, norm_bias: got a tensor without a norm; expected norm='layer' or norm='rms'")
     p = float(dropout) if training else 0.0
     operands = (weight, position_weight, token_type_weight, norm_weight, norm_bias)
-    strange = dispatch.strange(input, *operands, positions, token_types)
+    not_plain = dispatch.not_plain(input, *operands, positions, token_types)
     served = weight.dim() == 2 and input.dtype in INDEX_DTYPES and input.device == weight.device
     if padding_idx is not None:
         served = served and -weight.shape[0] <= padding_idx < weight.shape[0]
@@ -100,7 +100,7 @@ def fused_embedding(
     backend = "torch"
     if served:
         # As in `dropout`: a seed is a number.
-        options = [*strange, "traced dropout"] if p > 0 and ops.seed_freezes() else strange
+        options = [*not_plain, "traced dropout"] if p > 0 and ops.seed_freezes() else not_plain
         floats = [t for t in operands if t is not None]
         work = {"elements": input.numel() * weight.shape[1], "dropout": p > 0}
         does = "torch's functions one by one"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, ops
-from .._torch import clip_grad_norm_ as torchs_clip_grad_norm_
+from .._torch import clip_grad_norm_ as torch_clip_grad_norm_
 from .._torch import get_total_norm
 from ..ops.grad_norm import grad_norm, may_change, scale_
 from ..ops.sparse_optim import sparse_grad_norm
@@ -57,7 +57,7 @@ def clip_grad_norm_(
     grads = [] if isinstance(parameters, types.GeneratorType) else [p.grad for p in parameters if p.grad is not None]
     kinds = by_backend(grads, norm_type)
     if all(backend == "torch" and not any(grad.is_sparse for grad in members) for backend, members in kinds):
-        return torchs_clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        return torch_clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     norm = total_norm(kinds, norm_type)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
@@ -93,14 +93,14 @@ def by_backend(grads: list[Tensor], norm_type: float = 2.0) -> list[tuple[str, l
     for grad in grads:
         dense = grad._values() if grad.is_sparse else grad
         several = grad.is_sparse and grad.sparse_dim() != 1
-        strange = tuple(dispatch.strange(dense))
-        contiguous = bool(strange) or dense.is_contiguous()
-        kinds.setdefault((grad.is_sparse, several, contiguous, strange, grad.device, grad.dtype), []).append(grad)
+        not_plain = tuple(dispatch.not_plain(dense))
+        contiguous = bool(not_plain) or dense.is_contiguous()
+        kinds.setdefault((grad.is_sparse, several, contiguous, not_plain, grad.device, grad.dtype), []).append(grad)
     result = []
-    for (sparse, several, contiguous, strange, *_), members in kinds.items():
+    for (sparse, several, contiguous, not_plain, *_), members in kinds.items():
         used = {"norm_type": float(norm_type) != 2, "several sparse dimensions": several}
         used["non-contiguous tensors"] = not contiguous
-        used |= dict.fromkeys(strange, True)
+        used |= dict.fromkeys(not_plain, True)
         first = members[0]._values() if sparse else members[0]
         op = "sparse_grad_norm" if sparse else "grad_norm"
         backend = dispatch.pick(op, first, options=[name for name, on in used.items() if on])

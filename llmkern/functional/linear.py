@@ -24,11 +24,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if overridden("linear", input, weight, bias):
         return F.linear(input, weight, bias)
     tensors = [t for t in (input, weight, bias) if t is not None]
-    strange = dispatch.strange(*tensors)
-    if strange != dispatch.NESTED and not _fits(input, weight, bias):
+    not_plain = dispatch.not_plain(*tensors)
+    if not_plain != dispatch.NESTED and not _fits(input, weight, bias):
         return F.linear(input, weight, bias)
-    rows = 0 if strange == dispatch.NESTED else input.numel() // input.shape[-1]
-    options = [*strange, "autocast"] if dispatch.autocasts(input) else strange
+    rows = 0 if not_plain == dispatch.NESTED else input.numel() // input.shape[-1]
+    options = [*not_plain, "autocast"] if dispatch.autocasts(input) else not_plain
     backend = dispatch.pick("linear", *tensors, options=options, products=rows * weight.numel())
     if backend == "torch":
         return F.linear(input, weight, bias)

@@ -147,7 +147,7 @@ def linear_cross_entropy(
     autocast = autocast and all(t.dtype != torch.float64 for t in operands)
     if autocast:
         operands = [t.to(torch.get_autocast_dtype(input.device.type)) for t in operands]
-    strange = dispatch.strange(input, linear_weight, linear_bias, target, weight, token_weight)
+    not_plain = dispatch.not_plain(input, linear_weight, linear_bias, target, weight, token_weight)
     if overridden("linear_cross_entropy", *operands, target, weight, token_weight):
         # torch's composition asks in each of its parts.
         backend = "torch"
@@ -155,7 +155,7 @@ def linear_cross_entropy(
         backend = dispatch.pick(
             "linear_cross_entropy",
             *operands,
-            options=[*extras, *["options"] * chunked, *strange],
+            options=[*extras, *["options"] * chunked, *not_plain],
             torch_does=None if chunked else "linear, then cross_entropy",
         )
     # What is not well formed is composed, for torch's errors; a product of nothing needs no kernel.
@@ -228,7 +228,7 @@ def _fused(
         own["logit_scale"] or 1.0,
     )
 
-    def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.Rows:
+    def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.LossRows:
         return linear_cross_entropy_op(
             x,
             linear_weight.contiguous(),
@@ -251,7 +251,7 @@ def _fused(
         each = zip(linear_weight.flatten(1, -2).unbind(1), biases, targets, [None] * places, strict=True)
         _, *parts = zip(*(run(*place) for place in each), strict=True)
         stacked = [None if part[0] is None else torch.stack(part, 1).unflatten(1, inner) for part in parts]
-        rows = ops.Rows._make([None, *stacked])
+        rows = ops.LossRows._make([None, *stacked])
     else:
         rows = run(linear_weight, bias[0] if bias else None, t, reduced.scale)
     outer = (*input.shape[:-1], *inner)

@@ -44,19 +44,19 @@ def mse_loss(
     if overridden("mse_loss", input, target, weight):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     tensors = (input, target) if weight is None else (input, target, weight)
-    strange = dispatch.strange(*tensors)
+    not_plain = dispatch.not_plain(*tensors)
     served = all(isinstance(t, Tensor) and t.is_floating_point() and t.device == input.device for t in tensors)
     served = (
         served
         and reduction in ("none", "mean", "sum")
-        and (weight is None or strange == dispatch.NESTED or weight.shape == input.shape)
+        and (weight is None or not_plain == dispatch.NESTED or weight.shape == input.shape)
     )
     if not served:
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
     # As torch's autocast treats a loss.
     cast = weight is None and dispatch.autocasts(input)
     x, t = (single(input), single(target)) if cast else (input, target)
-    options = [*strange, *["weight"] * (weight is not None)]
+    options = [*not_plain, *["weight"] * (weight is not None)]
     backend = dispatch.pick("mse_loss", x, t, *tensors[2:], options=options)
     if backend == "torch":
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]

@@ -43,7 +43,7 @@ def quantize_rows(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor
     if weight.dim() != 2 or weight.dtype not in FLOATS:
         raise ValueError(f"weight: got {weight.dtype} of shape {tuple(weight.shape)}, expected a floating table (V, D)")
     weight = weight.detach().contiguous()
-    backend = dispatch.pick("quantized_embedding", weight, options=dispatch.strange(weight))
+    backend = dispatch.pick("quantized_embedding", weight, options=dispatch.not_plain(weight))
     data, scale, offset = quantize_rows_op(weight, bits, backend)
     unfit = "holds NaN or infinities, or spans more than float32 can; expected finite numbers"
     if torch.compiler.is_compiling():
@@ -98,7 +98,7 @@ def quantized_embedding(
             raise ValueError(f"{name}: got {t.dtype} of shape {tuple(t.shape)}, expected float32 ({weight.shape[0]},)")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: got {dtype}, expected a floating dtype of 16 bits or more")
-    options = dispatch.strange(input, weight, scale, offset)
+    options = dispatch.not_plain(input, weight, scale, offset)
     backend = dispatch.pick("quantized_embedding", scale, offset, options=options)
     indices = input.reshape(-1).contiguous()
     table = (weight.contiguous(), scale.contiguous(), offset.contiguous())

@@ -15,7 +15,7 @@ Args:
         need not lie in one buffer. A weight_hh (G * H, H / n) holds the n blocks of a diagonal.
     dropout: probability of zeroing an element between two layers, if ``train``.
     peepholes, norms, forget_bias, clip, zoneout, zoneout_cell, weight_dropout, variational_dropout, return_cell_states,
-        checkpoint_chunks, state_dtype: keywords that torch has not; see :class:`llmkern.nn.LSTM`. ``peepholes`` are
+        checkpoint_chunks, state_dtype: keywords beyond torch's; see :class:`llmkern.nn.LSTM`. ``peepholes`` are
         (3, H), one for every layer and direction; ``norms`` the weights of ``layer_norm``, a sequence for each.
 
 Returns:
@@ -39,7 +39,7 @@ from .._torch import VF
 from ..ops import differentiating
 from ..ops.rnn import rnn
 from ._overrides import overridden
-from ._rnn_layers import Call
+from ._rnn_layers import RNNCall
 from ._rnn_options import Extras
 
 
@@ -49,7 +49,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         if mode == "slstm" or options:
             return handle_torch_function(_PUBLIC[mode], asked, *args, **options)
         return getattr(VF, mode)(*args)
-    call = Call.parse(mode, args, Extras.of(options))
+    call = RNNCall.parse(mode, args, Extras.of(options))
     backend, kind = "torch", call.input.device.type
     if call.well_formed():
         served = call.cast(torch.get_autocast_dtype(kind)) if call.autocast else call
@@ -57,7 +57,7 @@ def _recurrent(mode: str, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         call = served or call
         tensors = [call.input, *call.params, *call.extras.tensors()]
         tensors += [] if call.wide_states else call.states
-        used += dispatch.strange(*tensors, *call.states, call.batch_sizes)
+        used += dispatch.not_plain(*tensors, *call.states, call.batch_sizes)
         T, B = (call.input.shape[i] for i in ((1, 0) if call.batch_first else (0, 1)))
         H, graph = call.states[-1].shape[2], ops.differentiating(*tensors)
         # Of nothing there is nothing to gain.
@@ -157,7 +157,7 @@ def _cell(mode: str, input: Tensor, hx: Any, *weights: Tensor | None) -> Any:
     backend = "torch"
     if _cell_is_well_formed(mode, input, states, weights):
         tensors = [t for t in (*states, *weights) if t is not None]
-        options = dispatch.strange(input, *tensors)
+        options = dispatch.not_plain(input, *tensors)
         if dispatch.autocasts(input):
             options = [*options, "autocast"]
         graph = ops.differentiating(input, *tensors)

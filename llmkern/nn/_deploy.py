@@ -19,7 +19,7 @@ _Self = TypeVar("_Self", bound="Deployable")
 class Deployable(Replaces):
     """A base of all our layers. It comes after torch's class, whose methods it leaves alone."""
 
-    # Options that torch's class has not, with their neutral values.
+    # Options that torch's class does not have, with their neutral values.
     _beyond_torch: ClassVar[dict[str, Any]] = {}
 
     def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
@@ -32,10 +32,10 @@ class Deployable(Replaces):
         return self
 
     def _options_beyond_torch(self) -> list[str]:
-        """The options in use that torch's class has not."""
+        """The options in use that torch's class does not have."""
         return [name for name, neutral in self._beyond_torch.items() if getattr(self, name) != neutral]
 
-    def _torchs_forward(self) -> Callable[..., Any] | None:
+    def _torch_forward(self) -> Callable[..., Any] | None:
         """torch's ``forward``, to be called with ``self``, if that is all there is to this layer."""
         theirs: Any = self._replaced
         return None if theirs is None or self._options_beyond_torch() else theirs.forward
@@ -45,7 +45,7 @@ class Deployable(Replaces):
         hooks. A subclass with a ``forward`` of its own is compiled as it is.
 
         Raises:
-            NotImplementedError: for a class or for options that torch has not.
+            NotImplementedError: for a class or for options that torch does not have.
         """
         cls = type(self)
         ours = next(base for base in cls.__mro__ if _is_ours(base))
@@ -55,8 +55,8 @@ class Deployable(Replaces):
         if theirs is None or (options := self._options_beyond_torch()):
             what = ours.__name__ if theirs is None else f"{ours.__name__} with {', '.join(options)}"
             raise NotImplementedError(
-                f"torch.jit.script: got {what}, which torch has not and TorchScript cannot compile; expected options of"
-                " torch's class alone; use torch.jit.trace or torch.export"
+                f"torch.jit.script: got {what}, which torch does not have and TorchScript cannot compile; expected"
+                " options of torch's class alone; use torch.jit.trace or torch.export"
             )
         if cls is not ours:
             # What a subclass adds, on torch's class.

@@ -34,7 +34,7 @@ def _convert_fused(replaced: dict[type, type]) -> None:
     @wraps(get)
     def _get_module(*args: Any) -> Any:
         layer = get(*args)
-        _become_torchs(layer, replaced)
+        _become_torch(layer, replaced)
         return layer
 
     home._get_module = _get_module
@@ -60,7 +60,7 @@ def _convert_marked(replaced: dict[type, type]) -> None:
         propagate(module, spec, *args, **kwargs)
         for layer in module.modules():
             if getattr(layer, "qconfig", None) is not None:
-                _become_torchs(layer, replaced)
+                _become_torch(layer, replaced)
 
     # What was loaded before has a name of its own for it.
     for name, home in list(sys.modules.items()):
@@ -68,17 +68,17 @@ def _convert_marked(replaced: dict[type, type]) -> None:
             vars(home)["propagate_qconfig_"] = propagate_qconfig_
 
 
-def _become_torchs(layer: torch.nn.Module, replaced: dict[type, type]) -> None:
+def _become_torch(layer: torch.nn.Module, replaced: dict[type, type]) -> None:
     theirs: Any = next((theirs for theirs, ours in replaced.items() if type(layer) is ours), None)
     if theirs is None or not _is_convertible(theirs):
         return
-    # Ours shows options that torch has not.
+    # Ours shows options that torch does not have.
     if layer.extra_repr() == theirs.extra_repr(layer):
         layer.__class__ = theirs
     else:
         warnings.warn(
-            f"torch.ao.quantization: got {layer}, with options that {theirs.__name__} of torch has not; it stays as it"
-            " is",
+            f"torch.ao.quantization: got {layer}, with options that {theirs.__name__} of torch does not have; it stays"
+            " as it is",
             stacklevel=4,
         )
 

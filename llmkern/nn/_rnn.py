@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import dispatch
 from .. import functional as F
-from .._signature import ShownSignature
+from .._signature import FullSignature
 from ..functional._rnn_options import checked_option
 from ..functional.rnn import step
 from ._admission import admit
@@ -27,12 +27,12 @@ class Layers(torch.nn.RNNBase, Deployable):
 
     _function: str
     # Whose forward refuses a malformed call.
-    _torchs: type[torch.nn.RNNBase]
+    _torch_class: type[torch.nn.RNNBase]
     # Whether there is a c beside h.
     _pair = False
     _cells = 1  # the width of c, in hidden_size
 
-    # What torch's layers have not, with neutral defaults; a module pickled without them has these.
+    # What torch's layers do not have, with neutral defaults; a module pickled without them has these.
     _OPTIONS = (
         "forget_bias",
         "clip",
@@ -57,7 +57,7 @@ class Layers(torch.nn.RNNBase, Deployable):
     checkpoint_chunks: int = 1
     state_dtype: torch.dtype | None = None
     # A class names its mode itself.
-    __signature__ = ShownSignature(given=("mode",))
+    __signature__ = FullSignature(given=("mode",))
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Layers(torch.nn.RNNBase, Deployable):
         return self._flat_weights
 
     def _forward(self, input: Any, hx: Any) -> tuple[Any, ...]:
-        if dispatch.leaving() is not None and (forward := self._torchs_forward()) and dispatch.leaves(self._function):
+        if dispatch.exporter() is not None and (forward := self._torch_forward()) and dispatch.exported(self._function):
             return forward(self, input, hx)
         weights = self._weights()
         short = hx is not None and not torch.compiler.is_compiling()
@@ -317,7 +317,7 @@ class Layers(torch.nn.RNNBase, Deployable):
 
     def _refused(self, input: Any, hx: Any) -> tuple[Any, ...]:
         """What torch's class says to a malformed call; or what it computes, where it knows all that is asked for."""
-        result = self._torchs.forward(self, input, hx)
+        result = self._torch_class.forward(self, input, hx)
         if self._added():
             raise ValueError(f"{type(self).__name__}: input or states are malformed, which only torch's options allow")
         return result

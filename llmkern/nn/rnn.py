@@ -9,19 +9,19 @@ import torch.nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .._signature import ShownSignature
+from .._signature import FullSignature
 from ._rnn import Layers
 
 
 class RNN(Layers, torch.nn.RNN):
     """An Elman network with tanh or relu; see :class:`torch.nn.RNN`. Same arguments, inputs and outputs.
 
-    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
+    Keywords that torch does not have: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
     ``zoneout`` is one number.
     """
 
-    _torchs = torch.nn.RNN
-    __signature__ = ShownSignature(given=("mode", "proj_size"), after={"num_layers": ("nonlinearity", "tanh")})
+    _torch_class = torch.nn.RNN
+    __signature__ = FullSignature(given=("mode", "proj_size"), after={"num_layers": ("nonlinearity", "tanh")})
 
     @property
     def _function(self) -> str:  # type: ignore[override]
@@ -34,7 +34,7 @@ class RNN(Layers, torch.nn.RNN):
 class LSTM(Layers, torch.nn.LSTM):
     """Long short-term memory; see :class:`torch.nn.LSTM`. Same arguments, inputs and outputs.
 
-    Keywords that torch has not, with neutral defaults:
+    Keywords that torch does not have, with neutral defaults:
 
     Args:
         clip: h of every step is held within [-clip, clip]. 0: it is not.
@@ -58,7 +58,7 @@ class LSTM(Layers, torch.nn.LSTM):
     """
 
     _function = "lstm"
-    _torchs = torch.nn.LSTM
+    _torch_class = torch.nn.LSTM
     _pair = True
 
     def __init__(
@@ -79,13 +79,13 @@ class LSTM(Layers, torch.nn.LSTM):
 class GRU(Layers, torch.nn.GRU):
     """Gated recurrent units; see :class:`torch.nn.GRU`. Same arguments, inputs and outputs.
 
-    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
+    Keywords that torch does not have: those of :class:`LSTM` but ``forget_bias``, ``peephole``, ``return_cell_states``;
     ``zoneout`` is one number.
     """
 
     _function = "gru"
-    _torchs = torch.nn.GRU
-    __signature__ = ShownSignature(given=("mode", "proj_size"))
+    _torch_class = torch.nn.GRU
+    __signature__ = FullSignature(given=("mode", "proj_size"))
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, ...]:
         return self._forward(input, hx)
@@ -100,15 +100,15 @@ class sLSTM(Layers):
     nothing overflows. Arguments, inputs and outputs are those of :class:`torch.nn.LSTM` but for ``proj_size``; c has 3H
     columns: c, n and m. ``num_heads`` blocks make the paper's memory mixing within heads.
 
-    Keywords that torch has not: those of :class:`LSTM` but ``forget_bias``, ``peephole``; ``return_cell_states``
+    Keywords that torch does not have: those of :class:`LSTM` but ``forget_bias``, ``peephole``; ``return_cell_states``
     returns c, n and m.
     """
 
     _function = "slstm"
-    _torchs = torch.nn.LSTM
+    _torch_class = torch.nn.LSTM
     _pair = True
     _cells = 3
-    __signature__ = ShownSignature(given=("mode", "proj_size"))
+    __signature__ = FullSignature(given=("mode", "proj_size"))
 
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
 

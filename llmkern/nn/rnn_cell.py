@@ -24,7 +24,7 @@ class _Cell(torch.nn.RNNCellBase, Deployable):
         raise NotImplementedError
 
     def _forward(self, input: Any, hx: Any) -> Any:
-        if dispatch.leaving() is not None and (forward := self._torchs_forward()) and dispatch.leaves(self._function):
+        if dispatch.exporter() is not None and (forward := self._torch_forward()) and dispatch.exported(self._function):
             return forward(self, input, hx)
         if hx is None:
             states: tuple[Any, ...] = ()

@@ -12,7 +12,7 @@ from .._groups import FusedEmbeddingInputs, FusedEmbeddingOptions, LossOptions, 
 from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
-from ._losses import Rows
+from ._losses import LossRows
 from ._rnn_chunks import rnn_in_chunks
 from ._row_graphs import trace_row_tables
 from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
@@ -23,6 +23,7 @@ __all__ = [
     "FusedEmbeddingInputs",
     "FusedEmbeddingOptions",
     "LossOptions",
+    "LossRows",
     "RNNInputs",
     "RNNOptions",
     "RowParameter",
@@ -31,7 +32,6 @@ __all__ = [
     "RowStep",
     "RowTable",
     "RowTensor",
-    "Rows",
     "as_shape",
     "capturing",
     "differentiating",

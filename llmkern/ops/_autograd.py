@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from .._graphs import leaving
+from .._graphs import exporter
 
 
 def differentiating(*tensors: Tensor | None) -> bool:
@@ -37,7 +37,7 @@ def pure() -> bool:
 def seed_freezes() -> bool:
     """Whether a number that is drawn now would be that of all later runs too, which are replays of this one: compiled,
     transformed, traced, seen by a dispatch mode, or captured by a CUDA graph."""
-    return pure() or leaving() is not None or torch._C._len_torch_dispatch_stack() > 0 or capturing()
+    return pure() or exporter() is not None or torch._C._len_torch_dispatch_stack() > 0 or capturing()
 
 
 def capturing() -> bool:

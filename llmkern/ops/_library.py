@@ -70,36 +70,44 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 def _expand(schema: str) -> tuple[str, Callable[[Sequence[Any]], Sequence[Any]]]:
     """The schema with the members of its groups, and what puts arguments that come one by one into groups."""
-    sizes: list[tuple[int, Callable[..., Any] | None]] = []
     name, _, rest = schema.partition("(")
-    arguments, results = rest.split(") -> ", 1)
+    arguments, results = rest.rsplit(") -> ", 1)
     parts = arguments.split(", ")
-    for part in parts:
-        group = GROUPS.get(part)
-        sizes.append((1, None) if group is None else (len(group._fields), group))
-    if all(group is None for _, group in sizes):
+    if not any(part in GROUPS for part in parts):
         return schema, lambda args: args
+    groups = [GROUPS.get(part) for part in parts]
+    flat = ", ".join(schema_of(part) if part in GROUPS else part for part in parts)
 
     def in_groups(args: Sequence[Any]) -> Sequence[Any]:
         result, at = [], 0
-        for size, group in sizes:
+        for group in groups:
+            size = 1 if group is None else len(group._fields)
             result.append(args[at] if group is None else group(*args[at : at + size]))
             at += size
         return result
 
-    flat = ", ".join(schema_of(GROUPS[part]) if part in GROUPS else part for part in parts)
     return f"{name}({flat}) -> {results}", in_groups
 
 
-def define_scaled(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """:func:`define` of a step with a ``float grad_scale``, which may also be given as a scalar tensor: one on a GPU
-    goes to the kernels as it is, and nothing waits for its value."""
+def define_step(schema: str, fake: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
+    """:func:`define` of an optimizer's step, to be called without grad: it writes to the tensors that its schema marks.
+
+    Its ``float grad_scale`` may also be a scalar tensor: one on a GPU goes to the kernels as it is, and nothing waits
+    for its value. Gradients are written to unless ``after``, if there is one, is ``"keep"``.
+    """
     by_number = define(schema, fake)
     by_tensor = define(schema.replace("(", ".Tensor(", 1).replace("float grad_scale", "Tensor grad_scale"), fake)
+    places = {argument.name: i for i, argument in enumerate(by_number._schema.arguments)}  # type: ignore[attr-defined]
+    written = [i for i, argument in enumerate(by_number._schema.arguments) if argument.is_write]  # type: ignore[attr-defined]
+    scale, after = places["grad_scale"], places.get("after")
 
     def run(*args: Any) -> Any:
-        # Where no other tensor stands.
-        scaled = any(isinstance(arg, torch.Tensor) for arg in args[-3:])
-        return (by_tensor if scaled else by_number)(*args)
+        result = (by_tensor if isinstance(args[scale], torch.Tensor) else by_number)(*args)
+        # A kernel writes behind autograd's back: a graph that still needs the old values must notice.
+        kept = after is not None and args[after] == "keep"
+        for i in written:
+            if not (kept and i == places["grads"]):
+                torch.autograd.graph.increment_version(args[i])
+        return result
 
     return run

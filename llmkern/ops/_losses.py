@@ -39,7 +39,7 @@ _PRIMALS = ("x", "linear_weight", "linear_bias", "target")
 _NEEDS = ("need_x", "need_weight", "need_bias", "need_target")
 
 
-class Rows(NamedTuple):
+class LossRows(NamedTuple):
     """What an op gives: ``total`` () or None; the rest per row, entropy and argmax None if they are not wanted."""
 
     total: Tensor | None
@@ -117,9 +117,9 @@ class LossFunction(KernelFunction):
         given = [d if d is not None and (i < 2 or ctx.entropy) else None for i, d in enumerate(drows[:_ROWS])]
         dtotal = dtotal if ctx.total else None
         need = [ctx.needs_input_grad[i] for i in range(4)]
-        nothing = (None,) * 9
+        nothing = (None,) * (len(ctx.needs_input_grad) - len(need))
         if dtotal is None and all(d is None for d in given):
-            return (None,) * 4 + nothing
+            return (None,) * len(ctx.needs_input_grad)
         total_alone, loss_alone = all(d is None for d in given), given[1] is given[2] is None
         if ctx.precomputed is not None and dtotal is not None and total_alone and plain_backward(dtotal):
             # Before another backward through this graph the logits may change: torch has kept probabilities.
@@ -197,7 +197,7 @@ class LossBackwardFunction(KernelFunction):
         places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
         moved = [dgradients[i] if ctx.need[i] else torch.zeros_like(p) for i, p in zip(places, primals, strict=True)]
         of_primals, of_given = reference_vjp_vjp(function, primals, [given[i] for i in kinds], moved)
-        results: list[Tensor | None] = [None] * 15
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, gradient in zip(kinds, of_given, strict=True):
             results[i] = gradient
         for i, gradient in zip(places, of_primals, strict=True):
@@ -279,14 +279,14 @@ def run(
     argmax: bool,
     inplace: bool,
     backend: str,
-) -> Rows:
+) -> LossRows:
     """The outputs, from a backend; see the two ops for the arguments."""
     if backend == "reference":
         _, function = _reference(x, linear_weight, linear_bias, target, weight, options, (0, 1, 2, 3))
         primals = [p for p in (x, linear_weight, linear_bias, target) if _counts(p)]
         loss, lse, entropies, best = function(*primals)
         total = None if scale is None else (loss * scale).sum()
-        return Rows(total, loss, lse, entropies if entropy else None, best if argmax else None)
+        return LossRows(total, loss, lse, entropies if entropy else None, best if argmax else None)
     moving = differentiating(x, linear_weight, linear_bias, target)
     # Eager only: a compiler and torch.func see a pure function.
     eager = not pure()
@@ -302,4 +302,6 @@ def run(
     if inplace:
         # The op wrote behind autograd's back: whoever saved the logits for a backward of their own must know.
         torch.autograd.graph.increment_version(x)
-    return Rows(None if scale is None else total, loss, lse, entropies if entropy else None, best if argmax else None)
+    return LossRows(
+        None if scale is None else total, loss, lse, entropies if entropy else None, best if argmax else None
+    )

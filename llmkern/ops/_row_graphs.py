@@ -11,7 +11,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from .._graphs import leaving
+from .._graphs import exporter
 from .._when_loaded import when_loaded
 from ._row_tensors import RowTensor
 
@@ -33,7 +33,7 @@ def _patch(builder: ModuleType) -> None:
     def _wrap(self: Any, value: Any) -> Any:
         if not issubclass(type(value), RowTensor) or not getattr(self.tx, "one_graph", False):
             return wrap(self, value)
-        if leaving() is not None:
+        if exporter() is not None:
             # An exporter knows parameters by their names, and runs nothing.
             return self.wrap_tensor(value)
         return type(self)(self.tx, source(self.source, "plain"))(value.plain)

@@ -1,9 +1,9 @@
 """Tensors whose memory may be behind: a table with row gradients, and the states of its optimizer.
 
 Everything that reads or writes elements is an op, and an op on one of these comes to ``__torch_dispatch__`` first, from
-wherever it was called: Python, autograd, ``torch.func``, TorchScript. There rows that wait are brought up to date, and
-the op gets a plain tensor on the same memory. What leaves that way is known by the count of those who hold the memory
-(:meth:`RowTable.is_seen`). Beside the ops there are the methods that hand out memory itself; they are below.
+wherever it was called: Python, autograd, ``torch.func``, TorchScript. There rows that are behind are caught up, and
+the op gets a plain tensor on the same memory. What leaves that way is known by the count of those who hold the
+memory (:meth:`RowTable.has_alias`). Beside the ops there are the methods that hand out memory itself; they are below.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RowTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # What waits changes with every step, which compiled code must not bake in. Asking loads no compiler.
+        # What rows are behind with changes in every step, and must not be baked in. Asking loads no compiler.
         return (_dispatch_eagerly if "torch._dynamo" in sys.modules else _dispatch)(func, args, kwargs or {})
 
     def catch_up(self) -> None:
@@ -67,7 +67,7 @@ class RowTensor(Tensor):
 
     def expose(self) -> None:
         """For those who from now on may read the memory without an op, as TorchScript's modules do when they are saved:
-        an alias that lives as long as this tensor, so that no row waits any more."""
+        an alias that lives as long as this tensor, so that no row stays behind any more."""
         self.exposed = self.memory()
 
     def unread(self) -> Tensor:
@@ -76,7 +76,7 @@ class RowTensor(Tensor):
             return torch.Tensor.detach(self)
 
     def close(self) -> RowTensor:
-        """Ends the books: the memory may become another."""
+        """Ends the lazy updates: the memory may become another."""
         with ROW_LOCK:
             table, self.table = self.table, None
             if table is not None:
@@ -159,8 +159,8 @@ class RowParameter(RowTensor, torch.nn.Parameter):
 
     Whoever reads its elements otherwise (``state_dict``, a tied output layer, ``copy``, ``print``) finds them as the
     dense optimizer would have left them: the read brings them up to date first. As long as another tensor or an array
-    on its memory lives, no row waits. ``replay`` asks for the dense optimizer's bits rather than its numbers to
-    rounding.
+    on its memory lives, no row is left behind. ``replay`` asks for the dense optimizer's bits rather than its numbers
+    to rounding.
     """
 
     replay: bool = False

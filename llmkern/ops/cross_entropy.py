@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._groups import LossOptions
 from ._library import define
-from ._losses import Rows, empty_rows, run
+from ._losses import LossRows, empty_rows, run
 
 
 def _like(t: Tensor, wanted: bool) -> Tensor:
@@ -57,7 +57,7 @@ def cross_entropy(
     argmax: bool,
     inplace: bool,
     backend: str,
-) -> Rows:
+) -> LossRows:
     """Outputs of contiguous ``logits`` (N, V) or (N, V, D).
 
     Args:

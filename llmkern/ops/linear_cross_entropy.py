@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._groups import LossOptions
 from ._library import define
-from ._losses import Rows, empty_rows, run
+from ._losses import LossRows, empty_rows, run
 
 
 def _gradients(x: Tensor, linear_weight: Tensor, target: Tensor, *need: bool) -> tuple[Tensor, ...]:
@@ -49,7 +49,7 @@ def linear_cross_entropy(
     entropy: bool,
     argmax: bool,
     backend: str,
-) -> Rows:
+) -> LossRows:
     """Outputs of contiguous ``x`` (N, H), ``linear_weight`` (V, H) and ``linear_bias`` (V); the rest is as in
     :func:`llmkern.ops.cross_entropy`."""
     arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax)

@@ -103,7 +103,8 @@ class RNNFunction(KernelFunction):
         wants = (needs[0], needs[1] or needs[2], any(needs[3:RNN_PRIMALS]))
         dcells = None if dcells is None or cx is None else dcells.contiguous()
         grads = RNNBackwardFunction.run(*cotangents, dcells, *tensors, ctx.options, wants, ctx.backend)
-        return *wanted(grads, tensors, needs), *[None] * 4
+        grads = wanted(grads, tensors, needs)
+        return *grads, *[None] * (len(needs) - len(grads))
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -143,7 +144,7 @@ class RNNBackwardFunction(KernelFunction):
         of_primals, of_cotangents = iter(dprimals), iter(dcotangents)
         grads = [None if t is None else next(of_cotangents) for t in cotangents]
         grads += [None if t is None else next(of_primals) for t in inputs[:RNN_PRIMALS]]
-        return *grads, *[None] * 9
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:

@@ -133,11 +133,10 @@ def _step(
     if table.step(p.grad._indices()[0], p.grad._values().contiguous(), numbers, factor):
         reason = "all rows, as another tensor, an array or a process may read them: the dense optimizer's cost"
         dispatch.note("row_optim", backend, reason)
-    torch.autograd.graph.increment_version(table.param)
 
 
 def _keeps(table: RowTable, p: RowParameter, state: dict[str, Any], names: list[str]) -> bool:
-    """Whether the books are still those of this parameter and these states."""
+    """Whether the table is still that of this parameter and these states."""
     if len(names) != len(table.states):
         return False
     pairs = zip((p, *map(state.__getitem__, names)), (table.param, *table.states), strict=True)

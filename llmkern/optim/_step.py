@@ -18,7 +18,7 @@ import torch.optim
 from torch import Tensor
 
 from .. import dispatch
-from .._signature import ShownSignature
+from .._signature import FullSignature
 from .._torch_tree import Replaces
 from ..functional.grad_norm import by_backend, clip_factor, total_norm
 from . import _rows
@@ -82,7 +82,7 @@ class Step(torch.optim.Optimizer, Replaces):
     state_dtype: torch.dtype | None = None
     # Of the last step that clipped.
     grad_norm: Tensor | None = None
-    __signature__ = ShownSignature()
+    __signature__ = FullSignature()
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Step(torch.optim.Optimizer, Replaces):
         super().__init__(params, *arguments, **options)
 
     def catch_up(self) -> None:
-        """Makes the steps that wait for rows to be looked up (``llmkern.nn.Embedding(row_grad=True)``), on parameters
+        """Makes the steps that rows have not had yet (``llmkern.nn.Embedding(row_grad=True)``), on parameters
         and states. Whatever reads them through torch does it by itself; docs/differences.md lists what does not."""
         _rows.catch_up(self)
 
@@ -276,9 +276,9 @@ def _options(group: dict[str, Any], tensors: list[Tensor], fit: bool) -> list[st
     used["state_dtype"] = fit and len({t.dtype for t in tensors}) > 1
     used["tensors that do not fit together"] = not fit
     used["complex tensors"] = tensors[0].is_complex()
-    strange = dispatch.strange(*tensors)
-    used["non-contiguous tensors"] = not (strange or all([t.is_contiguous() for t in tensors]))  # noqa: C419
-    return [*strange, *(name for name, on in used.items() if on)]
+    not_plain = dispatch.not_plain(*tensors)
+    used["non-contiguous tensors"] = not (not_plain or all([t.is_contiguous() for t in tensors]))  # noqa: C419
+    return [*not_plain, *(name for name, on in used.items() if on)]
 
 
 def _fit(params: list[Tensor], others: list[list[Any]], counts: list[Any]) -> bool:

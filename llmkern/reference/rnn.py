@@ -12,7 +12,7 @@ overflows; where n is 0 nothing is carried and m' = i. Its cell state is c, n an
 
 With weight_hr (P, H) the h of an lstm is projected: h' = weight_hr (sigmoid(o) tanh(c')).
 
-What torch has not, in the order of its application:
+What torch does not have, in the order of its application:
 
     norms       a = norm(W x) + b_ih, r = norm(U h) + b_hh, each over all gates; lstm: h' = sigmoid(o) tanh(norm(c'))
                 (Ba et al., 2016)

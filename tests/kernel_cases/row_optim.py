@@ -1,13 +1,12 @@
-"""A training step of a table of a language model: its rows have waited for eight steps."""
+"""A training step of a table of a language model: its rows are eight steps behind."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from kernel_cases import Case
 from llmkern import kernels
+from llmkern._groups import LazyTable
 
 FP32, BF16 = torch.float32, torch.bfloat16
 STATES = {"adam": 2, "amsgrad": 3, "sgd": 0, "momentum": 1, "adagrad": 1}
@@ -29,19 +28,19 @@ def run(
     states = [torch.ones(V, D, dtype=state, device=device) for _ in range(STATES[rule])]
     applied = torch.zeros(V, dtype=torch.int32, device=device)
     # Of steps with a learning rate of 0, which change nothing and cost the same.
-    history = torch.ones(4096, 31, dtype=torch.float64, device=device)
-    table: tuple[Any, ...] = (torch.ones(V, D, dtype=dtype, device=device), states, applied, history, WAITED, kind)
-    table += (True, False, False, closed)
+    log = torch.ones(4096, 31, dtype=torch.float64, device=device)
+    param, rule = torch.ones(V, D, dtype=dtype, device=device), (kind, True, False, False, closed)
+    table = LazyTable(param, states, applied, log, WAITED, *rule)
     indices = torch.arange(N, device=device) * (V // N)
     if phase == "lookup":
-        kernels.row_lookup(*table, indices)
+        kernels.row_lookup(table, indices)
     elif phase == "catch_up":
-        kernels.row_catch_up(*table, indices)
+        kernels.row_catch_up(table, indices)
     elif phase == "catch_up_all":
-        kernels.row_catch_up(*table, None)
+        kernels.row_catch_up(table, None)
     else:
         values = torch.ones(N, D, dtype=dtype, device=device)
-        kernels.row_step(*table, indices, values, [9.0, 1e-3, 0.9, 0.99, 1e-8, 0.1], 1.0)
+        kernels.row_step(table, indices, values, [9.0, 1e-3, 0.9, 0.99, 1e-8, 0.1], 1.0)
 
 
 def floor(phase: str, rule: str, closed: bool, dtype: torch.dtype, state: torch.dtype, V: int, D: int, N: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernels of rows that wait, called as their books call them: long waits, and an index that is told of later."""
+"""The kernels of lazily updated tables: many steps behind, and a bad index that is reported late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from checks import INTERPRETING, kernels
 from torch import Tensor
 
-from llmkern import dispatch, reference
+import llmkern.ops  # noqa: F401 (defines the ops)
 
 KERNELS = kernels("row_optim")
 # Kind, decoupled and numbers of a step, and how many states.
@@ -23,8 +23,8 @@ KINDS: dict[str, tuple[str, bool, int, list[float]]] = {
 }
 
 
-class Books:
-    """A table whose row 0 is stepped while the others wait."""
+class Table:
+    """A table whose row 0 is stepped while the others fall behind."""
 
     def __init__(self, name: str, dtype: torch.dtype, closed: bool) -> None:
         kind, decoupled, states, self.numbers = KINDS[name]
@@ -34,18 +34,19 @@ class Books:
         if states == 3:
             self.states[2] = torch.maximum(*self.states[1:])
         self.applied = torch.zeros(4, dtype=torch.int32)
-        self.history = torch.full((400, 31), float("nan"), dtype=torch.float64)
+        self.log = torch.full((400, 31), float("nan"), dtype=torch.float64)
         self.count, self.rule = 0, (kind, decoupled, False, False, closed)
 
-    def table(self) -> tuple[Any, ...]:
-        return self.param, self.states, self.applied, self.history, self.count, *self.rule
+    def run(self, op: str, backend: str, *args: Any) -> Any:
+        table = (self.param, self.states, self.applied, self.log, self.count, *self.rule)
+        return getattr(torch.ops.llmkern, f"row_{op}")(*table, *args, backend)
 
-    def step(self, library: Any, indices: list[int]) -> None:
+    def step(self, backend: str, indices: list[int]) -> None:
         t = self.count + 1.0
         lr, *others = self.numbers
         dout = torch.ones(len(indices), 530, dtype=self.param.dtype)
         numbers = [t, lr * (1.5 + math.sin(t)), *others]
-        self.count += library.row_step(*self.table(), torch.tensor(indices), dout, numbers, 1.0)
+        self.count += self.run("step", backend, torch.tensor(indices), dout, numbers, 1.0)
 
     def tensors(self) -> list[Tensor]:
         return [self.param, *self.states]
@@ -57,20 +58,20 @@ class Books:
 def test_a_long_wait_and_a_wide_row(kernel: str, name: str) -> None:
     """Many steps at once, in closed form, against as many in fp64: lookups, and rows that are brought up to date alone
     and with all others."""
-    library, n = dispatch.load(kernel), 20 if INTERPRETING and name != "adamw" else 130
-    ours, right = Books(name, torch.float32, True), Books(name, torch.float32, False)
+    n = 20 if INTERPRETING and name != "adamw" else 130
+    ours, right = Table(name, torch.float32, True), Table(name, torch.float32, False)
     right.param, right.states = right.param.double(), [state.double() for state in right.states]
     for _ in range(n):
-        ours.step(library, [0])
-        right.step(reference, [0])
+        ours.step(kernel, [0])
+        right.step("reference", [0])
     rows = torch.tensor([3, 0, 1, 3], dtype=torch.int32)
-    got, want = library.row_lookup(*ours.table(), rows), reference.row_lookup(*right.table(), rows)
+    got, want = ours.run("lookup", kernel, rows), right.run("lookup", "reference", rows)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-    library.row_catch_up(*ours.table(), rows)
+    ours.run("catch_up", kernel, rows)
     assert ours.applied.tolist() == [n, n, 0, n]
     assert torch.equal(ours.param[rows.long()], got)
-    library.row_catch_up(*ours.table(), None)
-    reference.row_catch_up(*right.table(), None)
+    ours.run("catch_up", kernel, None)
+    right.run("catch_up", "reference", None)
     for a, b in zip(ours.tensors(), right.tensors(), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -87,26 +88,25 @@ def test_a_bad_index_that_is_told_later_leaves_nothing(
 
     if name == "adam" and not closed:
         pytest.skip("as adamw")
-    library = dispatch.load(kernel)
-    ours, right = Books(name, torch.float32, closed), Books(name, torch.float32, closed)
-    for books in (ours, right):
-        books.step(library, [0, 1])
-        books.step(library, [0])
+    ours, right = Table(name, torch.float32, closed), Table(name, torch.float32, closed)
+    for table in (ours, right):
+        table.step(kernel, [0, 1])
+        table.step(kernel, [0])
     tensors, applied = [t.clone() for t in ours.tensors()], ours.applied.clone()
     with monkeypatch.context() as patch:
         patch.setattr(_faults, "raise_any", lambda: None)
-        ours.step(library, [2, 4, 0])
+        ours.step(kernel, [2, 4, 0])
     with pytest.raises(IndexError, match="out of range"):
         _faults.raise_any()
     assert all(map(torch.equal, ours.tensors(), tensors))
     assert torch.equal(ours.applied, applied)
     # The others go on as if it had not been; but for its number, which is the next step's too.
-    ours.step(library, [1])
-    numbers = ours.history[ours.count - 1, :6].tolist()
+    ours.step(kernel, [1])
+    numbers = ours.log[ours.count - 1, :6].tolist()
     dout = torch.ones(1, 530)
-    right.count += library.row_step(*right.table(), torch.tensor([1]), dout, numbers, 1.0)
-    for books in (ours, right):
-        library.row_catch_up(*books.table(), None)
+    right.count += right.run("step", kernel, torch.tensor([1]), dout, numbers, 1.0)
+    for table in (ours, right):
+        table.run("catch_up", kernel, None)
     torch.testing.assert_close(ours.tensors(), right.tensors(), rtol=2e-6, atol=1e-6)
     if not closed:
         assert all(map(torch.equal, ours.tensors(), right.tensors()))
