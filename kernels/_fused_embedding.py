@@ -8,7 +8,7 @@ import triton.language as tl
 from . import _faults, _random
 
 # What may change between calls.
-_CHANGING = ["N", "position_period", "type_period", "seed_low", "seed_high", "limit", "share_tokens", "shares"]
+_CHANGING = ["N", "position_period", "type_period", "seed", "limit", "share_tokens", "shares"]
 
 
 @triton.jit
@@ -52,10 +52,10 @@ def _sum(tokens, positions, types, scale, n, inside, d, D, ACC: tl.constexpr):
 
 @triton.jit
 def _dropped(x, n, d, D, dropout):
-    """``dropout``: (seed_low, seed_high, limit or None, 1 / (1 - p)). What is dropped and not finite is NaN."""
-    seed_low, seed_high, limit, keep = dropout
+    """``dropout``: (seed, limit or None, 1 / (1 - p)). What is dropped and not finite is NaN."""
+    seed, limit, keep = dropout
     if limit is not None:
-        bits = _random.random_bits(seed_low, seed_high, n[:, None] * D + d[None, :], 0)
+        bits = _random.random_bits(seed, n[:, None] * D + d[None, :], 0)
         x *= (bits.to(tl.int64) >= limit).to(x.dtype) * tl.full((), keep, x.dtype)
     return x
 
@@ -80,7 +80,7 @@ def fused_embedding_forward_kernel(
     out_ptr, stats_ptr, weight_ptr, position_weight_ptr, type_weight_ptr, norm_weight_ptr, norm_bias_ptr,
     indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
-    scale: tl.float64, eps: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
+    scale: tl.float64, eps: tl.float64, seed: tl.int64, limit, keep: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by BLOCK_D columns; with a norm these are all."""
@@ -102,7 +102,7 @@ def fused_embedding_forward_kernel(
         rstd = _inverse_root(tl.sum(s * s, 1), eps, D)
         tl.store(stats_ptr + n * 2 + 1, rstd, mask=inside)
         s = _affine(s * rstd[:, None], norm_weight_ptr, norm_bias_ptr, d, D)
-    y = _dropped(s, n, d, D, (seed_low, seed_high, limit, keep))
+    y = _dropped(s, n, d, D, (seed, limit, keep))
     tl.store(out_ptr + n[:, None] * D + d[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -111,7 +111,7 @@ def fused_embedding_long_forward_kernel(
     out_ptr, stats_ptr, weight_ptr, position_weight_ptr, type_weight_ptr, norm_weight_ptr, norm_bias_ptr,
     indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
-    scale: tl.float64, eps: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
+    scale: tl.float64, eps: tl.float64, seed: tl.int64, limit, keep: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The same with a norm, for rows that are longer than BLOCK_D."""
@@ -138,7 +138,7 @@ def fused_embedding_long_forward_kernel(
         d = begin + tl.arange(0, BLOCK_D)
         s = _sum(tokens, positions, types, scale, n, inside, d, D, ACC) - mean[:, None]
         y = _affine(s * rstd[:, None], norm_weight_ptr, norm_bias_ptr, d, D)
-        y = _dropped(y, n, d, D, (seed_low, seed_high, limit, keep)).to(out_ptr.dtype.element_ty)
+        y = _dropped(y, n, d, D, (seed, limit, keep)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + n[:, None] * D + d[None, :], y, mask=inside[:, None] & (d < D)[None, :])
 
 
@@ -159,7 +159,7 @@ def fused_embedding_backward_kernel(
     dout_ptr, stats_ptr, dsum_ptr, dweight_ptr, dbias_ptr, weight_ptr, position_weight_ptr, type_weight_ptr,
     norm_weight_ptr, indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period, share_tokens,
-    scale: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
+    scale: tl.float64, seed: tl.int64, limit, keep: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A share of the tokens: the gradients at their sums, if BLOCK_D is all columns, and a partial sum of the gradients
@@ -178,7 +178,7 @@ def fused_embedding_backward_kernel(
         mean = tl.load(stats_ptr + n * 2, mask=inside, other=0.0)
         rstd = tl.load(stats_ptr + n * 2 + 1, mask=inside, other=0.0)
         x, dy = _normal_and_dy(
-            tokens, positions, types, scale, (seed_low, seed_high, limit, keep), dout_ptr, mean, rstd, n, inside, d, D,
+            tokens, positions, types, scale, (seed, limit, keep), dout_ptr, mean, rstd, n, inside, d, D,
             ACC,
         )  # fmt: skip
         if dweight_ptr is not None:
@@ -203,7 +203,7 @@ def fused_embedding_long_backward_kernel(
     dout_ptr, stats_ptr, dsum_ptr, weight_ptr, position_weight_ptr, type_weight_ptr,
     norm_weight_ptr, indices_ptr, positions_ptr, types_ptr, token_fault_ptr, position_fault_ptr, type_fault_ptr,
     N, D, V, P, K, position_period, type_period,
-    scale: tl.float64, seed_low, seed_high, limit, keep: tl.float64,
+    scale: tl.float64, seed: tl.int64, limit, keep: tl.float64,
     NORM: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradients at the sums of rows that are longer than BLOCK_D."""
@@ -211,7 +211,7 @@ def fused_embedding_long_backward_kernel(
     tokens = (weight_ptr, indices_ptr, token_fault_ptr, V, None)
     positions = (position_weight_ptr, positions_ptr, position_fault_ptr, P, position_period)
     types = (type_weight_ptr, types_ptr, type_fault_ptr, K, type_period)
-    dropout = (seed_low, seed_high, limit, keep)
+    dropout = (seed, limit, keep)
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < N
     mean = tl.load(stats_ptr + n * 2, mask=inside, other=0.0)

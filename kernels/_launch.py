@@ -31,7 +31,8 @@ if interpreting():
 
 
 class Launch(NamedTuple):
-    """One launch: ``arguments`` are the kernel's in order, ``constexprs`` by name, ``options`` the compiler's."""
+    """One launch: ``arguments`` are the kernel's in order, groups of them tuples, ``constexprs`` by name, and
+    ``options`` the compiler's."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -64,12 +65,14 @@ def launch(
     cooperative: bool = False,
     **constexprs: Any,
 ) -> None:
-    """Launches ``kernel`` on ``grid`` with ``arguments``, the first of which is a tensor.
+    """Launches ``kernel`` on ``grid`` with ``arguments``, the first of which (of a group, its first) is a tensor.
 
     Args:
+        constexprs: constants by name, and groups (NamedTuples) of constants.
         fp_fusion: whether a product and a sum may become one rounding. Off where a result must have given bits.
         cooperative: all programs run at the same time, so that they may wait for one another.
     """
+    constexprs = {name: _constants(value) if isinstance(value, tuple) else value for name, value in constexprs.items()}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     if cooperative:
         options["launch_cooperative_grid"] = True
@@ -83,12 +86,18 @@ def launch(
         kernel[grid](*arguments, **constexprs)
         _faults.raise_any()
         return
-    device = arguments[0].device
+    first = arguments[0]
+    device = (first[0] if isinstance(first, tuple) else first).device
     if device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **constexprs, **options)
         return
     with torch.cuda.device(device):
         kernel[grid](*arguments, **constexprs, **options)
+
+
+def _constants(group: Any) -> Any:
+    """A group whose members Triton takes for constants."""
+    return type(group)(*map(tl.constexpr, group))
 
 
 def concurrent() -> bool:

@@ -14,17 +14,14 @@ def _mix(x):
 
 
 @triton.jit
-def random_bits(seed_low, seed_high, index, salt: tl.constexpr):
-    """uint32 for each element of ``index`` (int64, not negative); the seed comes in two halves (see :func:`halves`)."""
+def random_bits(seed, index, salt: tl.constexpr):
+    """uint32 for each element of ``index`` (int64, not negative). A kernel declares its ``seed`` as tl.int64, so that
+    small seeds compile nothing new."""
+    seed = seed.to(tl.int64)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    x = _mix(low * 0x9E3779B1 + seed_low.to(tl.uint32))
-    x = x ^ (high * 0x85EBCA77 + seed_high.to(tl.uint32))
+    x = _mix(low * 0x9E3779B1 + seed.to(tl.uint32))
+    x = x ^ (high * 0x85EBCA77 + (seed >> 32).to(tl.uint32))
     return _mix(x + tl.full((), (salt * 0xC2B2AE3D) & 0xFFFFFFFF, tl.uint32))
-
-
-def halves(seed: int) -> tuple[int, int]:
-    """A seed as two numbers of 32 bits, as signed as Triton passes them."""
-    return tuple((half ^ 0x80000000) - 0x80000000 for half in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))  # type: ignore[return-value]
 
 
 def threshold(share: float) -> int:

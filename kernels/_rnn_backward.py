@@ -10,6 +10,8 @@ them. Each program reads its columns of W_hh and its sequences' dgates of the st
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,32 +19,52 @@ from torch import Tensor
 
 from .._groups import RNNCotangents, RNNInputs, RNNOptions, RNNSaved
 from ._launch import accumulator, ceil_div, launch
-from ._rnn_cells import cell_backward, kept_of
-from ._rnn_layer import (
-    Layer,
-    await_others,
-    given,
-    load_cells,
-    load_row,
-    publish,
-    put,
-    require,
+from ._rnn_cells import State, cell_backward, kept_by_zoneout
+from ._rnn_layer import RNNLayer, given, require
+from ._rnn_steps import (
+    CHANGING,
+    Sizes,
+    load_options,
+    load_parts,
+    load_state,
+    place_of,
+    replace,
+    signal,
     step_at,
-    store_cells,
+    store_parts,
+    store_state,
+    wait,
 )
 
 BLOCK = 1024
 
 
+class Backward(NamedTuple):
+    dy: Tensor
+    dcells: Tensor | None
+    weight: Tensor
+    peephole: Tensor | None
+    offsets: Tensor | None
+    y: Tensor
+    h0: Tensor
+    gates: Tensor | None
+    cells: Tensor | None
+    c0: Tensor | None
+    dgates: Tensor
+    dh: Tensor  # gradients at the last states, and then at the first
+    dc: Tensor | None
+
+
 @triton.jit(do_not_specialize=["T", "B", "time_stride", "row_stride"])
-def rnn_before_kernel(
-    y_ptr, h0_ptr, offsets_ptr, before_ptr, T, B, time_stride, row_stride, H, REVERSE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """h before the step of each token: program (s, j) has the j-th block of step s."""
+def rnn_before_kernel(tensors, T, B, time_stride, row_stride, H, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """h before the step of each token: program (s, j) has the j-th block of step s. ``tensors``: (y, h0, offsets or
+    None, result)."""
+    y_ptr, h0_ptr, offsets_ptr, before_ptr = tensors
+    sizes = Sizes(T, B, time_stride, row_stride)
     s, i = tl.program_id(0), tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b, unit = i // H, i % H
-    begin, rows = step_at(offsets_ptr, s, T, B, time_stride, REVERSE)
-    earlier, rows_earlier = step_at(offsets_ptr, s - 1, T, B, time_stride, REVERSE)
+    begin, rows = step_at(offsets_ptr, s, sizes, REVERSE)
+    earlier, rows_earlier = step_at(offsets_ptr, s - 1, sizes, REVERSE)
     follows = b < tl.minimum(rows, rows_earlier)
     h = tl.load(y_ptr + (earlier + b * row_stride) * H + unit, mask=follows, other=0.0)
     h0 = tl.load(h0_ptr + i, mask=(b < rows) & ~follows, other=0.0)
@@ -50,167 +72,128 @@ def rnn_before_kernel(
 
 
 @triton.jit
-def _through_gates(
-    dgates_rows, rows_mask, weight_ptr, u, H: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr, G: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """dgates W_hh of units ``u`` of a head, whose weights begin at ``weight_ptr``."""
-    total = tl.zeros((BLOCK_B, BLOCK_U), ACC)
-    for first in tl.range(0, U, BLOCK_K, num_stages=STAGES):
-        k = first + tl.arange(0, BLOCK_K)
-        dgates, live = dgates_rows[:, None] + k[None, :], rows_mask[:, None] & (k < U)[None, :]
+def _through_gates(dgates_rows, live, weight_ptr, place, S):
+    """dgates W_hh of the place's units."""
+    H, U, u = S.H, S.U, place.u
+    weight_ptr += place.head * U * U
+    total = tl.zeros((S.BLOCK_B, S.BLOCK_U), S.ACC)
+    for first in tl.range(0, U, S.BLOCK_K, num_stages=S.STAGES):
+        k = first + tl.arange(0, S.BLOCK_K)
+        dgates, here = dgates_rows[:, None] + k[None, :], live[:, None] & (k < U)[None, :]
         weights, inside = weight_ptr + (k[:, None] * U + u[None, :]), (k < U)[:, None] & (u < U)[None, :]
-        for g in tl.static_range(G):
+        for g in tl.static_range(S.G):
             # Columns of gru: r dn, dr, dz, dn.
-            column = (g + 1) % 3 if MODE == "gru" else g
-            d = tl.load(dgates + column * H, mask=live, other=0.0)
+            column = (g + 1) % 3 if S.MODE == "gru" else g
+            d = tl.load(dgates + column * H, mask=here, other=0.0)
             w = tl.load(weights + g * H * U, mask=inside, other=0.0)
-            total = tl.dot(d, w, total, input_precision=PRECISION, out_dtype=ACC)
+            total = tl.dot(d, w, total, input_precision=S.PRECISION, out_dtype=S.ACC)
     return total
 
 
 @triton.jit
-def _before(tokens, firsts, follows, here, ACC: tl.constexpr):
-    """A state before a step: of the token before it, or the sequence's first."""
-    token = tl.load(tokens, mask=here & follows, other=0.0).to(ACC)
-    return tl.where(follows, token, tl.load(firsts, mask=here & ~follows, other=0.0).to(ACC))
+def _load_before(ptr, at, first_ptr, first_at, follows, here, COUNT: tl.constexpr, S):
+    """Parts of the state before a step: of the token before it, or the sequence's first."""
+    parts = load_parts(ptr, at, here & follows, COUNT, S)
+    return replace(follows, parts, load_parts(first_ptr, first_at, here & ~follows, COUNT, S))
 
 
 @triton.jit
-def _saved(gates_ptr, at, here, part: tl.constexpr, SAVED: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
-    """One of the numbers that the forward saved; zeros of those that the cell has not."""
-    if part < SAVED:
-        value = tl.load(gates_ptr + at + part * H, mask=here, other=0.0).to(ACC)
+def _load_step(tensors, token, earlier, follows, here, place, S):
+    """What a step's backward needs of its forward: saved numbers, and parts of the state before and of the cells."""
+    C: tl.constexpr = S.CELLS * S.H
+    b, unit = place.b[:, None], place.unit[None, :]
+    if S.SAVED > 0:
+        saved = load_parts(tensors.gates, token * (S.SAVED * S.H) + unit, here, S.SAVED, S)
     else:
-        value = tl.zeros(here.shape, ACC)
-    return value
+        # Of a plain Elman network y says all.
+        saved = load_parts(tensors.y, token * S.H + unit, here, 1, S)
+    before, cells = (), ()
+    if S.MODE == "gru":
+        before = _load_before(tensors.y, earlier * S.H + unit, tensors.h0, b * S.H + unit, follows, here, 1, S)
+    elif S.CELLS > 0:
+        # slstm's m is not needed.
+        needed: tl.constexpr = 1 if S.CELLS == 1 else 2
+        at, first_at = earlier * C + unit, b * C + unit
+        before = _load_before(tensors.cells, at, tensors.c0, first_at, follows, here, needed, S)
+        # By n is divided.
+        cells = load_parts(tensors.cells, token * C + unit, here, needed, S, 1.0)
+    return saved, before, cells
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("T", "B", "time_stride", "row_stride", "seed_low", "seed_high", "limit_h", "limit_c", "first", "last"),
-    ]
-)
-def rnn_backward_kernel(
-    dy_ptr, dcells_ptr, weight_ptr, peephole_ptr, offsets_ptr, y_ptr, h0_ptr, gates_ptr, cells_ptr, c0_ptr, dgates_ptr,
-    dh_ptr, dc_ptr, T, B, time_stride, row_stride, seed_low, seed_high, limit_h, limit_c, share_h_ptr,
-    share_c_ptr, clip_ptr, counters_ptr, first, last, H: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr,
-    G: tl.constexpr, SAVED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    PROGRAMS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _zoneout_backward(d, options, numbers, seed, drawn):
+    """The gradient at what zoneout was given, that at the former h, and how much of c zoneout kept."""
+    dh, dkept, kept_c = d.h, tl.zeros_like(d.h), ()
+    if len(options.zoneout_h) > 0:
+        kept = kept_by_zoneout(dh, options.zoneout_h, numbers.threshold_h, seed, drawn, 0)
+        dkept = kept * dh
+        dh = (1.0 - kept) * dh
+    if len(options.zoneout_c) > 0:
+        kept_c = (kept_by_zoneout(dh, options.zoneout_c, numbers.threshold_c, seed, drawn, 1),)
+    return State(dh, d.cells), dkept, kept_c
+
+
+@triton.jit
+def _add(parts, more):
+    sums = ()
+    for k in tl.static_range(len(parts)):
+        sums += (parts[k] + more[k],)
+    return sums
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def rnn_backward_kernel(tensors, numbers, counters_ptr, T, B, time_stride, row_stride, seed: tl.int64, first, last, S):
     """Step i takes dh through the gates of step T - i, if there is one, and then makes dgates of step T - 1 - i."""
-    chain = tl.program_id(0).to(tl.int64)
-    head, b_first = chain % (H // U), chain // (H // U) * BLOCK_B
-    b, u = b_first + tl.arange(0, BLOCK_B), tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
-    unit, mine = head * U + u, u < U
-    own = (b < B)[:, None] & mine[None, :]
+    place, sizes = place_of(B, S), Sizes(T, B, time_stride, row_stride)
     if counters_ptr is not None:
-        counters_ptr += chain
-    C: tl.constexpr = 3 * H if MODE == "slstm" else H
-    D: tl.constexpr = 4 * H if MODE == "gru" else G * H
-    states, cell_states = b[:, None] * H + unit[None, :], b[:, None] * C + unit[None, :]
-    dh = tl.load(dh_ptr + states, mask=own, other=0.0)
-    dc, dn, dm = load_cells(dc_ptr, cell_states, own, dh, H, MODE)
-    p0, p1, p2 = None, None, None
-    if peephole_ptr is not None:
-        p0 = load_row(peephole_ptr, unit, mine, 0, H, ACC)
-        p1, p2 = load_row(peephole_ptr, unit, mine, 1, H, ACC), load_row(peephole_ptr, unit, mine, 2, H, ACC)
-    # Not in a function of its own: none of Triton 3.6's returns None.
-    share_h, share_c, clip = None, None, None
-    if share_h_ptr is not None:
-        share_h = tl.load(share_h_ptr)
-    if share_c_ptr is not None:
-        share_c = tl.load(share_c_ptr)
-    if clip_ptr is not None:
-        clip = tl.load(clip_ptr)
-    done = first - first
-    for i in tl.range(first, last, num_stages=1, disable_licm=PROGRAMS == 1):
+        counters_ptr += place.chain
+    state = load_state(tensors.dh, tensors.dc, place, S)
+    options = load_options(numbers, tensors.peephole, place, S)
+    unit, done = place.unit[None, :], first - first
+    D: tl.constexpr = 4 * S.H if S.MODE == "gru" else S.G * S.H
+    for i in tl.range(first, last, num_stages=1, disable_licm=S.PROGRAMS == 1):
         s = T - 1 - i
-        after, rows_after = step_at(offsets_ptr, s + 1, T, B, time_stride, REVERSE)
-        begin, rows = step_at(offsets_ptr, s, T, B, time_stride, REVERSE)
-        if b_first < tl.maximum(rows, rows_after):
-            earlier, rows_earlier = step_at(offsets_ptr, s - 1, T, B, time_stride, REVERSE)
-            token, here = begin + b * row_stride, (b < rows)[:, None] & mine[None, :]
-            follows = (b < rows_earlier)[:, None]
-            at, cell_at = token[:, None] * H + unit[None, :], token[:, None] * C + unit[None, :]
-            saved = token[:, None] * (SAVED * H) + unit[None, :]
-            if SAVED > 0:
-                s0 = _saved(gates_ptr, saved, here, 0, SAVED, H, ACC)
-            else:
-                # Of a plain Elman network y says all.
-                s0 = _saved(y_ptr, at, here, 0, 1, H, ACC)
-            s1, s2 = _saved(gates_ptr, saved, here, 1, SAVED, H, ACC), _saved(gates_ptr, saved, here, 2, SAVED, H, ACC)
-            s3, s4 = _saved(gates_ptr, saved, here, 3, SAVED, H, ACC), _saved(gates_ptr, saved, here, 4, SAVED, H, ACC)
-            dout = tl.load(dy_ptr + at, mask=here, other=0.0).to(ACC)
-            h_before, c_before, n_before, c, n = s0, s0, s0, s0, s0
-            earlier_rows = (earlier + b * row_stride)[:, None]
-            if MODE == "gru":
-                h_before = _before(y_ptr + earlier_rows * H + unit[None, :], h0_ptr + states, follows, here, ACC)
-            if cells_ptr is not None:
-                before = cells_ptr + earlier_rows * C + unit[None, :]
-                c_before = _before(before, c0_ptr + cell_states, follows, here, ACC)
-                c = tl.load(cells_ptr + cell_at, mask=here, other=0.0)
-            if MODE == "slstm":
-                n_before = _before(before + H, c0_ptr + cell_states + H, follows, here, ACC)
-                n = tl.load(cells_ptr + cell_at + H, mask=here, other=1.0)
-            if counters_ptr is not None:
-                await_others(counters_ptr, done, PROGRAMS)
+        after, rows_after = step_at(tensors.offsets, s + 1, sizes, S.REVERSE)
+        begin, rows = step_at(tensors.offsets, s, sizes, S.REVERSE)
+        if place.first_b < tl.maximum(rows, rows_after):
+            earlier, rows_earlier = step_at(tensors.offsets, s - 1, sizes, S.REVERSE)
+            token, here = (begin + place.b * row_stride)[:, None], (place.b < rows)[:, None] & place.inside[None, :]
+            follows, earlier_token = (place.b < rows_earlier)[:, None], (earlier + place.b * row_stride)[:, None]
+            saved, before, cells = _load_step(tensors, token, earlier_token, follows, here, place, S)
+            (dy,) = load_parts(tensors.dy, token * S.H + unit, here, 1, S)
+            wait(counters_ptr, done, S.PROGRAMS)
             # Nothing of sequences that have no step after this one.
-            dgates_rows = dgates_ptr + (after + b * row_stride) * D + head * U
-            dh += _through_gates(
-                dgates_rows, b < rows_after, weight_ptr + head * U * U, u, H, U, MODE, G, ACC, PRECISION, BLOCK_B,
-                BLOCK_U, BLOCK_K, STAGES,
-            )  # fmt: skip
-            dout += dh
-            drawn = (B.to(tl.int64) * s + b)[:, None] * H + unit[None, :]
-            passed, zoned = tl.zeros_like(dh), None
-            if share_h is not None:
-                kept = kept_of(dh, share_h, limit_h, seed_low, seed_high, drawn, 0)
-                passed = kept * dout
-                dout = (1.0 - kept) * dout
-            if share_c is not None:
-                zoned = kept_of(dh, share_c, limit_c, seed_low, seed_high, drawn, 1)
-            of_c, of_n, of_m = dc, dn, dm
-            if dcells_ptr is not None:
-                more_c, more_n, more_m = load_cells(dcells_ptr, cell_at, here, of_c, H, MODE)
-                of_c, of_n, of_m = of_c + more_c, of_n + more_n, of_m + more_m
-            new_h, of_c, of_n, of_m, d0, d1, d2, d3 = cell_backward(
-                dout, of_c, of_n, of_m, s0, s1, s2, s3, s4, h_before, c_before, n_before, c, n, zoned, p0, p1, p2,
-                clip, MODE,
-            )  # fmt: skip
-            to = dgates_ptr + token[:, None] * D + unit[None, :]
-            put(to, d0, here)
-            if D > H:
-                put(to + H, d1, here)
-                put(to + 2 * H, d2, here)
-                put(to + 3 * H, d3, here)
-            publish(counters_ptr)
+            dgates_rows = tensors.dgates + (after + place.b * row_stride) * D + place.head * S.U
+            dh = state.h + _through_gates(dgates_rows, place.b < rows_after, tensors.weight, place, S)
+            dcells = state.cells
+            if tensors.dcells is not None:
+                at = token * (S.CELLS * S.H) + unit
+                dcells = _add(dcells, load_parts(tensors.dcells, at, here, S.CELLS, S))
+            drawn = (B.to(tl.int64) * s + place.b)[:, None] * S.H + unit
+            d, dkept, kept_c = _zoneout_backward(State(dy + dh, dcells), options, numbers, seed, drawn)
+            d, dgates = cell_backward(d, saved, before, cells, kept_c, options.peephole, options.clip, S.MODE)
+            store_parts(tensors.dgates, token * D + unit, dgates, here, S)
+            signal(counters_ptr)
             done += 1
-            dh = tl.where(here, passed + new_h, dh)
-            dc, dn, dm = tl.where(here, of_c, dc), tl.where(here, of_n, dn), tl.where(here, of_m, dm)
-    tl.store(dh_ptr + states, dh, mask=own)
-    store_cells(dc_ptr, cell_states, dc, dn, dm, own, H, MODE)
+            state = State(tl.where(here, dkept + d.h, dh), replace(here, d.cells, state.cells))
+    store_state(tensors.dh, tensors.dc, state, place, S)
 
 
-def _hidden_before(layer: Layer, y: Tensor, h0: Tensor, offsets: Tensor | None) -> Tensor:
+def _hidden_before(layer: RNNLayer, y: Tensor, h0: Tensor, offsets: Tensor | None) -> Tensor:
     """(tokens, H): h before the step of each token."""
-    T, B, *strides = layer.strides()
-    before = torch.empty_like(y)
-    launch(
-        rnn_before_kernel, (T, ceil_div(B * layer.hidden, BLOCK)), y, h0, offsets, before, T, B, *strides, layer.hidden,
-        REVERSE=layer.options.reverse, BLOCK=BLOCK,
-    )  # fmt: skip
+    sizes, before, H = layer.sizes(), torch.empty_like(y), layer.hidden
+    grid = sizes.T, ceil_div(sizes.B * H, BLOCK)
+    launch(rnn_before_kernel, grid, (y, h0, offsets, before), *sizes, H, REVERSE=layer.options.reverse, BLOCK=BLOCK)
     return before.view(-1, layer.hidden)
 
 
-def _hidden_weight_gradient(layer: Layer, dgates: Tensor, before: Tensor) -> Tensor:
+def _hidden_weight_gradient(layer: RNNLayer, dgates: Tensor, before: Tensor) -> Tensor:
     """dW_hh, of a block diagonal its blocks, from dgates (tokens, D) and h before each token's step."""
     G, H, U, heads = layer.gates, layer.hidden, layer.units, layer.heads
     dweight = torch.empty_like(layer.inputs.weight_hh)
     # Rows of W_hh, and where their dgates begin.
-    pieces = ((0, 2 * H, H), (2 * H, 3 * H, 0)) if layer.options.mode == "gru" else ((0, G * H, 0),)
-    for begin, end, column in pieces:
+    ranges = ((0, 2 * H, H), (2 * H, 3 * H, 0)) if layer.options.mode == "gru" else ((0, G * H, 0),)
+    for begin, end, column in ranges:
         of_rows = dgates[:, column : column + end - begin]
         if heads == 1:
             torch.mm(of_rows.t(), before, out=dweight[begin:end])
@@ -221,7 +204,7 @@ def _hidden_weight_gradient(layer: Layer, dgates: Tensor, before: Tensor) -> Ten
     return dweight
 
 
-def _peephole_gradient(layer: Layer, dgates: Tensor, cells: Tensor, gates: Tensor, offsets: Tensor | None) -> Tensor:
+def _peephole_gradient(layer: RNNLayer, dgates: Tensor, cells: Tensor, gates: Tensor, offsets: Tensor | None) -> Tensor:
     """Sums over tokens of di c, df c and do c', c' before zoneout mixed it."""
     H, wide = layer.hidden, cells.dtype
     assert layer.inputs.cx is not None
@@ -245,7 +228,7 @@ def rnn_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole and norms, as native code
     gives them; empty where they are not wanted."""
-    layer = Layer(inputs, options)
+    layer = RNNLayer(inputs, options)
     layer.check()
 
     x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, _, peephole, *_ = inputs
@@ -268,10 +251,10 @@ def rnn_backward(
     c0 = None if cx is None else cx.to(wide)
 
     # Step T takes dh to the first states.
-    layer.launch(
-        rnn_backward_kernel, dy, dcells, weight_hh, peephole, offsets, y, h0, given(gates), given(cells), c0, dgates,
-        dh, dc, *layer.strides(), *layer.numbers(), first=0, last=T + needs_dstates,
-    )  # fmt: skip
+    tensors = Backward(
+        *(dy, dcells, weight_hh, peephole, offsets, y, h0, given(gates), given(cells), c0, dgates, dh, dc)
+    )
+    layer.launch(rnn_backward_kernel, tensors, 0, T + needs_dstates)
 
     grads = [x.new_empty(0)] * 10
     of_x = dgates[:, H:] if mode == "gru" else dgates

@@ -1,6 +1,6 @@
-"""What the forward and the backward of recurrent layers share: where tokens lie, who computes which units, and when.
+"""A recurrent layer as its forward and its backward see it: sizes, checks, and who computes which units when.
 
-Heads of a block diagonal never meet, and neither do sequences: a *chain* is one head of a tile of sequences. Its units
+Heads of a block diagonal never meet, and neither do sequences: a *chain* is one head of a block of sequences. Its units
 are split over programs, which need each other's h of the step before. There are three ways through time:
 
 1. One program has all units of a chain (few units): a barrier among its threads is all.
@@ -18,81 +18,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .._facts import CELLS, GATES, saved_gates
 from .._groups import RNNInputs, RNNOptions
 from . import _launch, _random
 from ._launch import accumulator, ceil_div, next_power_of_2
+from ._rnn_steps import Numbers, Shape, Sizes
 
 
-@triton.jit
-def step_at(offsets_ptr, s, T, B, time_stride, REVERSE: tl.constexpr):
-    """The token of the first sequence at step ``s``, and how many sequences have it: none outside [0, T)."""
-    inside = (s >= 0) & (s < T)
-    t = tl.where(inside, T - 1 - s if REVERSE else s, 0).to(tl.int64)
-    if offsets_ptr is not None:
-        begin = tl.load(offsets_ptr + t)
-        rows = tl.load(offsets_ptr + t + 1) - begin
-    else:
-        begin, rows = t * time_stride, B.to(tl.int64)
-    return begin, tl.where(inside, rows, 0)
-
-
-@triton.jit
-def await_others(counter_ptr, steps, PROGRAMS: tl.constexpr):
-    """Waits until all programs of the chain have published ``steps`` steps in this launch."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire") < steps * PROGRAMS:
-        pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def publish(counter_ptr):
-    """What this program has written is there for its own threads, and for whoever sees the counter move."""
-    tl.debug_barrier()
-    if counter_ptr is not None:
-        tl.atomic_add(counter_ptr, 1, sem="release")
-
-
-@triton.jit
-def load_row(rows_ptr, unit, mask, row: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
-    """A row of (rows, H), as (1, units); zeros where there is none."""
-    values = tl.zeros(unit.shape, ACC)
-    if rows_ptr is not None:
-        values = tl.load(rows_ptr + row * H + unit, mask=mask, other=0.0).to(ACC)
-    return values[None, :]
-
-
-@triton.jit
-def load_cells(c_ptr, at, mask, like, H: tl.constexpr, MODE: tl.constexpr):
-    """c, n and m, or their gradients; something like ``like`` for those that the cell has not."""
-    c, n, m = like, like, like
-    if c_ptr is not None:
-        c = tl.load(c_ptr + at, mask=mask, other=0.0)
-    if MODE == "slstm":
-        n = tl.load(c_ptr + at + H, mask=mask, other=0.0)
-        m = tl.load(c_ptr + at + 2 * H, mask=mask, other=0.0)
-    return c, n, m
-
-
-@triton.jit
-def store_cells(c_ptr, at, c, n, m, mask, H: tl.constexpr, MODE: tl.constexpr):
-    if c_ptr is not None:
-        tl.store(c_ptr + at, c, mask=mask)
-    if MODE == "slstm":
-        tl.store(c_ptr + at + H, n, mask=mask)
-        tl.store(c_ptr + at + 2 * H, m, mask=mask)
-
-
-@triton.jit
-def put(to, value, mask):
-    tl.store(to, value.to(to.dtype.element_ty), mask=mask)
-
-
-class Tile(NamedTuple):
+class Blocks(NamedTuple):
     """Sequences, units and depth of a program's products, and how it is compiled."""
 
     rows: int
@@ -106,13 +41,13 @@ class Tile(NamedTuple):
 ALONE = {torch.float64: 32, torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 
 
-def tile_of(dtype: torch.dtype, units: int) -> Tile:
+def blocks_of(dtype: torch.dtype, units: int) -> Blocks:
     """For heads of ``units``. Split units are 16 a program, so that H = 1024 of 64 sequences is 64 programs, each with
     all sequences; what they read of W_hh in a step is then all of it, once."""
     if units <= ALONE[dtype]:
         width = max(next_power_of_2(units), 16)
-        return Tile(16, width, 16, 8 if width == 128 else 4, 3)
-    return Tile(16, 16, 16, 4, 2) if dtype == torch.float64 else Tile(64, 16, 64 // dtype.itemsize, 8, 4)
+        return Blocks(16, width, 16, 8 if width == 128 else 4, 3)
+    return Blocks(16, 16, 16, 4, 2) if dtype == torch.float64 else Blocks(64, 16, 64 // dtype.itemsize, 8, 4)
 
 
 def require(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -127,7 +62,7 @@ def require(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
 
 
 @dataclass(frozen=True)
-class Layer:
+class RNNLayer:
     """One layer and direction."""
 
     inputs: RNNInputs
@@ -203,60 +138,51 @@ class Layer:
         ends = self.inputs.batch_sizes.cumsum(0)
         return torch.nn.functional.pad(ends, (1, 0)).to(self.inputs.x.device, non_blocking=True)
 
-    def strides(self) -> tuple[int, int, int, int]:
-        """T, B, and how many tokens lie between two times of a sequence (not packed) and between two sequences."""
+    def sizes(self) -> Sizes:
         T, B = self.steps, self.inputs.hx.shape[0]
-        return (T, B, 1, T) if self.options.batch_first else (T, B, B, 1)
+        return Sizes(T, B, 1, T) if self.options.batch_first else Sizes(T, B, B, 1)
 
-    def numbers(self) -> tuple[int, int, int | None, int | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Halves of the seed, thresholds (if elements are drawn) and shares of h and c in zoneout, and the clip; None
-        where there is none. Shares and clip are tensors because Triton passes a float in fp32, also beside fp64."""
-        shares = (self.options.zoneout, self.options.zoneout_cell)
-        limits = [_random.threshold(share) if share and self.inputs.seed is not None else None for share in shares]
-        numbers = [
-            torch.full((1,), number, dtype=accumulator(self.inputs.x), device=self.inputs.x.device) if number else None
-            for number in (*shares, self.options.clip)
-        ]
-        seed = 0 if self.inputs.seed is None else int(self.inputs.seed)
-        return (*_random.halves(seed), *limits, *numbers)  # type: ignore[return-value]
+    def numbers(self) -> Numbers:
+        x, seed, probabilities = self.inputs.x, self.inputs.seed, (self.options.zoneout, self.options.zoneout_cell)
+        drawn = (_random.threshold(p) if p and seed is not None else None for p in probabilities)
+        numbers = (
+            torch.full((1,), number, dtype=accumulator(x), device=x.device) if number else None
+            for number in (*probabilities, self.options.clip)
+        )
+        return Numbers(*drawn, *numbers)
 
-    def tile(self) -> Tile:
-        return tile_of(self.inputs.x.dtype, self.units)
+    @property
+    def seed(self) -> int:
+        return 0 if self.inputs.seed is None else int(self.inputs.seed)
 
-    def constants(self) -> dict[str, Any]:
-        """Of either kernel."""
-        tile = self.tile()
-        return {
-            "H": self.hidden,
-            "U": self.units,
-            "MODE": self.options.mode,
-            "G": self.gates,
-            "SAVED": self.saved,
-            "REVERSE": self.options.reverse,
-            "ACC": _launch.acc_type(self.inputs.x),
-            "PRECISION": _precision(self.inputs.x.dtype),
-            "BLOCK_B": tile.rows,
-            "BLOCK_U": tile.units,
-            "BLOCK_K": tile.depth,
-            "STAGES": tile.num_stages,
-            "num_warps": tile.num_warps,
-        }
+    def blocks(self) -> Blocks:
+        return blocks_of(self.inputs.x.dtype, self.units)
 
-    def launch(self, kernel: Any, *arguments: Any, first: int, last: int) -> None:
+    def shape(self, programs: int) -> Shape:
+        x, options, blocks = self.inputs.x, self.options, self.blocks()
+        return Shape(
+            *(self.hidden, self.units, options.mode, self.gates, CELLS[options.mode], self.saved, options.reverse),
+            *(_launch.acc_type(x), _precision(x.dtype), programs),
+            *(blocks.rows, blocks.units, blocks.depth, blocks.num_stages),
+        )
+
+    def launch(self, kernel: Any, tensors: NamedTuple, first: int, last: int, *more: int) -> None:
         """Makes steps [first, last), in one launch if the programs of a chain can wait for each other."""
-        tile, device = self.tile(), self.inputs.x.device
-        chains, programs = ceil_div(self.inputs.hx.shape[0], tile.rows) * self.heads, ceil_div(self.units, tile.units)
+        blocks, device = self.blocks(), self.inputs.x.device
+        chains, programs = (
+            ceil_div(self.inputs.hx.shape[0], blocks.rows) * self.heads,
+            ceil_div(self.units, blocks.units),
+        )
         alone = self.units <= ALONE[self.inputs.x.dtype]
         together = chains * programs <= _launch.multiprocessors(device) and (programs == 1 or _launch.concurrent())
         steps = [(first, last)] if alone or together else [(s, s + 1) for s in range(first, last)]
         counters = None
         if len(steps) == 1 and not alone and last - first > 1:
             counters = torch.zeros(chains, dtype=torch.int32, device=device)
+        arguments = tensors, self.numbers(), counters, *self.sizes(), self.seed
+        options = {"S": self.shape(programs), "num_warps": blocks.num_warps, "cooperative": counters is not None}
         for begin, end in steps:
-            _launch.launch(
-                kernel, (chains, programs), *arguments, counters, begin, end, PROGRAMS=programs,
-                cooperative=counters is not None, **self.constants(),
-            )  # fmt: skip
+            _launch.launch(kernel, (chains, programs), *arguments, begin, end, *more, **options)
 
 
 def given(tensor: Tensor) -> Tensor | None:

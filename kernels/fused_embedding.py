@@ -62,7 +62,7 @@ class _Call(NamedTuple):
     @property
     def dropout(self) -> tuple[int | float | None, ...]:
         limit = _random.threshold(self.options.p) if self.options.p > 0 else None
-        return (*_random.halves(self.options.seed), limit, 1 / (1 - self.options.p) if self.options.p < 1 else 0.0)
+        return (self.options.seed, limit, 1 / (1 - self.options.p) if self.options.p < 1 else 0.0)
 
     def check(self, reads: bool) -> None:
         """``reads``: whether the tables' values are looked at, and not their shapes alone."""

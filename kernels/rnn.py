@@ -2,8 +2,8 @@
 
 x W_ih^T is one product over all of time, to fp32, for as many steps at a time as fit in a workspace. What remains is h
 W_hh^T, whose four gates of a unit are summed in the same program, so that the cell follows in registers. h and c are
-carried there in fp32 (fp64 for fp64) from step to step; only h in the dtype of x goes by memory, to one of two places
-in turns: whoever writes a place has seen that all others are done with what was there.
+carried there in fp32 (fp64 for fp64) from step to step; only h in the dtype of x goes by memory, by a double buffer:
+whoever writes to one half has seen that all others are done with what was there.
 
 Traffic of a token: G H sums of x in fp32 (written once, read once) and y, gates and cells once. Each program reads its
 rows of W_hh and its sequences' h of the step before in every step, from L2 or closer.
@@ -11,169 +11,149 @@ rows of W_hh and its sequences' h of the step before in every step, from L2 or c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._groups import RNNInputs, RNNOptions
 from ._launch import accumulator
-from ._rnn_cells import cell_forward, clamp, zone
-from ._rnn_layer import (
-    Layer,
-    await_others,
-    given,
-    load_cells,
+from ._rnn_cells import State, cell_forward, clamp, kept_by_zoneout
+from ._rnn_layer import RNNLayer, given, wide_product
+from ._rnn_steps import (
+    CHANGING,
+    Sizes,
+    load_options,
     load_row,
-    publish,
-    put,
+    load_state,
+    place_of,
+    replace,
+    signal,
     step_at,
-    store_cells,
-    wide_product,
+    store_parts,
+    store_state,
+    wait,
 )
 
 # Of x W_ih^T.
 WORKSPACE = 256 << 20
 
 
-@triton.jit
-def _start(
-    gx, bias_ih_ptr, bias_hh_ptr, unit, mine, here, gate: tl.constexpr, H: tl.constexpr, MODE: tl.constexpr,
-    G: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """What the sum of a gate starts from: W_ih x + b_ih + b_hh. Of gru's n, x has number 2, and h number 3."""
-    if gate < G:
-        start = tl.load(gx + gate * H, mask=here, other=0.0) + load_row(bias_ih_ptr, unit, mine, gate, H, ACC)
-        if MODE != "gru" or gate < 2:
-            start += load_row(bias_hh_ptr, unit, mine, gate, H, ACC)
-    else:
-        start = tl.zeros(here.shape, ACC)
-        if MODE == "gru":
-            start += load_row(bias_hh_ptr, unit, mine, 2, H, ACC)
-    return start
+class Forward(NamedTuple):
+    gx: Tensor  # x W_ih^T of the tokens from ``gx_first``
+    buffers: Tensor  # h in the dtype of x, twice (B, H)
+    weight: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    peephole: Tensor | None
+    offsets: Tensor | None
+    y: Tensor
+    gates: Tensor | None
+    cells: Tensor | None
+    h: Tensor  # the states, before and then after the steps
+    c: Tensor | None
 
 
 @triton.jit
-def _add_product(
-    r0, r1, r2, r3, h_rows, live, weight_ptr, u, H: tl.constexpr, U: tl.constexpr, G: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """h W_hh^T of all gates of units ``u`` of a head, whose weights begin at ``weight_ptr``, added to their sums."""
-    for first in tl.range(0, U, BLOCK_K, num_stages=STAGES):
-        k = first + tl.arange(0, BLOCK_K)
+def _first_sums(tensors, rows, here, place, S):
+    """What the sums of gates start from: W_ih x + b_ih + b_hh. That of gru's n is two: of x, and of h."""
+    gx = tensors.gx + rows[:, None] * (S.G * S.H) + place.unit[None, :]
+    sums = ()
+    for g in tl.static_range(S.G):
+        of_x = tl.load(gx + g * S.H, mask=here, other=0.0) + load_row(tensors.bias_ih, place, g, S)
+        if S.MODE != "gru" or g < 2:
+            of_x += load_row(tensors.bias_hh, place, g, S)
+        sums += (of_x,)
+    if S.MODE == "gru":
+        sums += (tl.zeros(here.shape, S.ACC) + load_row(tensors.bias_hh, place, 2, S),)
+    return sums
+
+
+@triton.jit
+def _add_product(sums, h_rows, live, weight_ptr, place, S):
+    """h W_hh^T of the place's units, added to the sums of their gates."""
+    H, U, u = S.H, S.U, place.u
+    weight_ptr += place.head * U * U
+    for first in tl.range(0, U, S.BLOCK_K, num_stages=S.STAGES):
+        k = first + tl.arange(0, S.BLOCK_K)
         h = tl.load(h_rows[:, None] + k[None, :], mask=live[:, None] & (k < U)[None, :], other=0.0)
         weights, inside = weight_ptr + (u[None, :] * U + k[:, None]), (k < U)[:, None] & (u < U)[None, :]
-        w = tl.load(weights, mask=inside, other=0.0)
-        r0 = tl.dot(h, w, r0, input_precision=PRECISION, out_dtype=ACC)
-        if G > 1:
-            w1 = tl.load(weights + H * U, mask=inside, other=0.0)
-            w2 = tl.load(weights + 2 * H * U, mask=inside, other=0.0)
-            r1 = tl.dot(h, w1, r1, input_precision=PRECISION, out_dtype=ACC)
-            if G == 3:
-                r3 = tl.dot(h, w2, r3, input_precision=PRECISION, out_dtype=ACC)
+        added = ()
+        for g in tl.static_range(len(sums)):
+            if S.MODE == "gru" and g == 2:
+                # Of x alone; the sum of h is the fourth.
+                added += (sums[g],)
             else:
-                w3 = tl.load(weights + 3 * H * U, mask=inside, other=0.0)
-                r2 = tl.dot(h, w2, r2, input_precision=PRECISION, out_dtype=ACC)
-                r3 = tl.dot(h, w3, r3, input_precision=PRECISION, out_dtype=ACC)
-    return r0, r1, r2, r3
+                w = tl.load(weights + (2 if S.MODE == "gru" and g == 3 else g) * H * U, mask=inside, other=0.0)
+                added += (tl.dot(h, w, sums[g], input_precision=S.PRECISION, out_dtype=S.ACC),)
+        sums = added
+    return sums
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("gx_first", "T", "B", "time_stride", "row_stride", "seed_low", "seed_high", "limit_h", "limit_c"),
-        *("first", "last"),
-    ]
-)
+@triton.jit
+def _clip_and_zoneout(new, old, options, numbers, seed, drawn):
+    h, cells = new.h, new.cells
+    if len(options.clip) > 0:
+        h = clamp(h, options.clip[0])
+    if len(options.zoneout_h) > 0:
+        kept = kept_by_zoneout(h, options.zoneout_h, numbers.threshold_h, seed, drawn, 0)
+        h = kept * old.h + (1.0 - kept) * h
+    if len(options.zoneout_c) > 0:
+        kept = kept_by_zoneout(h, options.zoneout_c, numbers.threshold_c, seed, drawn, 1)
+        cells = (kept * old.cells[0] + (1.0 - kept) * cells[0],)
+    return State(h, cells)
+
+
+@triton.jit(do_not_specialize=[*CHANGING, "gx_first"])
 def rnn_forward_kernel(
-    gx_ptr, turns_ptr, weight_ptr, bias_ih_ptr, bias_hh_ptr, peephole_ptr, offsets_ptr, y_ptr, gates_ptr, cells_ptr,
-    h_ptr, c_ptr, gx_first, T, B, time_stride, row_stride, seed_low, seed_high, limit_h, limit_c, share_h_ptr,
-    share_c_ptr, clip_ptr, counters_ptr, first, last, H: tl.constexpr, U: tl.constexpr, MODE: tl.constexpr,
-    G: tl.constexpr, SAVED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    PROGRAMS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Steps [first, last) of some units of a head, of a tile of sequences."""
-    chain = tl.program_id(0).to(tl.int64)
-    head, b_first = chain % (H // U), chain // (H // U) * BLOCK_B
-    b, u = b_first + tl.arange(0, BLOCK_B), tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
-    unit, mine = head * U + u, u < U
-    own = (b < B)[:, None] & mine[None, :]
+    tensors, numbers, counters_ptr, T, B, time_stride, row_stride, seed: tl.int64, first, last, gx_first, S
+):
+    """Steps [first, last) of some units of a head, of a block of sequences."""
+    place, sizes = place_of(B, S), Sizes(T, B, time_stride, row_stride)
     if counters_ptr is not None:
-        counters_ptr += chain
-    C: tl.constexpr = 3 * H if MODE == "slstm" else H
-    states, cell_states = b[:, None] * H + unit[None, :], b[:, None] * C + unit[None, :]
-    h = tl.load(h_ptr + states, mask=own, other=0.0)
-    c, n, m = load_cells(c_ptr, cell_states, own, h, H, MODE)
-    p0, p1, p2 = None, None, None
-    if peephole_ptr is not None:
-        p0, p1 = load_row(peephole_ptr, unit, mine, 0, H, ACC), load_row(peephole_ptr, unit, mine, 1, H, ACC)
-        p2 = load_row(peephole_ptr, unit, mine, 2, H, ACC)
-    # Not in a function of its own: none of Triton 3.6's returns None.
-    share_h, share_c, clip = None, None, None
-    if share_h_ptr is not None:
-        share_h = tl.load(share_h_ptr)
-    if share_c_ptr is not None:
-        share_c = tl.load(share_c_ptr)
-    if clip_ptr is not None:
-        clip = tl.load(clip_ptr)
-    done = first - first
+        counters_ptr += place.chain
+    state = load_state(tensors.h, tensors.c, place, S)
+    options = load_options(numbers, tensors.peephole, place, S)
+    unit, done = place.unit[None, :], first - first
     # Of all units, the addresses of weights would fill the registers if they left the loop.
-    for s in tl.range(first, last, num_stages=1, disable_licm=PROGRAMS == 1):
-        begin, rows = step_at(offsets_ptr, s, T, B, time_stride, REVERSE)
-        if b_first < rows:
-            token = begin + b * row_stride
-            live = b < rows
-            here = live[:, None] & mine[None, :]
-            gx = gx_ptr + (token - gx_first)[:, None] * (G * H) + unit[None, :]
-            r0 = _start(gx, bias_ih_ptr, bias_hh_ptr, unit, mine, here, 0, H, MODE, G, ACC)
-            r1 = _start(gx, bias_ih_ptr, bias_hh_ptr, unit, mine, here, 1, H, MODE, G, ACC)
-            r2 = _start(gx, bias_ih_ptr, bias_hh_ptr, unit, mine, here, 2, H, MODE, G, ACC)
-            r3 = _start(gx, bias_ih_ptr, bias_hh_ptr, unit, mine, here, 3, H, MODE, G, ACC)
-            if counters_ptr is not None:
-                await_others(counters_ptr, done, PROGRAMS)
-            h_rows = turns_ptr + (s % 2 * B.to(tl.int64) + b) * H + head * U
-            r0, r1, r2, r3 = _add_product(
-                r0, r1, r2, r3, h_rows, live, weight_ptr + head * U * U, u, H, U, G, ACC, PRECISION, BLOCK_K, STAGES
-            )
-            new_h, new_c, new_n, new_m, s0, s1, s2, s3, s4 = cell_forward(r0, r1, r2, r3, h, c, n, m, p0, p1, p2, MODE)
-            if clip is not None:
-                new_h = clamp(new_h, clip)
-            drawn = (B.to(tl.int64) * s + b)[:, None] * H + unit[None, :]
-            if share_h is not None:
-                new_h = zone(new_h, h, share_h, limit_h, seed_low, seed_high, drawn, 0)
-            if share_c is not None:
-                new_c = zone(new_c, c, share_c, limit_c, seed_low, seed_high, drawn, 1)
-            turn = turns_ptr + ((s + 1) % 2 * B.to(tl.int64) + b)[:, None] * H + unit[None, :]
-            put(turn, new_h, here)
-            publish(counters_ptr)
+    for s in tl.range(first, last, num_stages=1, disable_licm=S.PROGRAMS == 1):
+        begin, rows = step_at(tensors.offsets, s, sizes, S.REVERSE)
+        if place.first_b < rows:
+            token, live = begin + place.b * row_stride, place.b < rows
+            here = live[:, None] & place.inside[None, :]
+            sums = _first_sums(tensors, token - gx_first, here, place, S)
+            wait(counters_ptr, done, S.PROGRAMS)
+            h_rows = tensors.buffers + (s % 2 * B.to(tl.int64) + place.b) * S.H + place.head * S.U
+            sums = _add_product(sums, h_rows, live, tensors.weight, place, S)
+            new, saved = cell_forward(sums, state, options.peephole, S.MODE)
+            drawn = (B.to(tl.int64) * s + place.b)[:, None] * S.H + unit
+            new = _clip_and_zoneout(new, state, options, numbers, seed, drawn)
+            next_rows = (s + 1) % 2 * B.to(tl.int64) + place.b
+            store_parts(tensors.buffers, next_rows[:, None] * S.H + unit, (new.h,), here, S)
+            signal(counters_ptr)
             done += 1
-            put(y_ptr + token[:, None] * H + unit[None, :], new_h, here)
-            if gates_ptr is not None:
-                saved = gates_ptr + token[:, None] * (SAVED * H) + unit[None, :]
-                put(saved, s0, here)
-                if SAVED > 1:
-                    put(saved + H, s1, here)
-                    put(saved + 2 * H, s2, here)
-                    put(saved + 3 * H, s3, here)
-                if SAVED > 4:
-                    put(saved + 4 * H, s4, here)
-            h, c = tl.where(here, new_h, h), tl.where(here, new_c, c)
-            n, m = tl.where(here, new_n, n), tl.where(here, new_m, m)
-            if cells_ptr is not None:
-                store_cells(cells_ptr, token[:, None] * C + unit[None, :], c, n, m, here, H, MODE)
-    put(h_ptr + states, h, own)
-    store_cells(c_ptr, cell_states, c, n, m, own, H, MODE)
+            token = token[:, None]
+            store_parts(tensors.y, token * S.H + unit, (new.h,), here, S)
+            if tensors.gates is not None:
+                store_parts(tensors.gates, token * (S.SAVED * S.H) + unit, saved, here, S)
+            state = State(tl.where(here, new.h, state.h), replace(here, new.cells, state.cells))
+            if tensors.cells is not None:
+                store_parts(tensors.cells, token * (S.CELLS * S.H) + unit, state.cells, here, S)
+    store_state(tensors.h, tensors.c, state, place, S)
 
 
-def _chunks(layer: Layer) -> list[tuple[int, int]]:
+def _chunks(layer: RNNLayer) -> list[tuple[int, int]]:
     """Steps whose x W_ih^T is one product: consecutive tokens, which times of batch-first sequences are not."""
-    T, B, _, _ = layer.strides()
+    T, B, _, _ = layer.sizes()
     size = B * layer.gates * layer.hidden * accumulator(layer.inputs.x).itemsize
     longest = T if layer.options.batch_first else max(WORKSPACE // size, 1)
     return [(first, min(first + longest, T)) for first in range(0, T, longest)]
 
 
-def _tokens(layer: Layer, first: int, last: int) -> tuple[int, int]:
+def _tokens(layer: RNNLayer, first: int, last: int) -> tuple[int, int]:
     """Where the tokens of steps [first, last) lie."""
-    T, B, _, _ = layer.strides()
+    T, B, _, _ = layer.sizes()
     if layer.options.batch_first or (first, last) == (0, T):
         return 0, layer.inputs.x.shape[:-1].numel()
     first, last = (T - last, T - first) if layer.options.reverse else (first, last)
@@ -188,7 +168,7 @@ def rnn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, hy, cy, gates, cells, normed) as native code gives them; the last three empty where they are not wanted.
     Packed sequences copy ``batch_sizes`` to the device."""
-    layer = Layer(inputs, options)
+    layer = RNNLayer(inputs, options)
     layer.check()
 
     x, hx, cx = inputs[:3]
@@ -198,16 +178,17 @@ def rnn_forward(
     cells = x.new_empty((*layer.tokens, layer.cells) if save and cx is not None else 0, dtype=wide)
     h, c = hx.to(wide, copy=True), None if cx is None else cx.to(wide, copy=True)
     # h for the products of a step, and of the next one. Both, because sequences may begin at any step.
-    turns = hx.to(x.dtype).repeat(2, 1)
+    buffers = hx.to(x.dtype).repeat(2, 1)
     offsets, tokens = layer.offsets(), x.view(-1, x.shape[-1])
 
     for first, last in _chunks(layer):
         begin, end = _tokens(layer, first, last)
         gx = wide_product(tokens[begin:end], inputs.weight_ih)
-        layer.launch(
-            rnn_forward_kernel, gx, turns, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh, inputs.peephole, offsets,
-            y, given(gates), given(cells), h, c, begin, *layer.strides(), *layer.numbers(), first=first, last=last,
-        )  # fmt: skip
+        tensors = Forward(
+            *(gx, buffers, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh, inputs.peephole, offsets),
+            *(y, given(gates), given(cells), h, c),
+        )
+        layer.launch(rnn_forward_kernel, tensors, first, last, begin)
 
     cy = hx.new_empty(0) if c is None else c.to(hx.dtype)
     return y, h.to(hx.dtype), cy, gates, cells, x.new_empty(0, dtype=wide)

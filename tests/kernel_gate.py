@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from kernel_cases import Case, every_case
 from llmkern.kernels import _launch
 from triton.backends.compiler import GPUTarget
@@ -93,25 +94,38 @@ def _type_of(value: Any, specialise: bool) -> tuple[str, bool]:
 
 def unit(launch: _launch.Launch) -> Unit:
     """What would be compiled for this launch."""
-    names = launch.kernel.arg_names
-    given = {**dict(zip(names, launch.arguments, strict=False)), **launch.constexprs}
-    signature, constants, divisible, shown = {}, {}, {}, []
-    for position, parameter in enumerate(launch.kernel.params):
-        value = given.get(parameter.name, parameter.default)
-        specialise = not parameter.do_not_specialize
-        one = specialise and type(value) is int and value == 1
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            if parameter.is_constexpr:
-                shown.append(f"{parameter.name}={value}")
+    given = {**dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)), **launch.constexprs}
+    constants, divisible, shown, dtypes = {}, {}, [], []
+
+    def type_of(value: Any, name: str, path: tuple[int, ...], parameter: Any) -> Any:
+        """The type of an argument, of a group its members' types. Triton specialises on every integer in a group."""
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", [f"{name}[{i}]" for i in range(len(value))])
+            members = [type_of(v, n, (*path, i), parameter) for i, (v, n) in enumerate(zip(value, fields, strict=True))]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        grouped = len(path) > 1
+        assert not (grouped and isinstance(value, float)), f"{name}: a float in a group would be passed as fp32"
+        specialise = grouped or not parameter.do_not_specialize
+        constant = parameter.is_constexpr or isinstance(value, tl.constexpr)
+        if constant or value is None or (specialise and type(value) is int and value == 1):
+            constants[path] = getattr(value, "value", value)
+            if constant:
+                shown.append(f"{name}={constants[path]}")
             elif value is None:
-                shown.append(f"no {parameter.name.removesuffix('_ptr')}")
-            continue
+                shown.append(f"no {name.removesuffix('_ptr')}")
+            return "constexpr"
         type_, by_16 = _type_of(value, specialise)
-        signature[parameter.name] = parameter.annotation_type or type_
-        if by_16 and not parameter.do_not_specialize_on_alignment:
-            divisible[(position,)] = [["tt.divisibility", 16]]
-    dtypes = [signature[n][1:] for n in names if signature[n].startswith("*")]
+        if by_16 and (grouped or not parameter.do_not_specialize_on_alignment):
+            divisible[path] = [["tt.divisibility", 16]]
+        type_ = (not grouped and parameter.annotation_type) or type_
+        if type_.startswith("*"):
+            dtypes.append(type_[1:])
+        return type_
+
+    signature = {
+        parameter.name: type_of(given.get(parameter.name, parameter.default), parameter.name, (position,), parameter)
+        for position, parameter in enumerate(launch.kernel.params)
+    }
     name = f"{launch.kernel.__name__}({', '.join(dict.fromkeys(dtypes))}) {' '.join(shown)}".strip()
     name += f" warps={launch.options['num_warps']}"
     return Unit(name, ASTSource(launch.kernel, signature, constants, divisible), launch.options)

@@ -1,5 +1,5 @@
-"""What is special to the Triton kernels of recurrent layers: tiles and their boundaries, the ways through time, what is
-launched for which sizes, packed sequences in both directions."""
+"""What is special to the Triton kernels of recurrent layers: blocks and their boundaries, the ways through time, what
+is launched for which sizes, packed sequences in both directions."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _compare(module: Any, x: Any, states: Any) -> None:
 # In fp64 a program has 16 sequences, and up to 32 units or 16 of more.
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 15), (2, 16, 16), (3, 17, 33), (2, 15, 49)])
-def test_boundaries_of_tiles(name: str, T: int, B: int, H: int) -> None:
+def test_boundaries_of_blocks(name: str, T: int, B: int, H: int) -> None:
     module = build(name, 3, H, bidirectional=True).double()
     _, states = inputs(name, B, "steps", torch.float64, H, layers=2)
     _compare(module, torch.randn(T, B, 3, dtype=torch.float64), states)
 
 
-# Every length, and a whole tile of sequences that end or begin in the middle of the others.
+# Every length, and a whole block of sequences that end or begin in the middle of the others.
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("lengths", "H"), [([5, 4, 3, 2, 1], 34), ([4] * 5 + [2] * 13 + [1] * 16, 3)])
 def test_packed_sequences_in_both_directions(name: str, lengths: list[int], H: int) -> None:
@@ -94,11 +94,11 @@ def test_programs_that_stay_give_the_bits_of_one_that_is_alone(mode: str, monkey
     alone = _both_ways(arguments)
     monkeypatch.setitem(_rnn_layer.ALONE, torch.float64, 0)
     counted = []
-    publish = _rnn_layer.torch.zeros
-    monkeypatch.setattr(_rnn_layer.torch, "zeros", lambda *a, **k: counted.append(publish(*a, **k)) or counted[-1])
+    zeros = _rnn_layer.torch.zeros
+    monkeypatch.setattr(_rnn_layer.torch, "zeros", lambda *a, **k: counted.append(zeros(*a, **k)) or counted[-1])
     together = _both_ways(arguments)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-    # A counter for each chain, forward and backward; the last step of the backward publishes too.
+    # A counter for each chain, forward and backward; the last step of the backward signals too.
     assert [c.tolist() for c in counted if c.dtype == torch.int32] == [[3, 3], [4, 4]]
 
 
@@ -137,7 +137,7 @@ def test_products_of_fp32_follow_torchs_setting(monkeypatch: pytest.MonkeyPatch)
         for dtype in (torch.float32, torch.bfloat16):
             with _launch.recording() as launches:
                 _both_ways(_arguments("gru", 2, 3, 4, dtype, "meta"))
-            found = {made.constexprs["PRECISION"] for made in launches if "PRECISION" in made.constexprs}
+            found = {made.constexprs["S"].PRECISION.value for made in launches if "S" in made.constexprs}
             assert found == {precision if dtype == torch.float32 else "ieee"}
 
 
