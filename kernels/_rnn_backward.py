@@ -39,7 +39,7 @@ from ._rnn_steps import (
 BLOCK = 1024
 
 
-class Backward(NamedTuple):
+class RNNBackward(NamedTuple):
     dy: Tensor
     dcells: Tensor | None
     weight: Tensor
@@ -251,7 +251,7 @@ def rnn_backward(
     c0 = None if cx is None else cx.to(wide)
 
     # Step T takes dh to the first states.
-    tensors = Backward(
+    tensors = RNNBackward(
         *(dy, dcells, weight_hh, peephole, offsets, y, h0, given(gates), given(cells), c0, dgates, dh, dc)
     )
     layer.launch(rnn_backward_kernel, tensors, 0, T + needs_dstates)

@@ -24,7 +24,7 @@ from .._facts import CELLS, GATES, saved_gates
 from .._groups import RNNInputs, RNNOptions
 from . import _launch, _random
 from ._launch import accumulator, ceil_div, next_power_of_2
-from ._rnn_steps import Numbers, Shape, Sizes
+from ._rnn_steps import Numbers, RNNShape, Sizes
 
 
 class Blocks(NamedTuple):
@@ -158,9 +158,9 @@ class RNNLayer:
     def blocks(self) -> Blocks:
         return blocks_of(self.inputs.x.dtype, self.units)
 
-    def shape(self, programs: int) -> Shape:
+    def shape(self, programs: int) -> RNNShape:
         x, options, blocks = self.inputs.x, self.options, self.blocks()
-        return Shape(
+        return RNNShape(
             *(self.hidden, self.units, options.mode, self.gates, CELLS[options.mode], self.saved, options.reverse),
             *(_launch.acc_type(x), _precision(x.dtype), programs),
             *(blocks.rows, blocks.units, blocks.depth, blocks.num_stages),

@@ -19,7 +19,7 @@ from ._rnn_cells import State
 CHANGING = ["T", "B", "time_stride", "row_stride", "seed", "first", "last"]
 
 
-class Shape(NamedTuple):
+class RNNShape(NamedTuple):
     """What kernels are compiled for."""
 
     H: int

@@ -7,8 +7,8 @@ the first read to the last write; past D = 4096 a row is read again instead, fro
 
 Backward: one pass writes the gradient at the sum, N*D, because a norm's gradient needs a whole row before its first
 element is known; then each table adds up its rows of it, by tokens, positions and types. Gradients of the norm's own
-weights are partial sums over shares of the tokens, each in the registers of one program, added in order by a second
-kernel: how many shares there are depends on N alone.
+weights are partial sums over partitions of the tokens, each in the registers of one program, added in order by a
+second kernel: how many partitions there are depends on N alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from .._groups import FUSED_EMBEDDING_PRIMALS, FusedEmbeddingInputs, FusedEmbedd
 from . import _faults, _random
 from ._blocks import unit_d
 from ._fused_embedding import (
+    FusedBackward,
+    FusedForward,
+    FusedShape,
+    Lookup,
+    Lookups,
     fused_embedding_backward_kernel,
     fused_embedding_forward_kernel,
     fused_embedding_long_backward_kernel,
     fused_embedding_long_forward_kernel,
-    fused_embedding_shares_kernel,
+    fused_embedding_partitions_kernel,
 )
 from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
 from ._row_order import RowOrder, order_by_row
@@ -35,34 +40,37 @@ from .dropout import dropout_forward
 
 # The longest row that is kept in registers.
 LONGEST = 4096
-# Shares of the tokens for the norm's gradients: as many as this, of at least so many tokens.
-SHARES, SHARE_TOKENS = 512, 16
+# Partitions of the tokens for the norm's gradients: as many as this, of at least so many tokens.
+PARTITIONS, PARTITION_TOKENS = 512, 16
 
 
-class _Call(NamedTuple):
+class FusedEmbedding(NamedTuple):
     """What both phases are called with: the tables, the norm's weights, the rows, and how they are put together."""
 
     inputs: FusedEmbeddingInputs
     options: FusedEmbeddingOptions
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """N, D, the rows of each table, and after how many tokens positions and types repeat."""
-        counts = (0 if table is None else table.shape[0] for _, table, _ in self.inputs.tables())
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, D, and after how many tokens positions and types repeat."""
         periods = (1 if at is None else max(at.shape[0], 1) for at in (self.inputs.positions, self.inputs.token_types))
-        return (self.inputs.indices.shape[0], self.inputs.weight.shape[1], *counts, *periods)
+        return (self.inputs.indices.shape[0], self.inputs.weight.shape[1], *periods)  # type: ignore[return-value]
 
     @property
-    def rows(self) -> tuple[Tensor | None, ...]:
-        """Indices, and where faults of them are reported."""
+    def lookups(self) -> Lookups:
         kinds = (_faults.EMBEDDING, _faults.POSITION, _faults.TOKEN_TYPE)
-        every = (self.inputs.indices, self.inputs.positions, self.inputs.token_types)
-        return (*every, *(None if at is None else _faults.word(k) for k, at in zip(kinds, every, strict=True)))
+        return Lookups(
+            *(
+                Lookup(None, None, None, 0) if table is None else Lookup(table, at, _faults.word(kind), table.shape[0])
+                for kind, (_, table, at) in zip(kinds, self.inputs.tables(), strict=True)
+            )
+        )
 
     @property
-    def dropout(self) -> tuple[int | float | None, ...]:
-        limit = _random.threshold(self.options.p) if self.options.p > 0 else None
-        return (self.options.seed, limit, 1 / (1 - self.options.p) if self.options.p < 1 else 0.0)
+    def dropout(self) -> tuple[int, int | None, float]:
+        """As kernels take it: the seed, what random bits are compared with, and 1 / (1 - p)."""
+        p, seed = self.options.p, self.options.seed
+        return seed, _random.threshold(p) if p > 0 else None, 1 / (1 - p) if p < 1 else 0.0
 
     def check(self, reads: bool) -> None:
         """``reads``: whether the tables' values are looked at, and not their shapes alone."""
@@ -85,12 +93,13 @@ class _Call(NamedTuple):
                 raise ValueError(f"{name}: expected (D) of weight's dtype, contiguous")
 
 
-def _tile(D: int, elements: int, longest: int = LONGEST) -> dict[str, Any]:
-    """Several short rows, or one, by one program: so many elements of a thread, whose registers limit them."""
-    BLOCK_D, threads = min(max(next_power_of_2(D), 16), longest), 128
+def _shape(norm: str, x: Tensor, elements: int, longest: int = LONGEST) -> tuple[FusedShape, int]:
+    """Several short rows, or one, by one program: so many elements of a thread, whose registers limit them; and how
+    many warps."""
+    D, threads = x.shape[1], 128
+    BLOCK_D = min(max(next_power_of_2(D), 16), longest)
     rows = min(max(threads * elements // BLOCK_D, 1), 32)
-    warps = max(BLOCK_D // elements, threads) // 32
-    return {"ROWS": rows, "BLOCK_D": BLOCK_D, "UNIT": unit_d(D), "num_warps": warps}
+    return FusedShape(norm, acc_type(x), rows, BLOCK_D, unit_d(D)), max(BLOCK_D // elements, threads) // 32
 
 
 def fused_embedding_forward(inputs: FusedEmbeddingInputs, options: FusedEmbeddingOptions) -> tuple[Tensor, Tensor]:
@@ -99,52 +108,46 @@ def fused_embedding_forward(inputs: FusedEmbeddingInputs, options: FusedEmbeddin
     Raises:
         IndexError: if an index is outside its table; see :mod:`llmkern.kernels._faults`.
     """
-    call, weight, norm = _Call(inputs, options), inputs.weight, options.norm
+    call, weight, norm = FusedEmbedding(inputs, options), inputs.weight, options.norm
     call.check(True)
     N, D = call.sizes[:2]
     out = weight.new_empty((N, D))
     stats = weight.new_empty((0 if norm == "none" else N, 2), dtype=accumulator(weight))
-    tile = _tile(D, 16, 1024 if norm == "none" else LONGEST)
+    S, num_warps = _shape(norm, weight, 16, 1024 if norm == "none" else LONGEST)
     long = norm != "none" and D > LONGEST
-    grid = (ceil_div(N, tile["ROWS"]), 1 if long else max(ceil_div(D, tile["BLOCK_D"]), 1))
-    launch(
-        fused_embedding_long_forward_kernel if long else fused_embedding_forward_kernel, grid, out, stats,
-        *inputs[:5], *call.rows, *call.sizes, options.scale, options.eps, *call.dropout, NORM=norm,
-        ACC=acc_type(weight), **tile,
-    )  # fmt: skip
+    kernel = fused_embedding_long_forward_kernel if long else fused_embedding_forward_kernel
+    grid = (ceil_div(N, S.ROWS), 1 if long else max(ceil_div(D, S.BLOCK_D), 1))
+    tensors = FusedForward(out, stats, inputs.norm_weight, inputs.norm_bias)
+    numbers = *call.sizes, options.scale, options.eps, *call.dropout
+    launch(kernel, grid, tensors, call.lookups, *numbers, S=S, num_warps=num_warps)
     return out, stats
 
 
-def _dsum(call: _Call, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tuple[bool, bool]) -> list[Any]:
+def _dsum(call: FusedEmbedding, dout: Tensor, stats: Tensor, wanted: bool, norm_wants: tuple[bool, bool]) -> list[Any]:
     """With a norm: the gradient at the sum, and of the norm's weight and bias; None if it is not wanted."""
     N, D = call.sizes[:2]
-    tile, acc = _tile(D, 8), acc_type(dout)
+    S, num_warps = _shape(call.options.norm, dout, 8)
     learns = any(norm_wants)
-    tokens = max(SHARE_TOKENS, ceil_div(N, SHARES)) if learns else tile["ROWS"]
-    shares = ceil_div(N, tokens)
+    tokens = max(PARTITION_TOKENS, ceil_div(N, PARTITIONS)) if learns else S.ROWS
+    partitions = ceil_div(N, tokens)
     dsum = torch.empty_like(dout) if wanted else None
-    partials = [dout.new_empty((shares, D), dtype=accumulator(dout)) if want else None for want in norm_wants]
-    rows, changing = (*call.inputs[:4], *call.rows, *call.sizes), call.dropout
+    partials = [dout.new_empty((partitions, D), dtype=accumulator(dout)) if want else None for want in norm_wants]
+    tensors = FusedBackward(dout, stats, dsum, *partials, call.inputs.norm_weight)
+    lookups, sizes, numbers = call.lookups, call.sizes, (call.options.scale, *call.dropout)
     long = D > LONGEST
     if long and wanted:
-        launch(
-            fused_embedding_long_backward_kernel, (ceil_div(N, tile["ROWS"]),), dout, stats, dsum, *rows,
-            call.options.scale, *changing, NORM=call.options.norm, ACC=acc, **tile,
-        )  # fmt: skip
+        kernel, grid = fused_embedding_long_backward_kernel, (ceil_div(N, S.ROWS),)
+        launch(kernel, grid, tensors, lookups, *sizes, *numbers, S=S, num_warps=num_warps)
+        tensors = tensors._replace(dsum=None)
     if learns or (wanted and not long):
-        launch(
-            fused_embedding_backward_kernel, (shares, max(ceil_div(D, tile["BLOCK_D"]), 1)), dout, stats,
-            None if long else dsum, *partials, *rows, tokens, call.options.scale, *changing, NORM=call.options.norm,
-            ACC=acc, **tile,
-        )  # fmt: skip
+        kernel, grid = fused_embedding_backward_kernel, (partitions, max(ceil_div(D, S.BLOCK_D), 1))
+        launch(kernel, grid, tensors, lookups, *sizes, tokens, *numbers, S=S, num_warps=num_warps)
     results = [dsum]
     for partial in partials:
         results.append(None if partial is None else dout.new_empty(D))
         if partial is not None:
-            launch(
-                fused_embedding_shares_kernel, (ceil_div(D, 32),), partial, results[-1], shares, D,
-                ACC=acc, ROWS=128, BLOCK_D=32, num_warps=8,
-            )  # fmt: skip
+            kernel, grid = fused_embedding_partitions_kernel, (ceil_div(D, 32),)
+            launch(kernel, grid, partial, results[-1], partitions, D, ACC=S.ACC, ROWS=128, BLOCK_D=32, num_warps=8)
     return results
 
 
@@ -164,7 +167,7 @@ def fused_embedding_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of the three tables and of the norm's weight and bias; the k-th is empty unless bit k of ``wants`` is
     set."""
-    call, weight, norm = _Call(inputs, options), inputs.weight, options.norm
+    call, weight, norm = FusedEmbedding(inputs, options), inputs.weight, options.norm
     call.check(norm != "none")
     N, D = call.sizes[:2]
     if dout.shape != (N, D) or dout.dtype != weight.dtype or not dout.is_contiguous():

@@ -40,7 +40,7 @@ from ._rnn_steps import (
 WORKSPACE = 256 << 20
 
 
-class Forward(NamedTuple):
+class RNNForward(NamedTuple):
     gx: Tensor  # x W_ih^T of the tokens from ``gx_first``
     buffers: Tensor  # h in the dtype of x, twice (B, H)
     weight: Tensor
@@ -184,7 +184,7 @@ def rnn_forward(
     for first, last in _chunks(layer):
         begin, end = _tokens(layer, first, last)
         gx = wide_product(tokens[begin:end], inputs.weight_ih)
-        tensors = Forward(
+        tensors = RNNForward(
             *(gx, buffers, inputs.weight_hh, inputs.bias_ih, inputs.bias_hh, inputs.peephole, offsets),
             *(y, given(gates), given(cells), h, c),
         )

@@ -99,11 +99,12 @@ def unit(launch: _launch.Launch) -> Unit:
 
     def type_of(value: Any, name: str, path: tuple[int, ...], parameter: Any) -> Any:
         """The type of an argument, of a group its members' types. Triton specialises on every integer in a group."""
-        if isinstance(value, tuple):
-            fields = getattr(value, "_fields", [f"{name}[{i}]" for i in range(len(value))])
-            members = [type_of(v, n, (*path, i), parameter) for i, (v, n) in enumerate(zip(value, fields, strict=True))]
-            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         grouped = len(path) > 1
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            names = [f"{name}.{field}" if grouped or isinstance(field, int) else field for field in fields]
+            members = [type_of(v, n, (*path, i), parameter) for i, (v, n) in enumerate(zip(value, names, strict=True))]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         assert not (grouped and isinstance(value, float)), f"{name}: a float in a group would be passed as fp32"
         specialise = grouped or not parameter.do_not_specialize
         constant = parameter.is_constexpr or isinstance(value, tl.constexpr)

@@ -168,7 +168,7 @@ def test_any_number_of_tokens(kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Shares of the tokens, and runs of one row that are summed in chunks: one less, as many, one more, several."""
     if kernel == "triton":
         # So that shares grow with the tokens at a size that is quick.
-        monkeypatch.setattr(importlib.import_module("llmkern.kernels.fused_embedding"), "SHARES", 4)
+        monkeypatch.setattr(importlib.import_module("llmkern.kernels.fused_embedding"), "PARTITIONS", 4)
     tensors, options = operands("bert", torch.float32, V=3, D=7)
     tensors["position_weight"] = torch.randn(131, 7)
     for B, L in ((1, 15), (16, 1), (1, 17), (43, 3), (4, 67)):
