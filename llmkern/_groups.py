@@ -27,11 +27,6 @@ class RNNInputs(NamedTuple):
     batch_sizes: Tensor | None = None  # (T) of int64: sequences that have each step, on the CPU
     seed: Tensor | None = None  # () of int64, on the CPU: what zoneout is drawn from; None: nothing is drawn
 
-    @property
-    def primals(self) -> tuple[Tensor | None, ...]:
-        """What may have a gradient."""
-        return self[:RNN_PRIMALS]
-
 
 RNN_PRIMALS = RNNInputs._fields.index("batch_sizes")
 

@@ -159,6 +159,7 @@ def peak(module: Any, workspace: int, gradient: bool = True) -> int:
     return memory.peak
 
 
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="addmm with an output dtype fails on torch 2.10's meta device")
 def test_memory(module: Any) -> None:
     """Counted from shapes: the results, a workspace, and what is summed in fp32."""
     N, H, V, some = 8192, 4096, 128256, 8 << 20

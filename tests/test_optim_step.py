@@ -127,6 +127,12 @@ def test_groups_schedulers_closures_and_hooks(backend: str, name: str, schedule:
             scheduler.step()
         return [p.detach() for p in params], losses, calls
 
+    if name == "Adagrad" and torch.__version__ < "2.11":
+        # torch's own has no states for groups that are added, and says so; nor has ours.
+        for module in (optim, torch.optim):
+            with pytest.raises(KeyError, match="sum"):
+                run(module)
+        return
     (got, losses, calls), (want, their_losses, their_calls) = run(optim), run(torch.optim)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(losses, their_losses, rtol=1e-12, atol=0)

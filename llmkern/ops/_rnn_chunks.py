@@ -101,7 +101,7 @@ class RNNChunksFunction(RNNFunction):
             directions = tuple(d for d in (dy, dh, dc, dcells) if d is not None)
             function, primals = reference_of(inputs, ctx.options, len(directions))
             found = iter(reference_vjp(function, primals, directions))
-            every = [None if t is None else next(found) for t in inputs.primals]
+            every = [None if t is None else next(found) for t in inputs[:RNN_PRIMALS]]
             return *(grad if need else None for grad, need in zip(every, needs, strict=False)), *nothing
         wide = accumulate_dtype(x.dtype)
         dh, dc = dh.to(wide).contiguous(), None if dc is None else dc.to(wide).contiguous()
@@ -131,7 +131,7 @@ class RNNChunksFunction(RNNFunction):
 def rnn_in_chunks(inputs: RNNInputs, options: RNNOptions, backend: str, cells: bool, chunks: int) -> tuple[Tensor, ...]:
     """As :func:`llmkern.ops.rnn`, in ``chunks`` of time. Where there is nothing to save, or transforms of
     ``torch.func`` want a graph of every step, in one."""
-    hooked = backend != "reference" and inputs.hx.shape[0] and differentiating(*inputs.primals)
+    hooked = backend != "reference" and inputs.hx.shape[0] and differentiating(*inputs[:RNN_PRIMALS])
     if not hooked or torch._C._are_functorch_transforms_active():
         return rnn(inputs, options, backend, cells)
     return RNNChunksFunction.run(*inputs, options, chunks, cells, backend)[:4]

@@ -50,7 +50,7 @@ def _by_want(dx: bool, dstates: bool, dweights: bool) -> list[bool]:
 def _backward_fake(
     cotangents: RNNCotangents, inputs: RNNInputs, saved: RNNSaved, options: RNNOptions, *wants: bool
 ) -> tuple[Tensor, ...]:
-    pairs = zip(inputs.primals, _by_want(*wants), strict=True)
+    pairs = zip(inputs[:RNN_PRIMALS], _by_want(*wants), strict=True)
     return tuple(torch.empty_like(t) if w and t is not None else inputs.x.new_empty(0) for t, w in pairs)
 
 
@@ -189,7 +189,7 @@ def rnn(inputs: RNNInputs, options: RNNOptions, backend: str, cells: bool = Fals
     if backend == "reference" or not inputs.hx.shape[0]:
         function, present = reference_of(inputs, options, 4)
         return function(*present)
-    if differentiating(*inputs.primals):
+    if differentiating(*inputs[:RNN_PRIMALS]):
         y, hy, cy, every = RNNFunction.run(*inputs, options, backend)[:4]
         # Compiled and transformed code keeps y for the backward, and cannot notice that a caller changes it.
         return (y.clone(), hy, cy, every.clone()) if pure() else (y, hy, cy, every)
