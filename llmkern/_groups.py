@@ -95,6 +95,19 @@ class FusedEmbeddingOptions(NamedTuple):
     scale_grad_by_freq: bool = False
 
 
+class LossInputs(NamedTuple):
+    """Of N rows; all contiguous. Those up to ``weight`` may have a gradient."""
+
+    x: Tensor  # logits (N, V) or (N, V, D); (N, H) before a linear layer
+    linear_weight: Tensor | None  # (V, H)
+    linear_bias: Tensor | None  # (V)
+    target: Tensor  # int64 indices (N) or (N, D), or probabilities of the logits' shape
+    weight: Tensor | None  # (V), one for each class
+
+
+LOSS_PRIMALS = LossInputs._fields.index("weight")
+
+
 class LossOptions(NamedTuple):
     """Of cross-entropy; see :mod:`llmkern.reference.cross_entropy`."""
 

@@ -13,7 +13,6 @@ from torch.overrides import handle_torch_function
 from .. import dispatch, ops
 from .._facts import accumulate_dtype
 from .._torch import F
-from ..ops.cross_entropy import cross_entropy as cross_entropy_op
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, present, single
 from ._overrides import overridden
 
@@ -146,16 +145,14 @@ def cross_entropy(
     shape = (logits.shape[0], *logits.shape[2:])
     t = probabilities[0] if soft else t.reshape(shape).to(torch.int64).contiguous()
     reduced = Reduction.of(reduction, t, soft, weight, ignore_index, token_weight, accumulate_dtype(x.dtype))
-    rows = cross_entropy_op(
-        logits,
-        t,
-        None if weight is None else weight.contiguous(),
+    rows = ops.loss_rows(
+        ops.LossInputs(logits, None, None, t, None if weight is None else weight.contiguous()),
         reduced.scale,
         ops.LossOptions(ignore_index, label_smoothing, z_loss, softcap or 0.0, logit_scale),
-        "entropy" in outputs,
-        "argmax" in outputs or "accuracy" in outputs,
-        inplace and not torch.compiler.is_compiling() and logits.data_ptr() == input.data_ptr(),
         backend,
+        entropy="entropy" in outputs,
+        argmax="argmax" in outputs or "accuracy" in outputs,
+        inplace=inplace and not torch.compiler.is_compiling() and logits.data_ptr() == input.data_ptr(),
     )
     outer = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
     loss = reduced(rows).to(x.dtype)

@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import dispatch, functional, ops
 from .._facts import accumulate_dtype
 from .._torch import F
-from ..ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
 from ._losses import CrossEntropyOutput, Reduction, check_outputs, present
 from ._overrides import overridden
 
@@ -229,18 +228,15 @@ def _fused(
     )
 
     def run(linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, scale: Tensor | None) -> ops.LossRows:
-        return linear_cross_entropy_op(
-            x,
-            linear_weight.contiguous(),
-            None if linear_bias is None else linear_bias.contiguous(),
-            target.contiguous(),
-            None if weight is None else weight.contiguous(),
+        tensors = (x, linear_weight, linear_bias, target, weight)
+        return ops.loss_rows(
+            ops.LossInputs._make(None if t is None else t.contiguous() for t in tensors),
             scale,
             steps,
-            workspace,
-            "entropy" in wanted,
-            "argmax" in wanted or "accuracy" in wanted,
             backend,
+            entropy="entropy" in wanted,
+            argmax="argmax" in wanted or "accuracy" in wanted,
+            workspace=workspace,
         )
 
     if inner:

@@ -8,11 +8,11 @@ The names of the package itself are what several files above it need.
 import importlib
 import pkgutil
 
-from .._groups import FusedEmbeddingInputs, FusedEmbeddingOptions, LossOptions, RNNInputs, RNNOptions
+from .._groups import FusedEmbeddingInputs, FusedEmbeddingOptions, LossInputs, LossOptions, RNNInputs, RNNOptions
 from ..reference._random import draw_seed, drawn_seed, shifted
 from ._autograd import as_shape, capturing, differentiating, seed_freezes, traced
 from ._flops import count_flops
-from ._losses import LossRows
+from ._losses import LossRows, loss_rows
 from ._rnn_chunks import rnn_in_chunks
 from ._row_graphs import trace_row_tables
 from ._row_tensors import ROW_LOCK, RowParameter, RowState, RowTensor
@@ -22,6 +22,7 @@ __all__ = [
     "ROW_LOCK",
     "FusedEmbeddingInputs",
     "FusedEmbeddingOptions",
+    "LossInputs",
     "LossOptions",
     "LossRows",
     "RNNInputs",
@@ -37,6 +38,7 @@ __all__ = [
     "differentiating",
     "draw_seed",
     "drawn_seed",
+    "loss_rows",
     "rnn_in_chunks",
     "same_memory",
     "seed_freezes",

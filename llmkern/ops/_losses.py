@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._facts import accumulate_dtype
-from .._groups import LossOptions
+from .._groups import LOSS_PRIMALS, LossInputs, LossOptions
 from ..reference.cross_entropy import cross_entropy
 from ..reference.linear_cross_entropy import linear_cross_entropy
 from ._autograd import (
@@ -35,8 +35,6 @@ from ._autograd import (
 from .grad_norm import may_change, scale_
 
 _ROWS = 3  # differentiable ones: loss, lse, entropy
-_PRIMALS = ("x", "linear_weight", "linear_bias", "target")
-_NEEDS = ("need_x", "need_weight", "need_bias", "need_target")
 
 
 class LossRows(NamedTuple):
@@ -64,40 +62,32 @@ class LossFunction(KernelFunction):
     """(total, loss, lse, entropy, argmax) and, precomputed, the gradients of total by the primals."""
 
     @staticmethod
-    @takes(_PRIMALS, "weight", "scale", "options", "workspace", "entropy", "argmax", "precompute", "inplace", "backend")
+    @takes(LossInputs, "scale", "options", "workspace", "entropy", "argmax", "precompute", "inplace", "backend")
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        x, linear_weight, linear_bias, target, weight, scale, *others = arguments
-        options, workspace, entropy, argmax, precompute, inplace, backend = others
+        *inputs, scale, options, workspace, entropy, argmax, precompute, inplace, backend = arguments
+        x, linear_weight, _, target, weight = inputs
         # Without a total they are those of each row's loss, to be multiplied by what comes for the row.
         dloss = scale
         if precompute and scale is None:
             dloss = torch.ones((x.shape[0], *x.shape[2:]), dtype=accumulate_dtype(x.dtype), device=x.device)
         dloss = dloss if precompute else None
-        x_wanted, *need = (
-            precompute and t is not None and t.requires_grad for t in (x, linear_weight, linear_bias, target)
-        )
+        need = [precompute and t is not None and t.requires_grad for t in inputs[:LOSS_PRIMALS]]
+        wanted = (entropy, argmax)
         if linear_weight is not None:
-            rows = _op("forward", True)(
-                x, linear_weight, linear_bias, target, weight, dloss, *options, workspace, entropy, argmax, x_wanted,
-                *need, backend,
-            )  # fmt: skip
-        elif inplace and x_wanted:
+            rows = _op("forward", True)(*inputs, dloss, *options, workspace, *wanted, *need, backend)
+        elif inplace and need[0]:
             logits = x.detach()
-            *rows, dtarget = _op("forward_", False)(
-                logits, target, weight, dloss, *options, entropy, argmax, need[-1], backend
-            )
+            *rows, dtarget = _op("forward_", False)(logits, target, weight, dloss, *options, *wanted, need[-1], backend)
             rows += [logits, dtarget]
         else:
-            rows = _op("forward", False)(
-                x, target, weight, dloss, *options, entropy, argmax, x_wanted, need[-1], backend
-            )
+            rows = _op("forward", False)(x, target, weight, dloss, *options, *wanted, need[0], need[-1], backend)
         total = rows[0].new_empty(0) if scale is None else (rows[0] * scale).sum()
         return (total, *rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, linear_weight, linear_bias, target, weight, scale, *options = inputs
-        ctx.options, ctx.workspace, ctx.entropy, _, precompute, ctx.inplace, ctx.backend = options
+        *tensors, ctx.options, ctx.workspace, ctx.entropy, _, precompute, ctx.inplace, ctx.backend = inputs
+        x, linear_weight, _, target, _, scale = tensors
         ctx.linear, ctx.total = linear_weight is not None, scale is not None
         ctx.precomputed = _spread(ctx.linear, output[5:]) if precompute else None
         # A row that is left out gets nothing, whatever its cotangent.
@@ -108,16 +98,15 @@ class LossFunction(KernelFunction):
         # Autograd would make zeros for the gradients, as large as they are, on every backward.
         ctx.set_materialize_grads(False)
         inplace = ctx.inplace and precompute
-        ctx.save_for_backward(None if inplace else x, linear_weight, linear_bias, target, weight, scale)
-        ctx.save_for_forward(x, linear_weight, linear_bias, target, weight, scale)
+        ctx.save_for_backward(None if inplace else x, *tensors[1:])
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor | None, *drows: Tensor | None) -> tuple[Tensor | None, ...]:
         # torch.func gives zeros even for what is empty because it was not asked for.
         given = [d if d is not None and (i < 2 or ctx.entropy) else None for i, d in enumerate(drows[:_ROWS])]
         dtotal = dtotal if ctx.total else None
-        need = [ctx.needs_input_grad[i] for i in range(4)]
-        nothing = (None,) * (len(ctx.needs_input_grad) - len(need))
+        need = ctx.needs_input_grad[:LOSS_PRIMALS]
         if dtotal is None and all(d is None for d in given):
             return (None,) * len(ctx.needs_input_grad)
         total_alone, loss_alone = all(d is None for d in given), given[1] is given[2] is None
@@ -138,8 +127,8 @@ class LossFunction(KernelFunction):
             gradients = [g if g is None else _rows_times(g, dloss, in_place=not again) for g in gradients]
             ctx.precomputed = ctx.precomputed if again else None
         else:
-            x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
-            if x is None:
+            *inputs, scale = ctx.saved_tensors
+            if inputs[0] is None:
                 raise RuntimeError(
                     "cross_entropy: the logits were overwritten by inplace=True, which allows one backward, of the"
                     " loss alone; use inplace=False"
@@ -147,17 +136,15 @@ class LossFunction(KernelFunction):
             if dtotal is not None:
                 given[0] = dtotal * scale if given[0] is None else given[0] + dtotal * scale
             given = [None if d is None else d.contiguous() for d in given]
-            gradients = LossBackwardFunction.run(
-                *given, x, linear_weight, linear_bias, target, weight, ctx.options, ctx.workspace, *need, ctx.backend
-            )
+            gradients = LossBackwardFunction.run(*given, *inputs, ctx.options, ctx.workspace, need, ctx.backend)
         wanted = [g if n and g is not None else None for g, n in zip(gradients, need, strict=True)]
-        return (*wanted, *nothing)
+        return *wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted))
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, linear_weight, linear_bias, target, weight, scale = ctx.saved_tensors
-        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, (0, 1, 2))
-        moved = [t for t, p in zip(tangents[:4], (x, linear_weight, linear_bias, target), strict=True) if _counts(p)]
+        *inputs, scale = ctx.saved_tensors
+        primals, function = _reference(inputs, ctx.options, (0, 1, 2))
+        moved = [t for t, p in zip(tangents, inputs[:LOSS_PRIMALS], strict=False) if _counts(p)]
         loss, lse, entropy = reference_jvp(function, primals, zeros_for_none(moved, primals))
         total = loss.new_empty(0) if scale is None else (loss * scale).sum()
         entropy = entropy if ctx.entropy else loss.new_empty(0)
@@ -168,33 +155,31 @@ class LossBackwardFunction(KernelFunction):
     """The gradients of the primals, for cotangents on the rows; those not needed are empty."""
 
     @staticmethod
-    @takes("dloss", "dlse", "dentropy", _PRIMALS, "weight", "options", "workspace", _NEEDS, "backend")
+    @takes("dloss", "dlse", "dentropy", LossInputs, "options", "workspace", "need", "backend")
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *cotangents, x, linear_weight, linear_bias, target, weight = arguments[:8]
-        options, workspace, need_x, need_weight, need_bias, need_target, backend = arguments[8:]
+        *tensors, options, workspace, need, backend = arguments
+        x, linear_weight, _, target, weight = tensors[_ROWS:]
         if linear_weight is None:
-            dx, dtarget = _op("backward", False)(*cotangents, x, target, weight, *options, need_x, need_target, backend)
+            tensors = [*tensors[:_ROWS], x, target, weight]
+            dx, dtarget = _op("backward", False)(*tensors, *options, need[0], need[-1], backend)
             gradients = (dx, x.new_empty(0), x.new_empty(0), dtarget)
         else:
-            primals = (x, linear_weight, linear_bias, target, weight)
-            gradients = _op("backward", True)(
-                *cotangents, *primals, *options, workspace, need_x, need_weight, need_bias, need_target, backend
-            )
+            gradients = _op("backward", True)(*tensors, *options, workspace, *need, backend)
         # Forward mode wants no integers among what it moves.
-        return gradients if need_target else (*gradients[:3], x.new_empty(0))
+        return gradients if need[-1] else (*gradients[:-1], x.new_empty(0))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options, _, *ctx.need, _ = inputs[8:]
-        ctx.save_for_backward(*inputs[:8])
-        ctx.save_for_forward(*inputs[:8])
+        *tensors, ctx.options, _, ctx.need, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *dgradients: Tensor) -> tuple[Tensor | None, ...]:
-        *given, x, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        given, inputs = ctx.saved_tensors[:_ROWS], ctx.saved_tensors[_ROWS:]
         kinds = tuple(i for i in range(_ROWS) if given[i] is not None)
-        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, kinds)
-        places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
+        primals, function = _reference(inputs, ctx.options, kinds)
+        places = [i for i, p in enumerate(inputs[:LOSS_PRIMALS]) if _counts(p)]
         moved = [dgradients[i] if ctx.need[i] else torch.zeros_like(p) for i, p in zip(places, primals, strict=True)]
         of_primals, of_given = reference_vjp_vjp(function, primals, [given[i] for i in kinds], moved)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -206,9 +191,9 @@ class LossBackwardFunction(KernelFunction):
 
     @staticmethod
     def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, x, linear_weight, linear_bias, target, weight = ctx.saved_tensors
+        given, inputs = ctx.saved_tensors[:_ROWS], ctx.saved_tensors[_ROWS:]
         kinds = tuple(i for i in range(_ROWS) if given[i] is not None)
-        primals, function = _reference(x, linear_weight, linear_bias, target, weight, ctx.options, kinds)
+        primals, function = _reference(inputs, ctx.options, kinds)
         count = len(primals)
 
         def gradient(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -216,13 +201,13 @@ class LossBackwardFunction(KernelFunction):
             return reference_vjp(function, arguments[:count], cotangents[0] if len(kinds) == 1 else cotangents)
 
         everything = (*primals, *(given[i] for i in kinds))
-        places = [i for i, p in enumerate((x, linear_weight, linear_bias, target)) if _counts(p)]
+        places = [i for i, p in enumerate(inputs[:LOSS_PRIMALS]) if _counts(p)]
         moved = [*(tangents[_ROWS + i] for i in places), *(tangents[i] for i in kinds)]
         dgradients = dict(
             zip(places, reference_jvp(gradient, everything, zeros_for_none(moved, everything)), strict=True)
         )
-        nothing = x.new_empty(0)
-        return tuple(dgradients[i] if ctx.need[i] and i in dgradients else nothing for i in range(4))
+        nothing = primals[0].new_empty(0)
+        return tuple(dgradients[i] if need and i in dgradients else nothing for i, need in enumerate(ctx.need))
 
 
 def _rows_times(gradient: Tensor, dloss: Tensor, in_place: bool) -> Tensor:
@@ -243,65 +228,65 @@ def _spread(linear: bool, gradients: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _reference(
-    x: Tensor,
-    linear_weight: Tensor | None,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    kinds: tuple[int, ...],
+    inputs: Sequence[Tensor | None], options: LossOptions, kinds: tuple[int, ...]
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """The primals, and the reference as a function of them that gives rows of these kinds."""
-    everything = (x, linear_weight, linear_bias, target)
-    primals = tuple(p for p in everything if p is not None and _counts(p))
+    """The primals that have derivatives, and the reference as a function of them that gives rows of these kinds."""
+    primals, weight = inputs[:LOSS_PRIMALS], inputs[LOSS_PRIMALS]
 
     def function(*moving: Tensor) -> Any:
         rest = iter(moving)
-        a, w, b, t = (next(rest) if _counts(p) else p for p in everything)
-        assert a is not None
-        assert t is not None
-        rows = cross_entropy(a, t, weight, options) if w is None else linear_cross_entropy(a, w, b, t, weight, options)
+        x, linear_weight, linear_bias, target = (next(rest) if _counts(p) else p for p in primals)
+        assert x is not None
+        assert target is not None
+        if linear_weight is None:
+            rows = cross_entropy(x, target, weight, options)
+        else:
+            rows = linear_cross_entropy(x, linear_weight, linear_bias, target, weight, options)
         return rows[kinds[0]] if len(kinds) == 1 else tuple(rows[kind] for kind in kinds)
 
-    return primals, function
+    return tuple(p for p in primals if p is not None and _counts(p)), function
 
 
-def run(
-    x: Tensor,
-    linear_weight: Tensor | None,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
+def loss_rows(
+    inputs: LossInputs,
     scale: Tensor | None,
     options: LossOptions,
-    workspace: int,
-    entropy: bool,
-    argmax: bool,
-    inplace: bool,
     backend: str,
+    *,
+    entropy: bool = False,
+    argmax: bool = False,
+    inplace: bool = False,
+    workspace: int = 0,
 ) -> LossRows:
-    """The outputs, from a backend; see the two ops for the arguments."""
+    """The outputs, from a backend.
+
+    Args:
+        scale: of the losses' shape, in fp32 (fp64 for fp64): what a row's loss counts for in ``total``; None: no total.
+        entropy, argmax: whether they are wanted.
+        inplace: whether the gradient may take the place of the logits; not with a linear layer.
+        workspace: bytes that logits of a linear layer and their gradients may take.
+    """
+    primals = inputs[:LOSS_PRIMALS]
     if backend == "reference":
-        _, function = _reference(x, linear_weight, linear_bias, target, weight, options, (0, 1, 2, 3))
-        primals = [p for p in (x, linear_weight, linear_bias, target) if _counts(p)]
-        loss, lse, entropies, best = function(*primals)
+        moving, function = _reference(inputs, options, (0, 1, 2, 3))
+        loss, lse, entropies, best = function(*moving)
         total = None if scale is None else (loss * scale).sum()
         return LossRows(total, loss, lse, entropies if entropy else None, best if argmax else None)
-    moving = differentiating(x, linear_weight, linear_bias, target)
+    differentiated = differentiating(*primals)
     # Eager only: a compiler and torch.func see a pure function.
     eager = not pure()
-    summed = scale is not None or (linear_weight is None and x.numel() > 0)
-    precompute = moving and summed and torch.is_grad_enabled() and eager
+    summed = scale is not None or (inputs.linear_weight is None and inputs.x.numel() > 0)
+    precompute = differentiated and summed and torch.is_grad_enabled() and eager
     inplace = inplace and precompute and scale is not None
-    if linear_bias is not None and moving and eager and not precompute:
+    if inputs.linear_bias is not None and differentiated and eager and not precompute:
         # The logits are computed again in the backward, before which a bias may change: torch's product keeps none.
-        linear_bias = linear_bias.clone()
-    arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax, precompute)
-    call = LossFunction.run if moving else LossFunction.forward
-    total, loss, lse, entropies, best = call(*arguments, inplace, backend)[:5]
+        inputs = inputs._replace(linear_bias=inputs.linear_bias.clone())
+    call = LossFunction.run if differentiated else LossFunction.forward
+    rows = call(*inputs, scale, options, workspace, entropy, argmax, precompute, inplace, backend)
+    total, loss, lse, entropies, best = rows[:5]
     if inplace:
         # The op wrote behind autograd's back: whoever saved the logits for a backward of their own must know.
-        torch.autograd.graph.increment_version(x)
+        torch.autograd.graph.increment_version(inputs.x)
     return LossRows(
         None if scale is None else total, loss, lse, entropies if entropy else None, best if argmax else None
     )

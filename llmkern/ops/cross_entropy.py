@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._groups import LossOptions
 from ._library import define
-from ._losses import LossRows, empty_rows, run
+from ._losses import empty_rows
 
 
 def _like(t: Tensor, wanted: bool) -> Tensor:
@@ -45,26 +44,3 @@ define(
         _like(target, need_target),
     ),
 )
-
-
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    options: LossOptions,
-    entropy: bool,
-    argmax: bool,
-    inplace: bool,
-    backend: str,
-) -> LossRows:
-    """Outputs of contiguous ``logits`` (N, V) or (N, V, D).
-
-    Args:
-        target: int64 indices (N) or (N, D), or probabilities of the logits' shape.
-        weight: (V), or None.
-        scale: (N) or (N, D), in fp32 (fp64 for fp64): what a row's loss counts for in ``total``; None for no total.
-        entropy, argmax: whether they are wanted.
-        inplace: whether the gradient may take the place of the logits.
-    """
-    return run(logits, None, None, target, weight, scale, options, 0, entropy, argmax, inplace, backend)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._groups import LossOptions
 from ._library import define
-from ._losses import LossRows, empty_rows, run
+from ._losses import empty_rows
 
 
 def _gradients(x: Tensor, linear_weight: Tensor, target: Tensor, *need: bool) -> tuple[Tensor, ...]:
@@ -35,22 +34,3 @@ define(
         _gradients(x, linear_weight, target, *need)
     ),
 )
-
-
-def linear_cross_entropy(
-    x: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    options: LossOptions,
-    workspace: int,
-    entropy: bool,
-    argmax: bool,
-    backend: str,
-) -> LossRows:
-    """Outputs of contiguous ``x`` (N, H), ``linear_weight`` (V, H) and ``linear_bias`` (V); the rest is as in
-    :func:`llmkern.ops.cross_entropy`."""
-    arguments = (x, linear_weight, linear_bias, target, weight, scale, options, workspace, entropy, argmax)
-    return run(*arguments, False, backend)
