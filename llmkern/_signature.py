@@ -24,18 +24,18 @@ class FullSignature:
             parameters = list(inspect.signature(init).parameters.values())[1:]
             named = [p for p in parameters if p.kind not in _OPEN]
             if len(named) == len(parameters):
-                return inspect.Signature([*self._shown(named, bool(keywords)), *keywords])
+                return inspect.Signature([*self._visible(named, bool(keywords)), *keywords])
             keywords += [p for p in named if p.kind is p.KEYWORD_ONLY]
         raise TypeError(f"{owner.__name__}: no __init__ with a fixed signature")
 
-    def _shown(self, named: list[inspect.Parameter], handed_on: bool) -> list[inspect.Parameter]:
+    def _visible(self, named: list[inspect.Parameter], handed_on: bool) -> list[inspect.Parameter]:
         """The arguments of an ``__init__``, as somebody sees them whose call is handed on to it."""
-        shown = []
+        result = []
         for parameter in named:
             if handed_on and parameter.name in self.given:
                 continue
-            shown.append(parameter)
+            result.append(parameter)
             if handed_on and parameter.name in self.after:
                 name, default = self.after[parameter.name]
-                shown.append(parameter.replace(name=name, default=default, annotation=type(default)))
-        return shown
+                result.append(parameter.replace(name=name, default=default, annotation=type(default)))
+        return result

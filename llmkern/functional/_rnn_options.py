@@ -48,7 +48,7 @@ class Extras:
 
 _FLAGS = ("variational_dropout", "return_cell_states", "peephole", "layer_norm")
 _COUNTS = ("num_heads", "checkpoint_chunks")
-_SHARES = ("zoneout", "zoneout_cell", "weight_dropout")
+_PROBABILITIES = ("zoneout", "zoneout_cell", "weight_dropout")
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -66,11 +66,11 @@ def checked_option(name: str, value: Any) -> Any:
         if number is None or number < 1:
             raise ValueError(f"{name}: got {value!r}, expected at least 1, an integer")
         return number
-    elif name in _SHARES:
+    elif name in _PROBABILITIES:
         number = _number(value, float, numbers.Real)
         if number is None or not 0 <= number <= 1:
             more = ", or of an LSTM a tuple of two, for h and for c" if name == "zoneout" else ""
-            raise ValueError(f"{name}: got {value!r}, expected a share between 0 and 1{more}")
+            raise ValueError(f"{name}: got {value!r}, expected a number between 0 and 1{more}")
         return number
     elif name == "clip":
         number = _number(value, float, numbers.Real)

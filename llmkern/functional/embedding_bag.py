@@ -30,7 +30,7 @@ def embedding_bag(
     """Sums, means or maxes of bags of rows of ``weight``; see :func:`torch.nn.functional.embedding_bag`.
 
     Args:
-        input: int32 or int64 indices in ``[0, V)``: ``(B, L)``, a bag a row, or ``(N)``, cut by ``offsets``.
+        input: int32 or int64 indices in ``[0, V)``: ``(B, L)``, a bag a row, or ``(N)``, split by ``offsets``.
         weight: table ``(V, D)``.
         offsets: where each bag of a one-dimensional ``input`` begins: ``(B)``, non-decreasing, from 0.
         max_norm: looked-up rows of a larger norm are scaled down to it, in place. Default: off.

@@ -141,10 +141,10 @@ _PUBLIC = {"lstm": lstm, "gru": gru, "slstm": slstm, "rnn_tanh": rnn_tanh, "rnn_
 def _show_arguments() -> None:
     """What ``help`` shows is the first of the two forms, and the keywords."""
     names = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
-    shown = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in names]
-    shown += [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(Extras)]
+    visible = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in names]
+    visible += [Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields(Extras)]
     for function in _PUBLIC.values():
-        function.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+        function.__signature__ = Signature(visible)  # type: ignore[attr-defined]
 
 
 _show_arguments()

@@ -95,9 +95,9 @@ class Layers(torch.nn.RNNBase, Deployable):
         if name == "zoneout" and isinstance(value, tuple):
             if self._function != "lstm":
                 raise ValueError(f"zoneout: got a pair, but {type(self).__name__} has one state; expected a number")
-            checked: Any = tuple(checked_option(name, share) for share in value)
+            checked: Any = tuple(checked_option(name, probability) for probability in value)
             if len(checked) != 2:
-                raise ValueError(f"zoneout: got {value}, expected a share between 0 and 1, or two, for h and for c")
+                raise ValueError(f"zoneout: got {value}, expected a number between 0 and 1, or two, for h and for c")
         else:
             checked = checked_option(name, value)
         if name in self._SHAPING and before != checked:
@@ -165,8 +165,8 @@ class Layers(torch.nn.RNNBase, Deployable):
         return ", ".join([super().extra_repr(), *used])
 
     def _options_beyond_torch(self) -> list[str]:
-        shown = (*self._SHAPING, *self._OPTIONS)
-        return [name for name in shown if getattr(self, name) != getattr(Layers, name)]
+        names = (*self._SHAPING, *self._OPTIONS)
+        return [name for name in names if getattr(self, name) != getattr(Layers, name)]
 
     def _weights_have_changed(self) -> bool:
         """torch's answer in a fraction of its time: decoding asks in every step."""

@@ -35,12 +35,12 @@ class _Chunk(NamedTuple):
         return whole._replace(x=self.of(whole.x), hx=h, cx=c, batch_sizes=self.batch_sizes, seed=self.seed)
 
 
-def _cut(inputs: RNNInputs, options: RNNOptions, chunks: int) -> list[_Chunk]:
+def _chunks(inputs: RNNInputs, options: RNNOptions, chunks: int) -> list[_Chunk]:
     """Chunks in the order of their computation. All have all sequences, of which some may have no step in a chunk."""
     batch_sizes, dim = inputs.batch_sizes, int(options.batch_first)
     # Tokens before each step.
     tokens = range(inputs.x.shape[dim] + 1) if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
-    steps, done, cut = len(tokens) - 1, 0, []
+    steps, done, result = len(tokens) - 1, 0, []
     longest = -(-steps // chunks)
     begins = range(0, steps, longest)
     for begin in reversed(begins) if options.reverse else begins:
@@ -48,9 +48,9 @@ def _cut(inputs: RNNInputs, options: RNNOptions, chunks: int) -> list[_Chunk]:
         # Zoneout draws by the place of a step in the whole sequence.
         seed = None if inputs.seed is None else shifted(inputs.seed, done * inputs.hx.numel())
         sizes = None if batch_sizes is None else batch_sizes[begin:end]
-        cut.append(_Chunk(tokens[begin], tokens[end] - tokens[begin], dim, sizes, seed))
+        result.append(_Chunk(tokens[begin], tokens[end] - tokens[begin], dim, sizes, seed))
         done += end - begin
-    return cut
+    return result
 
 
 class RNNChunksFunction(RNNFunction):
@@ -64,7 +64,7 @@ class RNNChunksFunction(RNNFunction):
         hx, cx, wide = inputs.hx, inputs.cx, accumulate_dtype(inputs.x.dtype)
         h, c = hx.to(wide), None if cx is None else cx.to(wide)
         starts, parts = [], []
-        for chunk in _cut(inputs, options, chunks):
+        for chunk in _chunks(inputs, options, chunks):
             starts.append((h, h.new_empty(0) if c is None else c))
             y, h, cy, _, every, _ = rnn_forward(*chunk.inputs(inputs, h, c), *options, cells, backend)
             c = None if c is None else cy
@@ -106,9 +106,9 @@ class RNNChunksFunction(RNNFunction):
         wide = accumulate_dtype(x.dtype)
         dh, dc = dh.to(wide).contiguous(), None if dc is None else dc.to(wide).contiguous()
         wants, dx, sums = (needs[0], True, any(needs[3:RNN_PRIMALS])), [], [None] * (RNN_PRIMALS - 3)
-        cut = _cut(inputs, ctx.options, ctx.chunks)
-        for i in reversed(range(len(cut))):
-            chunk = cut[i]
+        chunks = _chunks(inputs, ctx.options, ctx.chunks)
+        for i in reversed(range(len(chunks))):
+            chunk = chunks[i]
             given = chunk.inputs(inputs, before_h[i], None if cx is None else before_c[i])
             y, _, _, *saved = rnn_forward(*given, *ctx.options, True, ctx.backend)
             cotangents = RNNCotangents(chunk.of(dy), dh, dc, None if dcells is None else chunk.of(dcells))

@@ -296,7 +296,7 @@ def _fit(params: list[Tensor], others: list[list[Any]], counts: list[Any]) -> bo
 
 
 def _by_kind(lists: list[list[Any]]) -> list[list[list[Any]]]:
-    """The lists cut by device and dtypes, and layout of the gradient; a list may be empty."""
+    """The lists split by device, dtypes and layout of the gradient; a list may be empty."""
     kinds: dict[Any, list[int]] = {}
     for i, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
         kinds.setdefault((p.device, p.dtype, grad.dtype, grad.layout), []).append(i)

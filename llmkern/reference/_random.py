@@ -26,9 +26,9 @@ def random_bits(seed: Any, index: Tensor, salt: int) -> Tensor:
     return _mix(x + salt * 0xC2B2AE3D & _MASK)
 
 
-def keeps(share: float, seed: Any, index: Tensor, salt: int) -> Tensor:
-    """Which elements are drawn, each with probability ``share``; bool, of ``index``'s shape."""
-    return random_bits(seed, index, salt) < share * 2.0**32
+def drawn(probability: float, seed: Any, index: Tensor, salt: int) -> Tensor:
+    """Which elements are drawn, each with ``probability``; bool, of ``index``'s shape."""
+    return random_bits(seed, index, salt) < probability * 2.0**32
 
 
 def drawn_seed() -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._facts import accumulate_dtype
-from ._random import keeps
+from ._random import drawn
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
@@ -17,5 +17,5 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
     wide = accumulate_dtype(x.dtype)
-    scale = keeps(p, seed, index, 0).logical_not().to(wide) * (1 / (1 - p) if p < 1 else 0.0)
+    scale = drawn(p, seed, index, 0).logical_not().to(wide) * (1 / (1 - p) if p < 1 else 0.0)
     return (x.to(wide) * scale).to(x.dtype)

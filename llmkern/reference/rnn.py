@@ -33,7 +33,7 @@ from torch.nn.functional import layer_norm, linear, logsigmoid
 
 from .._facts import GATES, accumulate_dtype
 from .._groups import RNNInputs, RNNOptions
-from ._random import keeps
+from ._random import drawn
 
 
 def normalised(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,8 +73,8 @@ def rnn_step(
         if peephole is not None:
             i, f = i + peephole[0] * c, f + peephole[1] * c
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        shown = normalised(c, norms[1], norms[2]) if norms else c
-        h = (o if peephole is None else o + peephole[2] * c).sigmoid() * shown.tanh()
+        c_out = normalised(c, norms[1], norms[2]) if norms else c
+        h = (o if peephole is None else o + peephole[2] * c).sigmoid() * c_out.tanh()
         return (h if weight_hr is None else linear(h, weight_hr)), c
     if mode == "gru":
         (a_r, a_z, a_n), (r_r, r_z, r_n) = a.chunk(3, -1), r.chunk(3, -1)
@@ -96,13 +96,13 @@ def rnn_step(
     raise ValueError(f"mode: got {mode!r}, expected lstm, gru, rnn_tanh, rnn_relu or slstm")
 
 
-def _zone(new: Tensor, old: Tensor, share: float, seed: Tensor | None, step: int, B: int, salt: int) -> Tensor:
-    if share == 0:
+def _zone(new: Tensor, old: Tensor, probability: float, seed: Tensor | None, step: int, B: int, salt: int) -> Tensor:
+    if probability == 0:
         return new
-    kept: Tensor | float = share
+    kept: Tensor | float = probability
     if seed is not None:
         index = torch.arange(new.numel(), device=new.device).view(new.shape) + step * B * new.shape[1]
-        kept = keeps(share, seed, index, salt).to(new.dtype)
+        kept = drawn(probability, seed, index, salt).to(new.dtype)
     return kept * old + (1 - kept) * new
 
 
