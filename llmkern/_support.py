@@ -106,6 +106,19 @@ def _linear_on_gpu(work: Work) -> str | None:
     return "would call torch's product too"
 
 
+def _layer_norm_on_cpu(work: Work) -> str | None:
+    """Measured: benchmarks/bench_layer_norm.py. torch's call costs less, and its forward of 16-bit rows that stay in
+    the caches is as fast."""
+    half = work.dtype in (torch.bfloat16, torch.float16)
+    least = 1 << (22 if half and not work.grad else 19)
+    return _batched(work) or (None if work.elements >= least else "too small to gain")
+
+
+def _rms_norm_on_cpu(work: Work) -> str | None:
+    """Measured: benchmarks/bench_layer_norm.py. torch composes it of eight functions."""
+    return _batched(work) or (None if work.elements >= 1 << 17 else "too small to gain")
+
+
 def _fused_embedding_on_cpu(work: Work) -> str | None:
     """Measured: benchmarks/bench_fused_embedding.py. A call of the op costs some 15 us more than three of torch's."""
     return None if work.elements >= 1 << (13 if work.dropout else 16) else "too small to gain"
@@ -183,6 +196,8 @@ TABLE: dict[str, Row] = {
         reference_lacks=["sparse"],
     ),
     "fused_embedding": _row(native_unless=_fused_embedding_on_cpu),
+    "layer_norm": _row(unless=_batched, native_unless=_layer_norm_on_cpu),
+    "rms_norm": _row(unless=_batched, native_unless=_rms_norm_on_cpu),
     "linear": _row(native_unless=_linear_on_cpu, triton_unless=_linear_on_gpu),
     "linear_cross_entropy": _row([*_LOSS, "options", "workspace"], unless=_transformed),
     "mse_loss": _row(),

@@ -18,6 +18,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "nll_loss": (lambda F, x, _: F.nll_loss(x, TARGET), ((3, 4), (1,))),
     "mse_loss": (lambda F, x, y: F.mse_loss(x, y), ((3, 4), (3, 4))),
     "linear": (lambda F, x, w: F.linear(x, w), ((3, 4), (5, 4))),
+    "layer_norm": (lambda F, x, w: F.layer_norm(x, (4,), w), ((3, 4), (4,))),
+    "rms_norm": (lambda F, x, w: F.rms_norm(x, (4,), w), ((3, 4), (4,))),
     "embedding": (lambda F, w, _: F.embedding(INDICES, w), ((5, 4), (1,))),
     "embedding_bag": (lambda F, w, p: F.embedding_bag(INDICES, w, mode="sum", per_sample_weights=p), ((5, 4), (2, 3))),
     "gru_cell": (

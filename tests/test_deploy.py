@@ -110,6 +110,7 @@ TORCHS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (IDS.view(-1), torch.tensor([0, 2, 6])),
     ),
     "EmbeddingBag, weights": (lambda: Weighted("sum"), (IDS, torch.rand(2, 3))),
+    **{name: (lambda name=name: getattr(nn, name)((3, 5)), (X,)) for name in ("LayerNorm", "RMSNorm")},
     "Dropout": (lambda: nn.Dropout(0.5), (X,)),
     "MSELoss": (lambda: nn.MSELoss(), (X, X + 1)),
     "CrossEntropyLoss": (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), (H, CLASSES)),

@@ -96,6 +96,24 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         {"input": X.long(), "target": X.long()},
         {"input": X, "target": X, "weight": torch.ones(3)},
     ],
+    **{
+        norm: [
+            {"input": X, "normalized_shape": shape}
+            for shape in ((4,), (), 5, [5.0], (5, 5), (3, 4, 5), (-1,), (True,), None, "5", torch.ones(1))
+        ]
+        + [
+            {"input": X, "normalized_shape": (5,), "weight": torch.ones(4)},
+            {"input": X, "normalized_shape": (5,), "weight": torch.ones(1, 5)},
+            {"input": X, "normalized_shape": (5,), "weight": torch.ones(5).double()},
+            {"input": X, "normalized_shape": (5,), "weight": torch.ones(5, device="meta")},
+            {"input": X, "normalized_shape": (5,), "weight": [1.0] * 5},
+            {"input": X, "normalized_shape": (5,), "eps": "small"},
+            {"input": X.long(), "normalized_shape": (5,)},
+            {"input": T(1.0), "normalized_shape": (1,)},
+            {"input": X.tolist(), "normalized_shape": (5,)},
+        ]
+        for norm in ("layer_norm", "rms_norm")
+    },
     "linear": [
         {"input": X, "weight": torch.randn(3, 4)},
         {"input": X, "weight": torch.randn(3, 5), "bias": torch.randn(4)},

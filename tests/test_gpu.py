@@ -65,6 +65,10 @@ CALLS = {
         LF.linear_cross_entropy,
     ),
     "mse_loss": Call("mse_loss", lambda: [torch.randn(33, 67), torch.randn(33, 67)], LF.mse_loss),
+    "layer_norm": Call(
+        "layer_norm", lambda: [torch.randn(33, 67), *torch.randn(2, 67)], lambda x, w, b: LF.layer_norm(x, (67,), w, b)
+    ),
+    "rms_norm": Call("rms_norm", lambda: [torch.randn(33, 67), torch.randn(67)], lambda x, w: LF.rms_norm(x, (67,), w)),
     "lstm": recurrent("LSTM"),
     "lstm, both directions": recurrent("LSTM", bidirectional=True),
     "gru": recurrent("GRU"),

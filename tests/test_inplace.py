@@ -99,6 +99,8 @@ RESULTS: dict[str, Any] = {
     "losses of places": lambda _, f: f.cross_entropy(torch.randn(3, 6, 4), _INDEX % 6, reduction="none"),
     "loss": lambda _, f: f.cross_entropy(torch.randn(12, 6), torch.zeros(12).long()),
     "squared errors": lambda _, f: f.mse_loss(torch.randn(3, 4), torch.randn(3, 4), reduction="none"),
+    "layer norm": lambda _, f: f.layer_norm(torch.randn(3, 2, 4), (2, 4)),
+    "large layer norm": lambda _, f: f.layer_norm(torch.randn(512, 2, 1024), (1024,)),
     "dropout": lambda _, f: f.dropout(torch.randn(3, 4), 0.5),
     **{
         f"{name} {options}": _recurrent(name, **options)

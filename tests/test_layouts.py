@@ -102,6 +102,8 @@ def test_other_functions_take_what_lies_anyhow() -> None:
             f.linear_cross_entropy(a, c, rows) if f is F else f.cross_entropy(a @ c.T, rows)
         ),
         "embedding": lambda f, a, b, c: f.embedding(indices.T.contiguous().T, c, padding_idx=1),
+        "layer_norm": lambda f, a, b, c: f.layer_norm(a, a.shape, b, b),
+        "rms_norm": lambda f, a, b, c: f.rms_norm(a, (4,), c[0]),
         "embedding_bag": lambda f, a, b, c: f.embedding_bag(
             indices.T.contiguous().T, c, mode="sum", per_sample_weights=a[:2, :3]
         ),

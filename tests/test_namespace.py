@@ -155,6 +155,8 @@ def test_a_process_may_begin_with_any_of_the_modules() -> None:
 
 # A construction of each replaced class.
 BUILD: dict[str, Any] = {
+    "LayerNorm": (2,),
+    "RMSNorm": (2,),
     **dict.fromkeys(("Linear", "Embedding", "EmbeddingBag", "LSTM", "GRU", "RNN"), (4, 3)),
     **dict.fromkeys(("LSTMCell", "GRUCell", "RNNCell", "LinearCrossEntropyLoss"), (4, 3)),
     **dict.fromkeys(("CrossEntropyLoss", "NLLLoss", "MSELoss", "Dropout"), ()),

@@ -30,6 +30,8 @@ BUILD: dict[str, Any] = {
     "Linear": lambda c: c(5, 7, bias=False),
     "MSELoss": lambda c: c(reduction="sum"),
     "Dropout": lambda c: c(0.25, inplace=True),
+    "LayerNorm": lambda c: c((3, 5), eps=0.1),
+    "RMSNorm": lambda c: c(5, 0.1),
     "FusedEmbedding": lambda c: c(10, 4, num_positions=6, norm="layer", dropout=0.1),
     "QuantizedEmbedding": lambda c: c(10, 4, bits=4, padding_idx=1),
     "sLSTM": lambda c: c(5, 7, 2, bidirectional=True, num_heads=7),

@@ -83,6 +83,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, int], tuple[int, int]]] = 
     "probabilities": (lambda F, x, p: F.cross_entropy(x, p), (3, 4), (3, 4)),
     "nll_loss": (lambda F, x, _: F.nll_loss(x, _beside(TARGET, x)), (3, 4), (1, 1)),
     "mse_loss": (lambda F, x, y: F.mse_loss(x, y), (3, 4), (3, 4)),
+    "layer_norm": (lambda F, x, w: F.layer_norm(x, (4,), w[0]), (3, 4), (2, 4)),
+    "rms_norm": (lambda F, x, w: F.rms_norm(x, (4,), w[0]), (3, 4), (2, 4)),
     "dropout": (lambda F, x, _: F.dropout(x, 1.0), (3, 4), (1, 1)),
     "lstm": (recurrent("lstm", 4), (3, 4), (8, 4)),
     "gru": (recurrent("gru", 3), (3, 4), (6, 4)),

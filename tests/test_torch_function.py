@@ -39,6 +39,8 @@ T = torch.nn.functional
 LOGITS, LABELS = torch.randn(4, 5), torch.tensor([0, 2, 4, 1])
 CASES = {
     "linear": Case(F.linear, T.linear, (torch.randn(2, 4), W[0], W[2])),
+    "layer_norm": Case(F.layer_norm, T.layer_norm, (torch.randn(2, 4), (4,), torch.randn(4), torch.randn(4))),
+    "rms_norm": Case(F.rms_norm, T.rms_norm, (torch.randn(2, 4), (4,), torch.randn(4)), {"eps": 0.1}),
     "dropout": Case(F.dropout, T.dropout, (torch.randn(40), 0.0)),
     "embedding": Case(F.embedding, T.embedding, (torch.tensor([2, 0]), torch.randn(5, 3)), {"padding_idx": 1}),
     "embedding_bag": Case(F.embedding_bag, T.embedding_bag, BAGS, {"mode": "sum"}),

@@ -80,6 +80,8 @@ CASES: dict[str, tuple[Callable[[Any], Function], Tensor, Tensor]] = {
         randn(5, 4),
     ),
     "mse_loss": (lambda F: lambda x, w: F.mse_loss(x, w), randn(3, 4), randn(3, 4) / 2),
+    "layer_norm": (lambda F: lambda x, w: F.layer_norm(x, (4,), w, w / 2), randn(3, 4), randn(4)),
+    "rms_norm": (lambda F: lambda x, w: F.rms_norm(x, (4,), w), randn(3, 4), randn(4)),
     "fused_embedding": (
         lambda F: lambda x, w: LF.fused_embedding(INDICES, x, norm="rms", norm_weight=w),
         randn(5, 3),

@@ -16,6 +16,8 @@ from .embedding import embedding as embedding
 from .embedding_bag import embedding_bag as embedding_bag
 from .fused_embedding import fused_embedding as fused_embedding
 from .grad_norm import clip_grad_norm_ as clip_grad_norm_
+from .layer_norm import layer_norm as layer_norm
+from .layer_norm import rms_norm as rms_norm
 from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .mse_loss import mse_loss as mse_loss

@@ -19,6 +19,8 @@ from .dropout import Dropout as Dropout
 from .embedding import Embedding as Embedding
 from .embedding import EmbeddingBag as EmbeddingBag
 from .fused_embedding import FusedEmbedding as FusedEmbedding
+from .layer_norm import LayerNorm as LayerNorm
+from .layer_norm import RMSNorm as RMSNorm
 from .linear import Linear as Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from .mse_loss import MSELoss as MSELoss
