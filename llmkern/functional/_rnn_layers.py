@@ -178,7 +178,7 @@ class RNNCall:
             weight_hh = dropout(weight_hh, extras.weight_dropout, self.train)
         peephole = extras.peepholes[index].contiguous() if extras.peepholes else None
         norms = torch.cat(list(extras.norms[index])) if extras.norms else None
-        options = ops.RNNOptions(self.mode, reverse, self.batch_first, extras.clip, extras.zoneout, extras.zoneout_cell)
+        options = ops.RNNOptions(self.mode, reverse, self.batch_first, **extras.of_an_op())
         hx, cx, *_ = (*(state[index].contiguous() for state in self.states), None)
         weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms)
         inputs = ops.RNNInputs(x, hx, cx, *weights, self.batch_sizes, self._seed())

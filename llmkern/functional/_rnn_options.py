@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import RNNOptions
+
 
 @dataclass(frozen=True)
 class Extras:
@@ -29,6 +31,12 @@ class Extras:
     state_dtype: torch.dtype | None = None
 
     @classmethod
+    def of_a_module(cls) -> dict[str, Any]:
+        """The options that a module has too, with their neutral values: the others it makes of its parameters, or, with
+        ``zoneout``, of a pair."""
+        return {f.name: f.default for f in fields(cls) if f.name not in ("peepholes", "norms", "zoneout_cell")}
+
+    @classmethod
     def of(cls, options: dict[str, Any]) -> Extras:
         """From keywords of a call, whose values are looked at."""
         return cls(**{name: checked_option(name, value) for name, value in options.items()})
@@ -40,12 +48,18 @@ class Extras:
         norms = [[norm.to(dtype) for norm in norms] for norms in self.norms]
         return replace(self, peepholes=[p.to(dtype) for p in self.peepholes], norms=norms)
 
+    def of_an_op(self) -> dict[str, Any]:
+        """The options that are the op's; what the others do is done around it."""
+        return {name: getattr(self, name) for name in _OF_AN_OP}
+
     def used(self) -> list[str]:
         """Without ``state_dtype``, of which the states tell."""
         used = [f.name for f in fields(self) if getattr(self, f.name) not in (f.default, [])]
         return [name for name in used if name != "state_dtype"]
 
 
+# The compiler knows no test for a field inside of a trace.
+_OF_AN_OP = [f.name for f in fields(Extras) if f.name in RNNOptions._fields]
 _FLAGS = ("variational_dropout", "return_cell_states", "peephole", "layer_norm")
 _COUNTS = ("num_heads", "checkpoint_chunks")
 _PROBABILITIES = ("zoneout", "zoneout_cell", "weight_dropout")

@@ -14,9 +14,9 @@ Args:
     params: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of every layer and direction, in torch's order. They
         need not lie in one buffer. A weight_hh (G * H, H / n) holds the n blocks of a diagonal.
     dropout: probability of zeroing an element between two layers, if ``train``.
-    peepholes, norms, forget_bias, clip, zoneout, zoneout_cell, weight_dropout, variational_dropout, return_cell_states,
-        checkpoint_chunks, state_dtype: keywords beyond torch's; see :class:`llmkern.nn.LSTM`. ``peepholes`` are
-        (3, H), one for every layer and direction; ``norms`` the weights of ``layer_norm``, a sequence for each.
+    Keywords beyond torch's: those of :class:`llmkern.nn.LSTM`, but ``peepholes`` (3, H), one for every layer and
+        direction, for ``peephole``; ``norms``, the weights of ``layer_norm``, a sequence for each; and ``zoneout_cell``
+        for the second of a pair.
 
 Returns:
     (output, h_n), for ``lstm`` and ``slstm`` (output, h_n, c_n), shaped as torch shapes them; with

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import dispatch
 from .. import functional as F
 from .._signature import FullSignature
-from ..functional._rnn_options import checked_option
+from ..functional._rnn_options import Extras, checked_option
 from ..functional.rnn import step
 from ._admission import admit
 from ._deploy import Deployable
@@ -32,30 +32,13 @@ class Layers(torch.nn.RNNBase, Deployable):
     _pair = False
     _cells = 1  # the width of c, in hidden_size
 
-    # What torch's layers do not have, with neutral defaults; a module pickled without them has these.
-    _OPTIONS = (
-        "forget_bias",
-        "clip",
-        "zoneout",
-        "weight_dropout",
-        "variational_dropout",
-        "return_cell_states",
-        "checkpoint_chunks",
-        "state_dtype",
-    )
-    # Of those that weights have their shapes of.
+    # What torch's layers do not have, with neutral values.
+    _OPTIONS = Extras.of_a_module()
+    # And those that weights have their shapes of.
     _SHAPING = ("peephole", "num_heads", "layer_norm")
-    forget_bias: float = 0.0
     peephole: bool = False
-    clip: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_dropout: float = 0.0
-    variational_dropout: bool = False
     num_heads: int = 1
     layer_norm: bool = False
-    return_cell_states: bool = False
-    checkpoint_chunks: int = 1
-    state_dtype: torch.dtype | None = None
     # A class names its mode itself.
     __signature__ = FullSignature(given=("mode",))
 
@@ -150,7 +133,7 @@ class Layers(torch.nn.RNNBase, Deployable):
 
     def _keywords(self) -> dict[str, Any]:
         """The options of ``functional`` that are in use."""
-        used = {name: value for name in self._OPTIONS if (value := getattr(self, name)) != getattr(Layers, name)}
+        used = {name: value for name, neutral in self._OPTIONS.items() if (value := getattr(self, name)) != neutral}
         if isinstance(self.zoneout, tuple):
             used["zoneout"], used["zoneout_cell"] = self.zoneout
         if self.peephole:
@@ -165,8 +148,8 @@ class Layers(torch.nn.RNNBase, Deployable):
         return ", ".join([super().extra_repr(), *used])
 
     def _options_beyond_torch(self) -> list[str]:
-        names = (*self._SHAPING, *self._OPTIONS)
-        return [name for name in names if getattr(self, name) != getattr(Layers, name)]
+        neutral = {**{name: getattr(Layers, name) for name in self._SHAPING}, **self._OPTIONS}
+        return [name for name, value in neutral.items() if getattr(self, name) != value]
 
     def _weights_have_changed(self) -> bool:
         """torch's answer in a fraction of its time: decoding asks in every step."""
@@ -344,6 +327,11 @@ class Layers(torch.nn.RNNBase, Deployable):
         dtype = self.state_dtype or like.dtype
         widths = (self.proj_size or self.hidden_size, self._cells * self.hidden_size)[: 1 + self._pair]
         return tuple(torch.zeros(layers, batch, width, dtype=dtype, device=like.device) for width in widths)
+
+
+# A module that was pickled without an option has its neutral value.
+for _name, _neutral in Layers._OPTIONS.items():
+    setattr(Layers, _name, _neutral)
 
 
 def _is_packed(data: Tensor, batch_sizes: Tensor) -> bool:
