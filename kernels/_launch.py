@@ -72,7 +72,7 @@ def launch(
         fp_fusion: whether a product and a sum may become one rounding. Off where a result must have given bits.
         cooperative: all programs run at the same time, so that they may wait for one another.
     """
-    constexprs = {name: _constants(value) if isinstance(value, tuple) else value for name, value in constexprs.items()}
+    constexprs = {n: _constants(type(v), v) if isinstance(v, tuple) else v for n, v in constexprs.items()}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     if cooperative:
         options["launch_cooperative_grid"] = True
@@ -95,9 +95,10 @@ def launch(
         kernel[grid](*arguments, **constexprs, **options)
 
 
-def _constants(group: Any) -> Any:
+@cache
+def _constants(kind: type, group: tuple[Any, ...]) -> Any:
     """A group whose members Triton takes for constants."""
-    return type(group)(*map(tl.constexpr, group))
+    return kind(*map(tl.constexpr, group))
 
 
 def concurrent() -> bool:

@@ -40,15 +40,16 @@ def root(x):
 
 
 @triton.jit
-def numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC: tl.constexpr):
-    """A rule's numbers, given in fp64, as the tuple that ``update`` takes. The first is for gradients, and so is the
-    scalar at ``factor_ptr``, if there is one."""
+def numbers_in(factor_ptr, numbers, ACC: tl.constexpr):
+    """A rule's numbers, given in fp64, as ``update`` takes them. The first is for gradients, and so is the scalar at
+    ``factor_ptr``, if there is one."""
+    first = numbers[0]
     if factor_ptr is not None:
-        n0 = tl.load(factor_ptr) * n0
-    return (
-        tl.full((), n0, ACC), tl.full((), n1, ACC), tl.full((), n2, ACC), tl.full((), n3, ACC), tl.full((), n4, ACC),
-        tl.full((), n5, ACC), tl.full((), n6, ACC), tl.full((), n7, ACC), tl.full((), n8, ACC),
-    )  # fmt: skip
+        first = tl.load(factor_ptr) * first
+    rounded = (tl.full((), first, ACC),)
+    for k in tl.static_range(1, len(numbers)):
+        rounded += (tl.full((), numbers[k], ACC),)
+    return rounded
 
 
 @triton.jit
@@ -59,85 +60,67 @@ def _with_l2(p, g, factor, l2):
 
 
 @triton.jit
-def _adam(p, g, m, v, largest, numbers, AMSGRAD: tl.constexpr):
+def _adam(p, g, states, numbers, AMSGRAD: tl.constexpr):
     factor, l2, shrink, weight1, weight2, beta2, eps, step_size, correction = numbers
+    m, v = states[0], states[1]
     g = _with_l2(p, g, factor, l2)
     # torch's lerp takes the end that loses less.
     below = weight1 < 0.5
     weight = tl.where(below, weight1, weight1 - 1)
     m = tl.fma(weight + tl.zeros_like(p), g - m, tl.where(below, m, g))
     v = tl.fma(weight2 * g, g, v * beta2)
-    denominator = v
+    largest = v
+    new = (m, v)
     if AMSGRAD:
-        largest = tl.where(largest > v, largest, v)
-        denominator = largest
-    p = p * shrink - divide(step_size * m, divide(root(denominator), correction + tl.zeros_like(p)) + eps)
-    return p, m, v, largest
+        largest = tl.where(states[2] > v, states[2], v)
+        new += (largest,)
+    p = p * shrink - divide(step_size * m, divide(root(largest), correction + tl.zeros_like(p)) + eps)
+    return p, new
 
 
 @triton.jit
-def _sgd(p, g, buffer, numbers, MOMENTUM: tl.constexpr):
+def _sgd(p, g, states, numbers, MOMENTUM: tl.constexpr):
     factor, l2, keep, take, minus_lr, first, nesterov, _, _ = numbers
     zero = tl.zeros_like(p)
     g = _with_l2(p, g, factor, l2)
+    new = ()
     if MOMENTUM:
-        buffer = tl.where(first != 0, g, tl.fma(take + zero, g, buffer * keep))
+        buffer = tl.where(first != 0, g, tl.fma(take + zero, g, states[0] * keep))
         g = tl.where(nesterov != 0, tl.fma(keep + zero, buffer, g), buffer)
-    return tl.fma(minus_lr + zero, g, p), buffer
+        new += (buffer,)
+    return tl.fma(minus_lr + zero, g, p), new
 
 
 @triton.jit
-def _adagrad(p, g, total, numbers):
+def _adagrad(p, g, states, numbers):
     factor, l2, eps, step_size, _, _, _, _, _ = numbers
     g = _with_l2(p, g, factor, l2)
-    total = tl.fma(g, g, total)
-    return p - divide(step_size * g, root(total) + eps), total
+    total = tl.fma(g, g, states[0])
+    return p - divide(step_size * g, root(total) + eps), (total,)
 
 
 @triton.jit
-def _sparse_adam(p, g, m, v, numbers):
+def _sparse_adam(p, g, states, numbers):
     factor, weight1, weight2, eps, step_size, _, _, _, _ = numbers
+    m, v = states
     g = factor * g
     m = m + weight1 * (g - m)
     v = v + weight2 * (g * g - v)
-    return p - step_size * divide(m, root(v) + eps), m, v
+    return p - step_size * divide(m, root(v) + eps), (m, v)
 
 
 @triton.jit
-def update(p, g, s0, s1, s2, numbers, RULE: tl.constexpr):
-    """Parameter and states after a step with gradient ``g``; a state that the rule has not is handed through."""
+def update(p, g, states, numbers, RULE: tl.constexpr):
+    """Parameter and states after a step with gradient ``g``."""
     if RULE == "adam" or RULE == "amsgrad":
-        p, s0, s1, s2 = _adam(p, g, s0, s1, s2, numbers, RULE == "amsgrad")
+        p, states = _adam(p, g, states, numbers, RULE == "amsgrad")
     elif RULE == "sgd" or RULE == "momentum":
-        p, s0 = _sgd(p, g, s0, numbers, RULE == "momentum")
+        p, states = _sgd(p, g, states, numbers, RULE == "momentum")
     elif RULE == "adagrad":
-        p, s0 = _adagrad(p, g, s0, numbers)
+        p, states = _adagrad(p, g, states, numbers)
     else:
-        p, s0, s1 = _sparse_adam(p, g, s0, s1, numbers)
-    return p, s0, s1, s2
-
-
-@triton.jit
-def load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, like):
-    """The states at ``i`` as wide as ``like``, which stands for those that are not there."""
-    s0, s1, s2 = like, like, like
-    if s0_ptr is not None:
-        s0 = tl.load(s0_ptr + i, mask=mask).to(like.dtype)
-    if s1_ptr is not None:
-        s1 = tl.load(s1_ptr + i, mask=mask).to(like.dtype)
-    if s2_ptr is not None:
-        s2 = tl.load(s2_ptr + i, mask=mask).to(like.dtype)
-    return s0, s1, s2
-
-
-@triton.jit
-def store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2):
-    if s0_ptr is not None:
-        tl.store(s0_ptr + i, s0.to(s0_ptr.dtype.element_ty), mask=mask)
-    if s1_ptr is not None:
-        tl.store(s1_ptr + i, s1.to(s1_ptr.dtype.element_ty), mask=mask)
-    if s2_ptr is not None:
-        tl.store(s2_ptr + i, s2.to(s2_ptr.dtype.element_ty), mask=mask)
+        p, states = _sparse_adam(p, g, states, numbers)
+    return p, states
 
 
 def factored(grad_scale: float | Tensor) -> tuple[Tensor | None, float]:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import RNNCotangents, RNNInputs, RNNOptions, RNNSaved
+from . import _tuples
 from ._launch import accumulator, ceil_div, launch
 from ._rnn_cells import State, cell_backward, kept_by_zoneout
 from ._rnn_layer import RNNLayer, given, require
@@ -28,7 +29,6 @@ from ._rnn_steps import (
     load_parts,
     load_state,
     place_of,
-    replace,
     signal,
     step_at,
     store_parts,
@@ -94,7 +94,7 @@ def _through_gates(dgates_rows, live, weight_ptr, place, S):
 def _load_before(ptr, at, first_ptr, first_at, follows, here, COUNT: tl.constexpr, S):
     """Parts of the state before a step: of the token before it, or the sequence's first."""
     parts = load_parts(ptr, at, here & follows, COUNT, S)
-    return replace(follows, parts, load_parts(first_ptr, first_at, here & ~follows, COUNT, S))
+    return _tuples.where(follows, parts, load_parts(first_ptr, first_at, here & ~follows, COUNT, S))
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def rnn_backward_kernel(tensors, numbers, counters_ptr, T, B, time_stride, row_s
             store_parts(tensors.dgates, token * D + unit, dgates, here, S)
             signal(counters_ptr)
             done += 1
-            state = State(tl.where(here, dkept + d.h, dh), replace(here, d.cells, state.cells))
+            state = State(tl.where(here, dkept + d.h, dh), _tuples.where(here, d.cells, state.cells))
     store_state(tensors.dh, tensors.dc, state, place, S)
 
 

@@ -144,15 +144,6 @@ def store_parts(ptr, at, parts, mask, S):
 
 
 @triton.jit
-def replace(mask, new, old):
-    """Tuples: ``new`` where ``mask`` is true, else ``old``."""
-    parts = ()
-    for k in tl.static_range(len(new)):
-        parts += (tl.where(mask, new[k], old[k]),)
-    return parts
-
-
-@triton.jit
 def _number(ptr):
     number = ()
     if ptr is not None:

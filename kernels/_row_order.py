@@ -78,84 +78,90 @@ def runs_kernel(keys_ptr, group_ptr, starts_ptr, rows_ptr, N, num_rows, BLOCK: t
     tl.store(rows_ptr + i, (tl.zeros_like(i) + num_rows).to(rows_ptr.dtype.element_ty), mask=left_over & inside)
 
 
+class Runs(NamedTuple):
+    """The runs of a batch as kernels take them, and what is added up: the term of a position p is
+    ``scale[p] * grads[source[p]]``, in the columns where ``largest[source[p]]`` is p."""
+
+    grads: Tensor
+    scale: Tensor | None
+    source: Tensor | None
+    largest: Tensor | None
+    positions: Tensor
+    group: Tensor
+    starts: Tensor
+    rows: Tensor | None
+    partials: Tensor
+
+
+class RunBlocks(NamedTuple):
+    """How runs are added up: in what, and how many rows and columns at once."""
+
+    ACC: tl.dtype
+    CHUNK: int
+    ROWS: int
+    BLOCK_D: int
+
+
 @triton.jit
-def terms(
-    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, inside, columns, D, ACC: tl.constexpr
-):  # fmt: skip
-    """scale[p] * values[source[p]], p = positions[i], where ``inside``, else 0: (ROWS, BLOCK_D), of ``i`` and
-    ``inside`` (ROWS, 1). With ``largest`` a term has only the columns whose ``largest[source[p]]`` is p."""
-    position = tl.load(positions_ptr + i, mask=inside, other=0).to(tl.int64)
+def terms(runs, i, inside, columns, D, ACC: tl.constexpr):
+    """Those of positions[i], where ``inside``, else 0: (ROWS, BLOCK_D), of ``i`` and ``inside`` (ROWS, 1)."""
+    position = tl.load(runs.positions + i, mask=inside, other=0).to(tl.int64)
     row = position
-    if source_ptr is not None:
-        row = tl.load(source_ptr + position, mask=inside, other=0).to(tl.int64)
+    if runs.source is not None:
+        row = tl.load(runs.source + position, mask=inside, other=0).to(tl.int64)
     mask = inside & (columns < D)[None, :]
     at = row * D + columns[None, :]
-    value = tl.load(values_ptr + at, mask=mask, other=0.0).to(ACC)
-    if scale_ptr is not None:
-        value *= tl.load(scale_ptr + position, mask=inside, other=0.0).to(ACC)
-    if largest_ptr is not None:
-        chosen = tl.load(largest_ptr + at, mask=mask, other=-1)
+    value = tl.load(runs.grads + at, mask=mask, other=0.0).to(ACC)
+    if runs.scale is not None:
+        value *= tl.load(runs.scale + position, mask=inside, other=0.0).to(ACC)
+    if runs.largest is not None:
+        chosen = tl.load(runs.largest + at, mask=mask, other=-1)
         value = tl.where(chosen == position.to(tl.int32), value, 0.0)
     return value
 
 
 @triton.jit
-def _sum_rows(
-    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, start, end, columns, D,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _sum_rows(runs, start, end, columns, D, R):
     """The sum of the terms [start, end): (BLOCK_D)."""
-    total = tl.zeros((ROWS, BLOCK_D), ACC)
-    for first in range(start, end, ROWS):
-        i = first + tl.arange(0, ROWS)[:, None]
-        total += terms(values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i, i < end, columns, D, ACC)
+    total = tl.zeros((R.ROWS, R.BLOCK_D), R.ACC)
+    for first in range(start, end, R.ROWS):
+        i = first + tl.arange(0, R.ROWS)[:, None]
+        total += terms(runs, i, i < end, columns, D, R.ACC)
     return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["N", "G"])
-def chunk_sums_kernel(
-    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, N, G, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
+def chunk_sums_kernel(runs, N, G, D, UNIT: tl.constexpr, R):
     """Program (2b, j) adds up the first chunk of a long run if one starts among the positions of block b, program
     (2b + 1, j) a later chunk: there is at most one of each, as their starts are CHUNK apart. The run of the first holds
     the last position of the block, that of the other the first."""
     D = D // UNIT * UNIT
     slot = tl.program_id(0).to(tl.int64)
-    block = slot // 2 * CHUNK
+    block = slot // 2 * R.CHUNK
     later = slot % 2
-    probe = block + (CHUNK - 1) * (1 - later)
-    group = tl.load(group_ptr + probe, mask=probe < N, other=G).to(tl.int64)
-    start = tl.load(starts_ptr + group, mask=group < G, other=0).to(tl.int64)
-    end = tl.load(starts_ptr + group + 1, mask=group < G, other=0).to(tl.int64)
-    begin = start + later * tl.cdiv(block - start, CHUNK) * CHUNK
-    if (end - start > CHUNK) & (begin >= block) & (begin < end) & (begin >= start + later):
-        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        total = _sum_rows(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, begin, tl.minimum(begin + CHUNK, end),
-            columns, D, ACC, ROWS, BLOCK_D,
-        )  # fmt: skip
-        tl.store(partials_ptr + slot * D + columns, total, mask=columns < D)
+    probe = block + (R.CHUNK - 1) * (1 - later)
+    group = tl.load(runs.group + probe, mask=probe < N, other=G).to(tl.int64)
+    start = tl.load(runs.starts + group, mask=group < G, other=0).to(tl.int64)
+    end = tl.load(runs.starts + group + 1, mask=group < G, other=0).to(tl.int64)
+    begin = start + later * tl.cdiv(block - start, R.CHUNK) * R.CHUNK
+    if (end - start > R.CHUNK) & (begin >= block) & (begin < end) & (begin >= start + later):
+        columns = tl.program_id(1) * R.BLOCK_D + tl.arange(0, R.BLOCK_D)
+        total = _sum_rows(runs, begin, tl.minimum(begin + R.CHUNK, end), columns, D, R)
+        tl.store(runs.partials + slot * D + columns, total, mask=columns < D)
 
 
 @triton.jit
-def run_sum(
-    values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, start, end, columns, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, largest_ptr=None,
-):  # fmt: skip
+def run_sum(runs, start, end, columns, D, R):
     """The sum of the run [start, end): of its rows, or of its chunks after ``chunk_sums_kernel``. (BLOCK_D)"""
-    if end - start <= CHUNK:
-        total = _sum_rows(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, start, end, columns, D,
-            ACC, ROWS, BLOCK_D,
-        )  # fmt: skip
+    if end - start <= R.CHUNK:
+        total = _sum_rows(runs, start, end, columns, D, R)
     else:
-        sums = tl.zeros((ROWS, BLOCK_D), ACC)
-        for first in range(start, end, CHUNK * ROWS):
-            begin = first + CHUNK * tl.arange(0, ROWS)
-            slot = begin // CHUNK * 2 + (begin > start)
+        sums = tl.zeros((R.ROWS, R.BLOCK_D), R.ACC)
+        for first in range(start, end, R.CHUNK * R.ROWS):
+            begin = first + R.CHUNK * tl.arange(0, R.ROWS)
+            slot = begin // R.CHUNK * 2 + (begin > start)
             mask = (begin < end)[:, None] & (columns < D)[None, :]
-            sums += tl.load(partials_ptr + slot[:, None] * D + columns[None, :], mask=mask, other=0.0)
+            sums += tl.load(runs.partials + slot[:, None] * D + columns[None, :], mask=mask, other=0.0)
         total = tl.sum(sums, 0)
     return total
 
@@ -226,22 +232,23 @@ def block_d(D: int) -> int:
     return next((block for block in (512, 256) if ceil_div(D, block) * block <= D + D // 8), 128)
 
 
-def tile(D: int, itemsize: int, tile_bytes: int, row_bytes: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most so many bytes; a smaller one where loads are of less than 16 bytes each, as
-    a thread's share is to be a few loads."""
+def run_blocks(D: int, itemsize: int, block_bytes: int, row_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a block of at most so many bytes; a smaller one where loads are of less than 16 bytes each,
+    as a thread is to make a few loads."""
     block = min(block_d(D), row_bytes // itemsize)
-    elements = tile_bytes * min(unit_d(D) * itemsize, 16) // 16 // itemsize
+    elements = block_bytes * min(unit_d(D) * itemsize, 16) // 16 // itemsize
     return min(max(elements // block, 1), 64), block
 
 
-def chunk_sums(
+def runs_of(
     values: Tensor,
     order: RowOrder,
     scale: Tensor | None = None,
     source: Tensor | None = None,
     largest: Tensor | None = None,
-) -> Tensor:
-    """What :func:`run_sum` needs of long runs: (2 * blocks, D) in fp32 (fp64), most of it never written.
+) -> Runs:
+    """What :func:`run_sum` takes. Of long runs the sums of chunks are made: (2 * blocks, D) in fp32 (fp64), most of it
+    never written.
 
     Args:
         values: ``(M, D)``, contiguous.
@@ -251,12 +258,9 @@ def chunk_sums(
     """
     N, D = order.group.shape[0], values.shape[1]
     partials = values.new_empty((2 * ceil_div(N, CHUNK), D), dtype=accumulator(values))
-    if N <= CHUNK:
-        return partials
-    rows, block = tile(D, values.itemsize, 16384, 512)
-    launch(
-        chunk_sums_kernel, (partials.shape[0], ceil_div(D, block)), values, scale, source, largest, order.positions,
-        order.group, order.starts, partials, N, order.starts.shape[0] - 1, D,
-        ACC=acc_type(values), CHUNK=CHUNK, ROWS=rows, BLOCK_D=block, UNIT=unit_d(D),
-    )  # fmt: skip
-    return partials
+    runs = Runs(values, scale, source, largest, *order, partials)
+    if N > CHUNK:
+        rows, block = run_blocks(D, values.itemsize, 16384, 512)
+        R, G = RunBlocks(acc_type(values), CHUNK, rows, block), order.starts.shape[0] - 1
+        launch(chunk_sums_kernel, (partials.shape[0], ceil_div(D, block)), runs, N, G, D, UNIT=unit_d(D), R=R)
+    return runs

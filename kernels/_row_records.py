@@ -35,12 +35,10 @@ SMALLEST = tl.constexpr(1e-18)
 @triton.jit
 def rule_numbers(record_ptr, ACC: tl.constexpr):
     """The nine numbers of the rule, as ``_optim_rules.update`` takes them."""
-    at = record_ptr + RULE_AT
-    return (
-        tl.load(at).to(ACC), tl.load(at + 1).to(ACC), tl.load(at + 2).to(ACC), tl.load(at + 3).to(ACC),
-        tl.load(at + 4).to(ACC), tl.load(at + 5).to(ACC), tl.load(at + 6).to(ACC), tl.load(at + 7).to(ACC),
-        tl.load(at + 8).to(ACC),
-    )  # fmt: skip
+    numbers = ()
+    for k in tl.static_range(9):
+        numbers += (tl.load(record_ptr + RULE_AT + k).to(ACC),)
+    return numbers
 
 
 @triton.jit

@@ -19,87 +19,73 @@ from torch import Tensor
 
 from ._blocks import unit_d
 from ._launch import acc_type, ceil_div, launch
-from ._row_order import CHUNK, RowOrder, chunk_sums, run_sum, terms, tile
+from ._row_order import CHUNK, RowOrder, RunBlocks, run_blocks, run_sum, runs_of, terms
 
 # How many times as many rows a program writes if they are zeros.
 ZEROS = 4
 
 
 @triton.jit
-def _sum_tile(
-    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    tile, columns, N, G, D, BY_FREQ: tl.constexpr,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Rows of ``out`` whose runs begin among the places [tile * ROWS, (tile + 1) * ROWS)."""
+def _sum_block(runs, out_ptr, block, columns, N, G, D, BY_FREQ: tl.constexpr, SHORT: tl.constexpr, R):
+    """Rows of ``out`` whose runs begin among the places [block * ROWS, (block + 1) * ROWS)."""
     # (ROWS, 1) throughout: one dimension, turned where it is used, is more than Triton 3.6 compiles at some sizes.
-    place = tl.arange(0, ROWS)[:, None]
-    i = tile * ROWS + place
-    group = tl.load(group_ptr + i, mask=i < N, other=G).to(tl.int64)
-    before = tl.load(group_ptr + i - 1, mask=(i > 0) & (i < N), other=-1).to(tl.int64)
+    place = tl.arange(0, R.ROWS)[:, None]
+    i = block * R.ROWS + place
+    group = tl.load(runs.group + i, mask=i < N, other=G).to(tl.int64)
+    before = tl.load(runs.group + i - 1, mask=(i > 0) & (i < N), other=-1).to(tl.int64)
     begins = (group < G) & (group != before)
-    end = tl.load(starts_ptr + group + 1, mask=begins, other=0)
+    end = tl.load(runs.starts + group + 1, mask=begins, other=0)
     # Of a run that is not short it is enough to know that: fewer registers are held.
     length = tl.where(begins, tl.minimum(end - i, SHORT + 1), 0).to(tl.int32)
 
     short = length <= SHORT
-    total = tl.zeros((ROWS, BLOCK_D), ACC)
+    total = tl.zeros((R.ROWS, R.BLOCK_D), R.ACC)
     count = tl.where(short, length, 0)
     for k in range(tl.max(count)):
-        total += terms(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, i + k, k < count, columns, D, ACC
-        )  # fmt: skip
+        total += terms(runs, i + k, k < count, columns, D, R.ACC)
     if BY_FREQ:
-        total *= 1.0 / tl.maximum(length, 1).to(ACC)
+        total *= 1.0 / tl.maximum(length, 1).to(R.ACC)
     mask = (count > 0) & (columns < D)[None, :]
     tl.store(out_ptr + group * D + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
     last = tl.max(tl.where(short, -1, place))
     at = last * 0 - 1
     while at < last:
-        at = tl.min(tl.where(short | (place <= at), ROWS, place))
-        begin = tile * ROWS + at
-        row = tl.load(group_ptr + begin).to(tl.int64)
-        stop = tl.load(starts_ptr + row + 1)
-        sum = run_sum(
-            values_ptr, scale_ptr, source_ptr, positions_ptr, partials_ptr, begin, stop, columns, D,
-            ACC, CHUNK, ROWS, BLOCK_D, largest_ptr,
-        )  # fmt: skip
+        at = tl.min(tl.where(short | (place <= at), R.ROWS, place))
+        begin = block * R.ROWS + at
+        row = tl.load(runs.group + begin).to(tl.int64)
+        stop = tl.load(runs.starts + row + 1)
+        sum = run_sum(runs, begin, stop, columns, D, R)
         if BY_FREQ:
-            sum *= 1.0 / (stop - begin).to(ACC)
+            sum *= 1.0 / (stop - begin).to(R.ACC)
         tl.store(out_ptr + row * D + columns, sum.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["N", "G", "sum_tiles"])
+@triton.jit(do_not_specialize=["N", "G", "sum_blocks"])
 def table_gradient_kernel(
-    values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-    N, G, D, sum_tiles, column_blocks, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNIT: tl.constexpr,
+    runs, out_ptr, N, G, D, sum_blocks, column_blocks, BY_FREQ: tl.constexpr, ZEROS: tl.constexpr, SHORT: tl.constexpr,
+    UNIT: tl.constexpr, R,
 ):  # fmt: skip
     D = D // UNIT * UNIT
     program = tl.program_id(0)
-    tile = (program // column_blocks).to(tl.int64)
-    columns = program % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    if tile < sum_tiles:
-        _sum_tile(
-            values_ptr, scale_ptr, source_ptr, largest_ptr, positions_ptr, group_ptr, starts_ptr, partials_ptr, out_ptr,
-            tile, columns, N, G, D, BY_FREQ, ACC, CHUNK, SHORT, ROWS, BLOCK_D,
-        )  # fmt: skip
+    block = (program // column_blocks).to(tl.int64)
+    columns = program % column_blocks * R.BLOCK_D + tl.arange(0, R.BLOCK_D)
+    if block < sum_blocks:
+        _sum_block(runs, out_ptr, block, columns, N, G, D, BY_FREQ, SHORT, R)
     else:
         for k in range(ZEROS):
-            row = ((tile - sum_tiles) * ZEROS + k) * ROWS + tl.arange(0, ROWS)
-            start = tl.load(starts_ptr + row, mask=row < G, other=0)
-            end = tl.load(starts_ptr + row + 1, mask=row < G, other=1)
+            row = ((block - sum_blocks) * ZEROS + k) * R.ROWS + tl.arange(0, R.ROWS)
+            start = tl.load(runs.starts + row, mask=row < G, other=0)
+            end = tl.load(runs.starts + row + 1, mask=row < G, other=1)
             mask = (start == end)[:, None] & (columns < D)[None, :]
-            zeros = tl.zeros((ROWS, BLOCK_D), out_ptr.dtype.element_ty)
+            zeros = tl.zeros((R.ROWS, R.BLOCK_D), out_ptr.dtype.element_ty)
             tl.store(out_ptr + row[:, None] * D + columns[None, :], zeros, mask=mask)
 
 
-def gradient_tile(values: Tensor) -> tuple[int, int]:
+def gradient_blocks(values: Tensor) -> tuple[int, int]:
     """Rows and columns of a program, which fix the order of a sum. Few columns: the rows of a run come one after the
     other, and all programs of it are done the sooner."""
-    return tile(values.shape[1], values.itemsize, 8192, 512)
+    return run_blocks(values.shape[1], values.itemsize, 8192, 512)
 
 
 def table_gradient(
@@ -111,22 +97,17 @@ def table_gradient(
     largest: Tensor | None = None,
     by_freq: bool = False,
 ) -> Tensor:
-    """(num_rows, D), like ``values``: for each run of ``order`` the sum of its terms, as :func:`chunk_sums` describes
+    """(num_rows, D), like ``values``: for each run of ``order`` the sum of its terms, as :func:`runs_of` describes
     them, ``by_freq`` divided by their number. With ``order.rows`` the first ``num_rows`` runs, of which none is empty;
     else all, an empty one giving zeros."""
     N, D = order.group.shape[0], values.shape[1]
-    partials = chunk_sums(values, order, scale, source, largest)
-    out = values.new_empty((num_rows, D))
-    rows, block = gradient_tile(values)
-    column_blocks = ceil_div(D, block)
-    sum_tiles = ceil_div(N, rows)
-    zero_tiles = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
-    launch(
-        table_gradient_kernel, ((sum_tiles + zero_tiles) * column_blocks,), values, scale, source, largest,
-        order.positions, order.group, order.starts, partials, out, N, num_rows, D, sum_tiles, column_blocks,
-        BY_FREQ=by_freq, ZEROS=ZEROS, ACC=acc_type(values), CHUNK=CHUNK, SHORT=8, ROWS=rows, BLOCK_D=block,
-        UNIT=unit_d(D),
-    )  # fmt: skip
+    runs, out = runs_of(values, order, scale, source, largest), values.new_empty((num_rows, D))
+    rows, block = gradient_blocks(values)
+    column_blocks, sum_blocks = ceil_div(D, block), ceil_div(N, rows)
+    zero_blocks = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
+    grid, R = ((sum_blocks + zero_blocks) * column_blocks,), RunBlocks(acc_type(values), CHUNK, rows, block)
+    constants = {"BY_FREQ": by_freq, "ZEROS": ZEROS, "SHORT": 8, "UNIT": unit_d(D), "R": R}
+    launch(table_gradient_kernel, grid, runs, out, N, num_rows, D, sum_blocks, column_blocks, **constants)
     return out
 
 

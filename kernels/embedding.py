@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _faults
 from ._blocks import unit_d
 from ._launch import acc_type, ceil_div, launch, require_rows
-from ._row_order import block_d, order_by_row, order_distinct, tile
+from ._row_order import block_d, order_by_row, order_distinct, run_blocks
 from ._table_gradient import table_gradient, table_gradient_rows
 
 
@@ -105,7 +105,7 @@ def embedding_forward(weight: Tensor, indices: Tensor) -> Tensor:
 
     out = weight.new_empty((N, D))
 
-    rows, block = tile(D, weight.itemsize, 16384, 4096)
+    rows, block = run_blocks(D, weight.itemsize, 16384, 4096)
     column_blocks = ceil_div(D, block)
     launch(
         embedding_forward_kernel, (ceil_div(N, rows) * column_blocks,), weight, indices, out,

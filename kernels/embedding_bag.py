@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _faults
 from ._blocks import unit_d
 from ._launch import acc_type, accumulator, ceil_div, launch, require_rows
-from ._row_order import key_dtype, order_distinct_keys, order_keys_by_row, tile
+from ._row_order import key_dtype, order_distinct_keys, order_keys_by_row, run_blocks
 from ._table_gradient import table_gradient, table_gradient_rows
 
 
@@ -221,7 +221,7 @@ def embedding_bag_forward(
     out = weight.new_empty((num_bags, D))
 
     # Few columns and one warp: bags, however few and long, are many programs.
-    rows, block = tile(D, weight.itemsize, 1024 * weight.itemsize, 512)
+    rows, block = run_blocks(D, weight.itemsize, 1024 * weight.itemsize, 512)
     launch(
         embedding_bag_forward_kernel, (num_bags * ceil_div(D, block),), weight, samples, indices, offsets, out,
         _faults.word(_faults.BAG), N, num_bags, span, V, D, padding_idx, ceil_div(D, block),
@@ -250,7 +250,7 @@ def embedding_bag_max_forward(
     largest = weight.new_empty((num_bags, D), dtype=torch.int32)
 
     # Few columns and one warp: bags, however few and long, are many programs.
-    rows, block = tile(D, weight.itemsize, 1024 * weight.itemsize, 512)
+    rows, block = run_blocks(D, weight.itemsize, 1024 * weight.itemsize, 512)
     launch(
         embedding_bag_max_forward_kernel, (num_bags * ceil_div(D, block),), weight, indices, offsets, out, largest,
         _faults.word(_faults.BAG), N, num_bags, span, V, D, padding_idx, ceil_div(D, block),
@@ -350,7 +350,7 @@ def embedding_bag_samples_backward(
 
     dsamples = dout.new_empty(N)
 
-    rows, block = tile(D, weight.itemsize, 8192, 512)
+    rows, block = run_blocks(D, weight.itemsize, 8192, 512)
     launch(
         embedding_bag_samples_backward_kernel, (ceil_div(N, rows),), dout, weight, keys, bag, scale, dsamples,
         N, V, D, ACC=acc_type(dout), ROWS=rows, BLOCK_D=block, UNIT=unit_d(D),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _optim_rules as rules
+from . import _tuples
 from ._launch import acc_type, accumulator, ceil_div, launch, triton_type
 
 BLOCK = 1024
@@ -37,54 +38,57 @@ def _pointer(table_ptr, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.co
     return pointer
 
 
+class StepShape(NamedTuple):
+    """What a step is compiled for."""
+
+    RULE: str
+    AFTER: str
+    ACC: tl.dtype
+    PARAM: tl.dtype
+    STATE: tl.dtype
+    STATES: int
+    ALIGNED: bool
+    COLUMNS: int
+    BLOCK: int
+
+
 @triton.jit
-def _step_block(
-    table_ptr, i, mask, scale, numbers,
-    RULE: tl.constexpr, AFTER: tl.constexpr, ACC: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
-    STATES: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    param_ptr = _pointer(table_ptr, 2, PARAM, ALIGNED)
-    grad_ptr = _pointer(table_ptr, 3, PARAM, ALIGNED)
-    s0_ptr, s1_ptr, s2_ptr = None, None, None
-    if STATES > 0:
-        s0_ptr = _pointer(table_ptr, 4, STATE, ALIGNED)
-    if STATES > 1:
-        s1_ptr = _pointer(table_ptr, 5, STATE, ALIGNED)
-    if STATES > 2:
-        s2_ptr = _pointer(table_ptr, 6, STATE, ALIGNED)
-    p = tl.load(param_ptr + i, mask=mask).to(ACC)
-    g = tl.load(grad_ptr + i, mask=mask).to(ACC)
-    s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
-    p, s0, s1, s2 = rules.update(p, g, s0, s1, s2, numbers, RULE)
-    rules.store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2)
-    tl.store(param_ptr + i, p.to(PARAM), mask=mask)
-    if AFTER == "zero":
-        tl.store(grad_ptr + i, tl.zeros_like(p).to(PARAM), mask=mask)
-    if AFTER == "scale":
-        tl.store(grad_ptr + i, (scale * g).to(PARAM), mask=mask)
+def _step_block(table_ptr, i, mask, scale, numbers, S):
+    param_ptr = _pointer(table_ptr, 2, S.PARAM, S.ALIGNED)
+    grad_ptr = _pointer(table_ptr, 3, S.PARAM, S.ALIGNED)
+    state_ptrs = ()
+    for k in tl.static_range(S.STATES):
+        state_ptrs += (_pointer(table_ptr, 4 + k, S.STATE, S.ALIGNED),)
+    p = tl.load(param_ptr + i, mask=mask).to(S.ACC)
+    g = tl.load(grad_ptr + i, mask=mask).to(S.ACC)
+    p, states = rules.update(p, g, _tuples.load(state_ptrs, i, mask, S.ACC), numbers, S.RULE)
+    _tuples.store(state_ptrs, i, states, mask)
+    tl.store(param_ptr + i, p.to(S.PARAM), mask=mask)
+    if S.AFTER == "zero":
+        tl.store(grad_ptr + i, tl.zeros_like(p).to(S.PARAM), mask=mask)
+    if S.AFTER == "scale":
+        tl.store(grad_ptr + i, (scale * g).to(S.PARAM), mask=mask)
 
 
 @triton.jit
 def optim_step_kernel(
     table_ptr, tensor_of_ptr, factor_ptr, scale: tl.float64,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
-    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
-    RULE: tl.constexpr, AFTER: tl.constexpr, ACC: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
-    STATES: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64, S,
 ):  # fmt: skip
     block = tl.program_id(0)
-    table_ptr += tl.load(tensor_of_ptr + block) * COLUMNS
-    begin = (block - tl.load(table_ptr)) * BLOCK
+    table_ptr += tl.load(tensor_of_ptr + block) * S.COLUMNS
+    begin = (block - tl.load(table_ptr)) * S.BLOCK
     n = tl.load(table_ptr + 1)
-    numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+    numbers = rules.numbers_in(factor_ptr, (n0, n1, n2, n3, n4, n5, n6, n7, n8), S.ACC)
     if factor_ptr is not None:
         scale = tl.load(factor_ptr) * scale
-    scale = tl.full((), scale, ACC)
-    i = begin + tl.arange(0, BLOCK)
-    if begin + BLOCK <= n:
-        _step_block(table_ptr, i, None, scale, numbers, RULE, AFTER, ACC, PARAM, STATE, STATES, ALIGNED)
+    scale = tl.full((), scale, S.ACC)
+    i = begin + tl.arange(0, S.BLOCK)
+    if begin + S.BLOCK <= n:
+        _step_block(table_ptr, i, None, scale, numbers, S)
     else:
-        _step_block(table_ptr, i, i < n, scale, numbers, RULE, AFTER, ACC, PARAM, STATE, STATES, ALIGNED)
+        _step_block(table_ptr, i, i < n, scale, numbers, S)
 
 
 class _Tables:
@@ -139,12 +143,9 @@ def _step_alike(
     device = params[0].device
     table = _tables((sizes, pointers), device, lambda: _addresses(sizes, pointers))
     tensor_of = _tables(sizes, device, lambda: _tensor_of(sizes))
-    launch(
-        optim_step_kernel, (tensor_of.shape[0],), table, tensor_of, factor, scale, *numbers,
-        RULE=rule, AFTER=after, ACC=acc_type(params[0]), PARAM=triton_type(params[0]), STATE=triton_type(lists[-1][0]),
-        STATES=states, ALIGNED=all(pointer % 16 == 0 for pointer in pointers), COLUMNS=COLUMNS, BLOCK=BLOCK,
-        fp_fusion=False,
-    )  # fmt: skip
+    aligned, p, state = all(pointer % 16 == 0 for pointer in pointers), params[0], lists[-1][0]
+    S = StepShape(rule, after, acc_type(p), triton_type(p), triton_type(state), states, aligned, COLUMNS, BLOCK)
+    launch(optim_step_kernel, tuple(tensor_of.shape), table, tensor_of, factor, scale, *numbers, S=S, fp_fusion=False)
 
 
 def _check(name: str, lists: Sequence[list[Tensor]], steps: list[float], after: str) -> None:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import RNNInputs, RNNOptions
+from . import _tuples
 from ._launch import accumulator
 from ._rnn_cells import State, cell_forward, clamp, kept_by_zoneout
 from ._rnn_layer import RNNLayer, given, wide_product
@@ -28,7 +29,6 @@ from ._rnn_steps import (
     load_row,
     load_state,
     place_of,
-    replace,
     signal,
     step_at,
     store_parts,
@@ -137,7 +137,7 @@ def rnn_forward_kernel(
             store_parts(tensors.y, token * S.H + unit, (new.h,), here, S)
             if tensors.gates is not None:
                 store_parts(tensors.gates, token * (S.SAVED * S.H) + unit, saved, here, S)
-            state = State(tl.where(here, new.h, state.h), replace(here, new.cells, state.cells))
+            state = State(tl.where(here, new.h, state.h), _tuples.where(here, new.cells, state.cells))
             if tensors.cells is not None:
                 store_parts(tensors.cells, token * (S.CELLS * S.H) + unit, state.cells, here, S)
     store_state(tensors.h, tensors.c, state, place, S)

@@ -14,7 +14,7 @@ and writes N D; the step reads N D of gradients and reads and writes p, m, v. No
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,37 +22,69 @@ import triton.language as tl
 from torch import Tensor
 
 from .._groups import LazyTable
-from . import _faults
+from . import _faults, _tuples
 from . import _optim_rules as rules
 from . import _row_records as records
 from ._launch import acc_type, accumulator, ceil_div, launch, triton_type
-from ._row_order import CHUNK, block_d, chunk_sums, order_distinct
-from ._table_gradient import gradient_tile
+from ._row_order import CHUNK, RunBlocks, block_d, order_distinct, runs_of
+from ._table_gradient import gradient_blocks
 from .sparse_optim import ROWS, gradient_of_run, row_of_run
 
 
+class LazyRows(NamedTuple):
+    """A table whose rows may be behind, as kernels take it."""
+
+    param: Tensor
+    states: tuple[Tensor, ...]
+    applied: Tensor
+    log: Tensor
+
+
+class Batch(NamedTuple):
+    """The rows of a batch, of each run one; None: the whole table."""
+
+    rows: Tensor | None
+    group: Tensor | None
+
+
+class LazyShape(NamedTuple):
+    """What kernels are compiled for."""
+
+    RULE: str
+    CLOSED: bool
+    ACC: tl.dtype
+    PARAM: tl.dtype
+    STATE: tl.dtype
+    BLOCK_D: int
+
+
 @triton.jit
-def _replayed(
-    p, s0, s1, s2, active, history_ptr, applied, count, RULE: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr
-):  # fmt: skip
+def _rounded(states, S):
+    """As memory would keep them."""
+    rounded = ()
+    for k in tl.static_range(len(states)):
+        rounded += (states[k].to(S.STATE).to(S.ACC),)
+    return rounded
+
+
+@triton.jit
+def _replayed(p, states, active, log_ptr, applied, count, S):
     """After steps ``[applied, count)``, each rounded as memory would keep it; of the ``active`` elements, or all."""
     none = tl.zeros_like(p)
     for u in range(applied, count):
-        record_ptr = history_ptr + u * records.SIZE
+        record_ptr = log_ptr + u * records.SIZE
         if tl.load(record_ptr) > 0:
-            numbers = records.rule_numbers(record_ptr, p.dtype)
-            q, t0, t1, t2 = rules.update(p, none, s0, s1, s2, numbers, RULE)
-            q, t0 = q.to(PARAM).to(none.dtype), t0.to(STATE).to(none.dtype)
-            t1, t2 = t1.to(STATE).to(none.dtype), t2.to(STATE).to(none.dtype)
+            numbers = records.rule_numbers(record_ptr, S.ACC)
+            new, new_states = rules.update(p, none, states, numbers, S.RULE)
+            new, new_states = new.to(S.PARAM).to(S.ACC), _rounded(new_states, S)
             if active is not None:
-                q, t0 = tl.where(active, q, p), tl.where(active, t0, s0)
-                t1, t2 = tl.where(active, t1, s1), tl.where(active, t2, s2)
-            p, s0, s1, s2 = q, t0, t1, t2
-    return p, s0, s1, s2
+                new, new_states = tl.where(active, new, p), _tuples.where(active, new_states, states)
+            p, states = new, new_states
+    return p, states
 
 
 @triton.jit
-def _closed(p, s0, s1, s2, record_ptr, RULE: tl.constexpr):
+def _closed(p, states, record_ptr, RULE: tl.constexpr):
     """After all pending steps at once, and where that is not accurate enough."""
     ACC: tl.constexpr = p.dtype
     keep0 = tl.load(record_ptr + records.KEEP_AT).to(ACC)
@@ -63,146 +95,130 @@ def _closed(p, s0, s1, s2, record_ptr, RULE: tl.constexpr):
         p = p * keep0
     elif RULE == "momentum":
         keep3 = tl.load(record_ptr + records.KEEP_AT + 3).to(ACC)
-        before = p
-        p = tl.fma(p, keep0 + tl.zeros_like(p), keep1 * s0)
-        s0 = tl.fma(before, keep2 + tl.zeros_like(p), keep3 * s0)
+        before, buffer = p, states[0]
+        p = tl.fma(p, keep0 + tl.zeros_like(p), keep1 * buffer)
+        states = (tl.fma(before, keep2 + tl.zeros_like(p), keep3 * buffer),)
     else:
+        m, v = states[0], states[1]
         weight0 = tl.load(record_ptr + records.WEIGHT_AT).to(ACC)
         weight1 = tl.load(record_ptr + records.WEIGHT_AT + 1).to(ACC)
         eps0 = tl.load(record_ptr + records.EPS_AT).to(ACC)
         eps1 = tl.load(record_ptr + records.EPS_AT + 1).to(ACC)
         least = tl.load(record_ptr + records.LEAST_AT).to(ACC)
-        root = rules.root(s2 if RULE == "amsgrad" else s1)
-        slow = (root < least) & (s0 != 0)
+        root = rules.root(states[2] if RULE == "amsgrad" else v)
+        slow = (root < least) & (m != 0)
         # Both nodes over their common denominator: one division.
         near, far = root + eps0, root + eps1
-        change = rules.divide(s0 * (weight0 * far + weight1 * near), near * far)
+        change = rules.divide(m * (weight0 * far + weight1 * near), near * far)
         # Without a past, nothing; 0 / 0 where eps is 0, as in the dense step.
         p = tl.fma(p, keep0 + tl.zeros_like(p), -change)
-        s0, s1 = s0 * keep1, s1 * keep2
-    return p, s0, s1, s2, slow
+        new = (m * keep1, v * keep2)
+        if RULE == "amsgrad":
+            new += (states[2],)
+        states = new
+    return p, states, slow
 
 
 @triton.jit
-def _up_to_date(
-    p, s0, s1, s2, mask, history_ptr, applied, count,
-    RULE: tl.constexpr, CLOSED: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr,
-):  # fmt: skip
-    if CLOSED:
+def _up_to_date(p, states, mask, log_ptr, applied, count, S):
+    if S.CLOSED:
         if applied < count:
-            q, t0, t1, t2, slow = _closed(p, s0, s1, s2, history_ptr + applied * records.SIZE, RULE)
+            new, new_states, slow = _closed(p, states, log_ptr + applied * records.SIZE, S.RULE)
             slow = slow & mask
-            p, s0 = tl.where(slow, p, q), tl.where(slow, s0, t0)
-            s1, s2 = tl.where(slow, s1, t1), tl.where(slow, s2, t2)
+            p, states = tl.where(slow, p, new), _tuples.where(slow, states, new_states)
             if tl.max(slow.to(tl.int32), 0) > 0:
-                p, s0, s1, s2 = _replayed(p, s0, s1, s2, slow, history_ptr, applied, count, RULE, PARAM, STATE)
+                p, states = _replayed(p, states, slow, log_ptr, applied, count, S)
     else:
-        p, s0, s1, s2 = _replayed(p, s0, s1, s2, None, history_ptr, applied, count, RULE, PARAM, STATE)
-    return p, s0, s1, s2
+        p, states = _replayed(p, states, None, log_ptr, applied, count, S)
+    return p, states
 
 
 @triton.jit(do_not_specialize=["count"])
-def row_lookup_kernel(
-    param_ptr, s0_ptr, s1_ptr, s2_ptr, applied_ptr, history_ptr, indices_ptr, out_ptr, fault_ptr, V, D, count,
-    RULE: tl.constexpr, CLOSED: tl.constexpr, ACC: tl.constexpr, STATE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def row_lookup_kernel(table, indices_ptr, out_ptr, fault_ptr, V, D, count, S):
     n = tl.program_id(0).to(tl.int64)
     row = tl.load(indices_ptr + n).to(tl.int64)
     good = (row >= 0) & (row < V)
     _faults.report(~good, row, fault_ptr)
     if good:
-        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        columns = tl.program_id(1) * S.BLOCK_D + tl.arange(0, S.BLOCK_D)
         mask = columns < D
         i = row * D + columns
-        PARAM: tl.constexpr = param_ptr.dtype.element_ty
-        p = tl.load(param_ptr + i, mask=mask).to(ACC)
-        applied = tl.load(applied_ptr + row)
+        p = tl.load(table.param + i, mask=mask).to(S.ACC)
+        applied = tl.load(table.applied + row)
         if applied < count:
-            s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
-            p, s0, s1, s2 = _up_to_date(p, s0, s1, s2, mask, history_ptr, applied, count, RULE, CLOSED, PARAM, STATE)
-        tl.store(out_ptr + n * D + columns, p.to(PARAM), mask=mask)
+            states = _tuples.load(table.states, i, mask, S.ACC)
+            p, states = _up_to_date(p, states, mask, table.log, applied, count, S)
+        tl.store(out_ptr + n * D + columns, p.to(S.PARAM), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "count"])
-def row_catch_up_kernel(
-    param_ptr, s0_ptr, s1_ptr, s2_ptr, applied_ptr, history_ptr, rows_ptr, group_ptr, N, V, D, count,
-    RULE: tl.constexpr, CLOSED: tl.constexpr, ACC: tl.constexpr, STATE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Of each run, or without ``rows`` of the whole table."""
+def row_catch_up_kernel(table, batch, N, V, D, count, S):
+    """Of each run of a batch, or without its ``rows`` of the whole table."""
     row = tl.program_id(0).to(tl.int64)
     good = row < V
-    if rows_ptr is not None:
-        row, good = row_of_run(rows_ptr, group_ptr, row, N, V)
+    if batch.rows is not None:
+        row, good = row_of_run(batch, row, N, V)
     if good:
-        applied = tl.load(applied_ptr + row)
+        applied = tl.load(table.applied + row)
         if applied < count:
-            columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            columns = tl.program_id(1) * S.BLOCK_D + tl.arange(0, S.BLOCK_D)
             mask = columns < D
             i = row * D + columns
-            PARAM: tl.constexpr = param_ptr.dtype.element_ty
-            p = tl.load(param_ptr + i, mask=mask).to(ACC)
-            s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
-            p, s0, s1, s2 = _up_to_date(p, s0, s1, s2, mask, history_ptr, applied, count, RULE, CLOSED, PARAM, STATE)
-            rules.store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2)
-            tl.store(param_ptr + i, p.to(PARAM), mask=mask)
+            p, states = tl.load(table.param + i, mask=mask).to(S.ACC), _tuples.load(table.states, i, mask, S.ACC)
+            p, states = _up_to_date(p, states, mask, table.log, applied, count, S)
+            _tuples.store(table.states, i, states, mask)
+            tl.store(table.param + i, p.to(S.PARAM), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "count"])
 def row_step_kernel(
-    param_ptr, s0_ptr, s1_ptr, s2_ptr, applied_ptr, history_ptr, values_ptr,
-    positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr, N, V, D, count,
+    table, runs, factor_ptr, N, V, D, count,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
-    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
-    RULE: tl.constexpr, CLOSED: tl.constexpr, ACC: tl.constexpr, STATE: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64, S, R,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
-    row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
+    row, good = row_of_run(runs, run, N, V)
     if good:
-        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        columns = tl.program_id(1) * R.BLOCK_D + tl.arange(0, R.BLOCK_D)
         mask = columns < D
         i = row * D + columns
-        PARAM: tl.constexpr = param_ptr.dtype.element_ty
-        start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        g = gradient_of_run(values_ptr, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D)
-        p = tl.load(param_ptr + i, mask=mask).to(ACC)
-        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, s2_ptr, i, mask, p)
-        p, s0, s1, s2 = _up_to_date(
-            p, s0, s1, s2, mask, history_ptr, tl.load(applied_ptr + row), count, RULE, CLOSED, PARAM, STATE
-        )
-        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
+        g = gradient_of_run(runs, run, columns, D, R)
+        p, states = tl.load(table.param + i, mask=mask).to(S.ACC), _tuples.load(table.states, i, mask, S.ACC)
+        p, states = _up_to_date(p, states, mask, table.log, tl.load(table.applied + row), count, S)
+        numbers = rules.numbers_in(factor_ptr, (n0, n1, n2, n3, n4, n5, n6, n7, n8), S.ACC)
         # The dense gradient has the parameter's dtype.
-        p, s0, s1, s2 = rules.update(p, g.to(PARAM).to(ACC), s0, s1, s2, numbers, RULE)
-        rules.store_states(s0_ptr, s1_ptr, s2_ptr, i, mask, s0, s1, s2)
-        tl.store(param_ptr + i, p.to(PARAM), mask=mask)
+        p, states = rules.update(p, g.to(S.PARAM).to(S.ACC), states, numbers, S.RULE)
+        _tuples.store(table.states, i, states, mask)
+        tl.store(table.param + i, p.to(S.PARAM), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "count"])
-def row_applied_kernel(applied_ptr, rows_ptr, group_ptr, N, V, count, BLOCK: tl.constexpr):
+def row_applied_kernel(applied_ptr, batch, N, V, count, BLOCK: tl.constexpr):
     run = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    last = tl.load(rows_ptr + tl.load(group_ptr + N - 1))
-    row = tl.load(rows_ptr + run, mask=run < N, other=V).to(tl.int64)
+    last = tl.load(batch.rows + tl.load(batch.group + N - 1))
+    row = tl.load(batch.rows + run, mask=run < N, other=V).to(tl.int64)
     row = tl.where(last < V, row, V)
     tl.store(applied_ptr + row, count + tl.zeros_like(row).to(tl.int32), mask=row < V)
 
 
+# Its numbers are arguments each, because Triton passes the floats of a group in fp32.
 @triton.jit(do_not_specialize=["N", "count"])
 def row_record_kernel(
-    history_ptr, rows_ptr, group_ptr, N, V, count,
+    log_ptr, batch, N, V, count,
     step: tl.float64, lr: tl.float64, first: tl.float64, second: tl.float64, eps: tl.float64, decay: tl.float64,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
     n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
     e0: tl.float64, e1: tl.float64, e2: tl.float64, e3: tl.float64,
     RULE: tl.constexpr, CLOSED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Puts a step on record as number ``count``, and on the closed forms of those before it. A step with an index out
-    of range was not made: its number is 0, and it leaves everything as it is."""
+    """Logs a step as number ``count``, and adds it to the closed forms of those before it. A step with an index out of
+    range was not made: its number is 0, and it leaves everything as it is."""
     u = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if not CLOSED:
         u += count
-    new, record, made = u == count, history_ptr + u * records.SIZE, u >= 0
-    if rows_ptr is not None:
-        made = tl.load(rows_ptr + tl.load(group_ptr + N - 1)) + tl.zeros_like(u) < V
+    new, record, made = u == count, log_ptr + u * records.SIZE, u >= 0
+    if batch.rows is not None:
+        made = tl.load(batch.rows + tl.load(batch.group + N - 1)) + tl.zeros_like(u) < V
     zero = tl.zeros((BLOCK,), tl.float64)
     tl.store(record, tl.where(made, step + zero, 0.0), mask=new)
     numbers = (lr, first, second, eps, decay, n0, n1, n2, n3, n4, n5, n6, n7, n8)
@@ -248,19 +264,13 @@ class _Table(LazyTable):
             return "amsgrad" if len(self.states) == 3 else "adam"
         return "momentum" if self.kind == "sgd" and self.states else self.kind
 
-    def pointers(self) -> tuple[Any, ...]:
-        """What every kernel begins with."""
-        return self.param, *self.states, *[None] * (3 - len(self.states)), self.applied, self.log
+    def rows(self) -> LazyRows:
+        return LazyRows(self.param, tuple(self.states), self.applied, self.log)
 
-    def constants(self) -> dict[str, Any]:
-        return {
-            "RULE": self.rule,
-            "CLOSED": self.closed,
-            "ACC": acc_type(self.param),
-            "STATE": triton_type((self.states or [self.param])[0]),
-            "BLOCK_D": block_d(self.param.shape[1]),
-            "fp_fusion": False,
-        }
+    def shape(self) -> LazyShape:
+        param, state = self.param, (self.states or [self.param])[0]
+        types = acc_type(param), triton_type(param), triton_type(state)
+        return LazyShape(self.rule, self.closed, *types, block_d(param.shape[1]))
 
     def numbers(self, step: list[float], grad_scale: float) -> tuple[float, ...]:
         t, lr, first, second, eps, decay = step
@@ -287,10 +297,9 @@ class _Table(LazyTable):
         D = self.param.shape[1]
         return rows, ceil_div(D, block_d(D))
 
-    def mark(self, rows: Tensor, group: Tensor, count: int) -> None:
-        """The rows of a batch that is not empty have had ``count`` steps."""
-        N, V = rows.shape[0], self.param.shape[0]
-        launch(row_applied_kernel, (ceil_div(N, 256),), self.applied, rows, group, N, V, count, BLOCK=256)
+    def mark(self, batch: Batch, N: int, count: int) -> None:
+        """The rows of a batch of N, which is not empty, have had ``count`` steps."""
+        launch(row_applied_kernel, (ceil_div(N, 256),), self.applied, batch, N, self.param.shape[0], count, BLOCK=256)
 
 
 def _warps(D: int) -> int:
@@ -298,10 +307,10 @@ def _warps(D: int) -> int:
     return max(1, block_d(D) // 128)
 
 
-def _gradient_tile(table: _Table) -> tuple[int, int]:
-    """Rows and columns of the tile that runs are added up in. It decides the order of a sum: where steps are replayed,
+def _gradient_blocks(table: _Table) -> tuple[int, int]:
+    """Rows and columns of the block that runs are added up in. It decides the order of a sum: where steps are replayed,
     it is the dense gradient's."""
-    return (ROWS, block_d(table.param.shape[1])) if table.closed else gradient_tile(table.param)
+    return (ROWS, block_d(table.param.shape[1])) if table.closed else gradient_blocks(table.param)
 
 
 def _checked_indices(indices: Tensor) -> Tensor:
@@ -316,11 +325,8 @@ def row_lookup(lazy: LazyTable, indices: Tensor) -> Tensor:
     table.check()
     N, (V, D) = _checked_indices(indices).shape[0], param.shape
     out = param.new_empty((N, D))
-    fault = _faults.word(_faults.EMBEDDING)
-    launch(
-        row_lookup_kernel, table.grid(N), *table.pointers(), indices, out, fault, V, D, count,
-        **table.constants(), num_warps=_warps(D),
-    )  # fmt: skip
+    arguments = table.rows(), indices, out, _faults.word(_faults.EMBEDDING), V, D, count
+    launch(row_lookup_kernel, table.grid(N), *arguments, S=table.shape(), num_warps=_warps(D), fp_fusion=False)
     return out
 
 
@@ -328,19 +334,18 @@ def row_catch_up(lazy: LazyTable, indices: Tensor | None) -> None:
     """Makes the logged steps that rows ``indices`` (``None``: all rows) have not had."""
     table, param, count = _Table(*lazy), lazy.param, lazy.logged
     table.check()
-    V, D = param.shape
-    options = {**table.constants(), "num_warps": _warps(D)}
+    (V, D), options = param.shape, {"S": table.shape(), "num_warps": _warps(param.shape[1]), "fp_fusion": False}
     if indices is None:
-        launch(row_catch_up_kernel, table.grid(V), *table.pointers(), None, None, 0, V, D, count, **options)
+        launch(row_catch_up_kernel, table.grid(V), table.rows(), Batch(None, None), 0, V, D, count, **options)
         lazy.applied.fill_(count)
         return
     N = _checked_indices(indices).shape[0]
     if N == 0:
         return
     order = order_distinct(indices, V)
-    assert order.rows is not None
-    launch(row_catch_up_kernel, table.grid(N), *table.pointers(), order.rows, order.group, N, V, D, count, **options)
-    table.mark(order.rows, order.group, count)
+    batch = Batch(order.rows, order.group)
+    launch(row_catch_up_kernel, table.grid(N), table.rows(), batch, N, V, D, count, **options)
+    table.mark(batch, N, count)
 
 
 def row_step(lazy: LazyTable, indices: Tensor, values: Tensor, step: list[float], grad_scale: float | Tensor) -> bool:
@@ -354,24 +359,20 @@ def row_step(lazy: LazyTable, indices: Tensor, values: Tensor, step: list[float]
             "row_step: expected contiguous values (N, D) of the parameter's dtype, and a step's six numbers"
         )
     is_logged = lazy.kind == "adam" or step[5] != 0 or (lazy.kind == "sgd" and step[2] != 0)
-    rows = group = None
+    batch = Batch(None, None)
     if N:
         factor, scale = rules.factored(grad_scale)
-        some, block = _gradient_tile(table)
-        order = order_distinct(indices, V)
-        rows, group = order.rows, order.group
-        assert rows is not None
-        launch(
-            row_step_kernel, (N, ceil_div(D, block)), *table.pointers(), values, order.positions, group, order.starts,
-            rows, chunk_sums(values, order), factor, N, V, D, count, *table.numbers(step, scale),
-            **{**table.constants(), "BLOCK_D": block}, CHUNK=CHUNK, ROWS=some,
-        )  # fmt: skip
-        table.mark(rows, group, count + is_logged)
+        rows, block = _gradient_blocks(table)
+        runs, S = runs_of(values, order_distinct(indices, V)), table.shape()
+        batch = Batch(runs.rows, runs.group)
+        grid, R = (N, ceil_div(D, block)), RunBlocks(S.ACC, CHUNK, rows, block)
+        arguments = table.rows(), runs, factor, N, V, D, count, *table.numbers(step, scale)
+        launch(row_step_kernel, grid, *arguments, S=S, R=R, fp_fusion=False)
+        table.mark(batch, N, count + is_logged)
     if is_logged:
         # In closed form every record grows by the step.
-        size = ceil_div(count + 1, 128) if lazy.closed else 1
-        launch(
-            row_record_kernel, (size,), lazy.log, rows, group, N, V, count, *step, *table.numbers(step, 1.0),
-            *table.extension(step), RULE=table.rule, CLOSED=lazy.closed, BLOCK=128,
-        )  # fmt: skip
+        grid = (ceil_div(count + 1, 128) if lazy.closed else 1,)
+        numbers = *step, *table.numbers(step, 1.0), *table.extension(step)
+        constants = {"RULE": table.rule, "CLOSED": lazy.closed, "BLOCK": 128}
+        launch(row_record_kernel, grid, lazy.log, batch, N, V, count, *numbers, **constants)
     return is_logged

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _optim_rules as rules
+from . import _tuples
 from ._launch import acc_type, accumulator, ceil_div, launch, next_power_of_2
-from ._row_order import CHUNK, RowOrder, block_d, chunk_sums, order_distinct, run_sum
+from ._row_order import CHUNK, RunBlocks, Runs, block_d, order_distinct, run_sum, runs_of
 
 # Rows of a long run that are read at once.
 ROWS = 4
@@ -29,109 +30,86 @@ SHORT = tl.constexpr(8)
 
 
 @triton.jit
-def gradient_of_run(
-    values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def gradient_of_run(runs, run, columns, D, R):
     """The sum of a run in the order of the dense gradient. (BLOCK_D)"""
+    start, end = tl.load(runs.starts + run), tl.load(runs.starts + run + 1)
     if end - start <= SHORT:
-        total = tl.zeros((BLOCK_D,), ACC)
+        total = tl.zeros((R.BLOCK_D,), R.ACC)
         for i in range(start, end):
-            at = tl.load(positions_ptr + i).to(tl.int64) * D + columns
-            total += tl.load(values_ptr + at, mask=columns < D, other=0.0).to(ACC)
+            at = tl.load(runs.positions + i).to(tl.int64) * D + columns
+            total += tl.load(runs.grads + at, mask=columns < D, other=0.0).to(R.ACC)
     else:
-        total = run_sum(
-            values_ptr, None, None, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D
-        )
+        total = run_sum(runs, start, end, columns, D, R)
     return total
 
 
 @triton.jit
-def row_of_run(rows_ptr, group_ptr, run, N, V):
+def row_of_run(runs, run, N, V):
     """The row of a run, and whether it may be written: not if the run is empty, nor if any index is out of range."""
-    last = tl.load(rows_ptr + tl.load(group_ptr + N - 1))
-    row = tl.load(rows_ptr + run).to(tl.int64)
+    last = tl.load(runs.rows + tl.load(runs.group + N - 1))
+    row = tl.load(runs.rows + run).to(tl.int64)
     return row, (row < V) & (last < V)
 
 
 @triton.jit(do_not_specialize=["N"])
 def sparse_step_kernel(
-    param_ptr, s0_ptr, s1_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr,
-    N, V, D,
+    param_ptr, state_ptrs, runs, factor_ptr, N, V, D,
     n0: tl.float64, n1: tl.float64, n2: tl.float64, n3: tl.float64, n4: tl.float64,
-    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64,
-    RULE: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    n5: tl.float64, n6: tl.float64, n7: tl.float64, n8: tl.float64, RULE: tl.constexpr, R,
 ):  # fmt: skip
     run = tl.program_id(0).to(tl.int64)
-    row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
+    row, good = row_of_run(runs, run, N, V)
     if good:
-        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        columns = tl.program_id(1) * R.BLOCK_D + tl.arange(0, R.BLOCK_D)
         mask = columns < D
         i = row * D + columns
-        start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        g = gradient_of_run(values_ptr, positions_ptr, partials_ptr, start, end, columns, D, ACC, CHUNK, ROWS, BLOCK_D)
-        p = tl.load(param_ptr + i, mask=mask).to(ACC)
-        s0, s1, s2 = rules.load_states(s0_ptr, s1_ptr, None, i, mask, p)
-        numbers = rules.numbers_in(factor_ptr, n0, n1, n2, n3, n4, n5, n6, n7, n8, ACC)
-        p, s0, s1, s2 = rules.update(p, g, s0, s1, s2, numbers, RULE)
-        rules.store_states(s0_ptr, s1_ptr, None, i, mask, s0, s1, s2)
+        g = gradient_of_run(runs, run, columns, D, R)
+        p = tl.load(param_ptr + i, mask=mask).to(R.ACC)
+        states = _tuples.load(state_ptrs, i, mask, R.ACC)
+        numbers = rules.numbers_in(factor_ptr, (n0, n1, n2, n3, n4, n5, n6, n7, n8), R.ACC)
+        p, states = rules.update(p, g, states, numbers, RULE)
+        _tuples.store(state_ptrs, i, states, mask)
         tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
 def rowwise_adagrad_kernel(
-    param_ptr, sum_ptr, values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, factor_ptr,
-    N, V, D, grad_scale: tl.float64, step_size: tl.float64, eps: tl.float64,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    param_ptr, sum_ptr, runs, factor_ptr, N, V, D, grad_scale: tl.float64, step_size: tl.float64, eps: tl.float64,
+    ONE_BLOCK: tl.constexpr, R,
 ):  # fmt: skip
     """A program takes a whole row: if it is wider than a block, its gradients are added up once for the mean of squares
     and once more for the step."""
     run = tl.program_id(0).to(tl.int64)
-    row, good = row_of_run(rows_ptr, group_ptr, run, N, V)
+    row, good = row_of_run(runs, run, N, V)
     if good:
         if factor_ptr is not None:
             grad_scale, step_size = tl.load(factor_ptr) * grad_scale, tl.load(factor_ptr) * step_size
-        scale, speed = tl.full((), grad_scale, ACC), tl.full((), step_size, ACC)
-        start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        g, squares = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
-        for begin in range(0, D, BLOCK_D):
-            g = gradient_of_run(
-                values_ptr, positions_ptr, partials_ptr, start, end, begin + tl.arange(0, BLOCK_D), D,
-                ACC, CHUNK, ROWS, BLOCK_D,
-            )  # fmt: skip
+        scale, speed = tl.full((), grad_scale, R.ACC), tl.full((), step_size, R.ACC)
+        g, squares = tl.zeros((R.BLOCK_D,), R.ACC), tl.zeros((R.BLOCK_D,), R.ACC)
+        for begin in range(0, D, R.BLOCK_D):
+            g = gradient_of_run(runs, run, begin + tl.arange(0, R.BLOCK_D), D, R)
             squares = tl.fma(scale * g, scale * g, squares)
         total = tl.load(sum_ptr + row) + tl.sum(squares, 0) / D
         tl.store(sum_ptr + row, total)
-        by = rules.divide(speed, rules.root(total) + tl.full((), eps, ACC)) + tl.zeros((BLOCK_D,), ACC)
-        for begin in range(0, D, BLOCK_D):
-            columns = begin + tl.arange(0, BLOCK_D)
+        by = rules.divide(speed, rules.root(total) + tl.full((), eps, R.ACC)) + tl.zeros((R.BLOCK_D,), R.ACC)
+        for begin in range(0, D, R.BLOCK_D):
+            columns = begin + tl.arange(0, R.BLOCK_D)
             if not ONE_BLOCK:
-                g = gradient_of_run(
-                    values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
-                    ACC, CHUNK, ROWS, BLOCK_D,
-                )  # fmt: skip
+                g = gradient_of_run(runs, run, columns, D, R)
             i = row * D + columns
-            p = tl.fma(by, g, tl.load(param_ptr + i, mask=columns < D).to(ACC))
+            p = tl.fma(by, g, tl.load(param_ptr + i, mask=columns < D).to(R.ACC))
             tl.store(param_ptr + i, p.to(param_ptr.dtype.element_ty), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["N"])
-def sparse_squares_kernel(
-    values_ptr, positions_ptr, group_ptr, starts_ptr, rows_ptr, partials_ptr, squares_ptr, N, V, D,
-    ACC: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def sparse_squares_kernel(runs, squares_ptr, N, V, D, R):
     """squares (N): of each run's sum, added up in fp64."""
     run = tl.program_id(0).to(tl.int64)
-    _, good = row_of_run(rows_ptr, group_ptr, run, N, V)
-    total = tl.zeros((BLOCK_D,), tl.float64)
+    _, good = row_of_run(runs, run, N, V)
+    total = tl.zeros((R.BLOCK_D,), tl.float64)
     if good:
-        start, end = tl.load(starts_ptr + run), tl.load(starts_ptr + run + 1)
-        for begin in range(0, D, BLOCK_D):
-            columns = begin + tl.arange(0, BLOCK_D)
-            g = gradient_of_run(
-                values_ptr, positions_ptr, partials_ptr, start, end, columns, D,
-                ACC, CHUNK, ROWS, BLOCK_D,
-            ).to(tl.float64)  # fmt: skip
+        for begin in range(0, D, R.BLOCK_D):
+            g = gradient_of_run(runs, run, begin + tl.arange(0, R.BLOCK_D), D, R).to(tl.float64)
             total += g * g
     tl.store(squares_ptr + run, tl.sum(total, 0))
 
@@ -158,10 +136,9 @@ def _check(param: Tensor, indices: Tensor, values: Tensor, *states: Tensor, nume
         )
 
 
-def _ordered(indices: Tensor, values: Tensor, V: int) -> tuple[RowOrder, Tensor]:
-    """The runs of a batch that is not empty, and what their sums are made of."""
-    order = order_distinct(indices, V)
-    return order, chunk_sums(values, order)
+def _runs(indices: Tensor, values: Tensor, V: int) -> Runs:
+    """Of a batch that is not empty."""
+    return runs_of(values, order_distinct(indices, V))
 
 
 def _step(
@@ -172,12 +149,9 @@ def _step(
     N, (V, D) = indices.shape[0], param.shape
     if N == 0:
         return
-    order, partials = _ordered(indices, values, V)
-    launch(
-        sparse_step_kernel, (N, ceil_div(D, block_d(D))), param, *states, *[None] * (2 - len(states)), values,
-        order.positions, order.group, order.starts, order.rows, partials, factor, N, V, D, *numbers,
-        RULE=rule, ACC=acc_type(param), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D), fp_fusion=False,
-    )  # fmt: skip
+    grid, R = (N, ceil_div(D, block_d(D))), RunBlocks(acc_type(param), CHUNK, ROWS, block_d(D))
+    arguments = param, tuple(states), _runs(indices, values, V), factor, N, V, D, *numbers
+    launch(sparse_step_kernel, grid, *arguments, RULE=rule, R=R, fp_fusion=False)
 
 
 def sparse_sgd_step(
@@ -209,7 +183,7 @@ def sparse_adam_step(
     _step("sparse_adam", param, indices, values, [exp_avg, exp_avg_sq], factor, numbers)
 
 
-def _row_tile(D: int) -> tuple[int, int, int]:
+def _row_blocks(D: int) -> tuple[int, int, int]:
     """Rows, columns and warps where a program takes a whole row. A wide one in one block too, up to 4096 columns: four
     or eight elements a thread."""
     block = max(block_d(D), min(next_power_of_2(D), 4096))
@@ -225,15 +199,11 @@ def rowwise_adagrad_step(
     N, (V, D) = indices.shape[0], param.shape
     if N == 0:
         return
-    order, partials = _ordered(indices, values, V)
-    some, block, warps = _row_tile(D)
+    rows, block, warps = _row_blocks(D)
     factor, scale = rules.factored(grad_scale)
-    launch(
-        rowwise_adagrad_kernel, (N,), param, sum, values, order.positions, order.group, order.starts, order.rows,
-        partials, factor, N, V, D, scale, lr * (scale if maximize else -scale), eps,
-        ACC=acc_type(param), CHUNK=CHUNK, ROWS=some, BLOCK_D=block, ONE_BLOCK=block >= D,
-        num_warps=warps, fp_fusion=False,
-    )  # fmt: skip
+    arguments = param, sum, _runs(indices, values, V), factor, N, V, D, scale, lr * (scale if maximize else -scale), eps
+    constants = {"ONE_BLOCK": block >= D, "R": RunBlocks(acc_type(param), CHUNK, rows, block)}
+    launch(rowwise_adagrad_kernel, (N,), *arguments, **constants, num_warps=warps, fp_fusion=False)
 
 
 def sparse_grad_norm(indices: Tensor, values: Tensor, num_rows: int) -> Tensor:
@@ -242,9 +212,6 @@ def sparse_grad_norm(indices: Tensor, values: Tensor, num_rows: int) -> Tensor:
     N, D = values.shape
     squares = torch.zeros(N, dtype=torch.float64, device=values.device)
     if N and D:
-        order, partials = _ordered(indices, values, num_rows)
-        launch(
-            sparse_squares_kernel, (N,), values, order.positions, order.group, order.starts, order.rows, partials,
-            squares, N, num_rows, D, ACC=acc_type(values), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d(D),
-        )  # fmt: skip
+        R = RunBlocks(acc_type(values), CHUNK, ROWS, block_d(D))
+        launch(sparse_squares_kernel, (N,), _runs(indices, values, num_rows), squares, N, num_rows, D, R=R)
     return squares.sum().sqrt()
