@@ -157,6 +157,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     f"{name}, {reduction}": call
     for reduction in ("none", "mean", "sum")
     for name, call in _losses(reduction=reduction).items()
+    if hasattr(torch.nn.functional, call[0])
 }
 _TABLE, _SAMPLES = torch.randn(5, 4), torch.rand(2, 6)
 _BAGS = {"input": torch.stack([_TARGET, _TARGET.flip(0)]), "weight": _TABLE}
