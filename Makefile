@@ -7,6 +7,7 @@
 #   make bench   the benchmark suite's quick part, FULL=1 for all of it
 #   make bench-peers  the libraries to compare with, in .venv-peers; `make bench PEERS=1` measures there
 #   make lint    ruff, clang-format, mypy
+#   make debug   the editable install with libraries for gdb: symbols, little optimisation
 #   make wheel   a wheel and an sdist in dist/
 #   make dev     an editable install with everything that tests and lint need
 #   make clean   remove .venv and every build product
@@ -31,7 +32,7 @@ export LLMKERN_BUILD_DIR ?= $(CURDIR)/build/native
 # A warning of the compiler fails a build here, but no user's.
 export LLMKERN_WERROR ?= 1
 
-.PHONY: help demo test sanitize bench bench-peers lint wheel dev clean
+.PHONY: help demo test sanitize bench bench-peers lint debug wheel dev clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -70,6 +71,12 @@ wheel: $(VENV)/.wheel
 	PATH="$(abspath $(BIN)):$$PATH" LLMKERN_BUILD=require $(BIN)/python -m build --no-isolation --outdir dist
 
 dev: $(VENV)/.test $(VENV)/.lint
+
+# The next `make test` puts the fast libraries back. Compilers that optimise little warn of what cannot be.
+debug: $(VENV)/.test
+	LLMKERN_DEBUG=1 LLMKERN_WERROR=0 LLMKERN_BUILD_DIR=$(CURDIR)/build/debug LLMKERN_BUILD=require \
+	  $(PIP) install -e '.[test]'
+	rm $(VENV)/.test
 
 clean:
 	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info llmkern/*.so llmkern/_build_info.json

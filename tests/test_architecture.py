@@ -228,6 +228,10 @@ COVERED = {
     "make clean": ("tests/test_install.py", '"clean"'),
     "pytest benchmarks": ("tests/test_benchmarks.py", '"pytest", "benchmarks"'),
     "pytest tests/test_benchmarks.py": ("tests/test_benchmarks.py", "def test_every_installed_peer_matches"),
+    "pytest tests/test_layer_norm.py": ("tests/test_layer_norm.py", "def test_any_shape_and_stride"),
+    "gdb": (".ci/run", "gdb -batch"),
+    "objdump": (".ci/run", "objdump -d"),
+    "perf": (".ci/run", "perf record"),
     "python tests/kernel_gate.py": ("tests/test_kernel_gate.py", "kernel_gate.measure_all("),
     "python tests/interpreter.py": ("tests/test_interpreter.py", "interpreter.write("),
     "python tests/kernel_traffic.py": ("tests/interpreter.py", '"kernel_traffic.py"'),
@@ -240,7 +244,7 @@ COVERED = {
     },
 }
 # Peers are gigabytes to install; the others need a GPU.
-NOT_COVERED = {"make bench-peers", "benchmarks/gpu_run.sh", "pytest -m gpu"}
+NOT_COVERED = {"make bench-peers", "benchmarks/gpu_run.sh", "pytest -m gpu", "ncu"}
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/configuration.md", "docs/performance.md")
 
 
@@ -255,13 +259,15 @@ def commands(page: str) -> set[str]:
         line = re.sub(r"^python -m (?=llmkern |pytest )", "", line)
         known = re.match(
             r"make [a-z-]+|pip install [\w.]+|python -m build|python tests/\w+\.py|pre-commit \w+|\.ci/run$|"
-            r"benchmarks/\w+\.sh|pytest (?:-m gpu|tests/\w+\.py|benchmarks)|llmkern bench [a-z]+|llmkern [a-z]+(?= |$)",
+            r"benchmarks/\w+\.sh|pytest (?:-m gpu|(?:-x )?tests/\w+\.py|benchmarks)|llmkern bench [a-z]+|"
+            r"llmkern [a-z]+(?= |$)|(?:gdb|objdump|perf|ncu)(?= )",
             line,
         )
         if known:
-            found.add(known[0])
+            found.add(known[0].replace(" -x ", " "))
         # A command of a kind that this test does not know would pass unseen.
-        assert known or not re.match(r"(?:make|pip|python|pytest|pre-commit|cmake|git|llmkern) [a-z-]", line), line
+        tools = "make|pip|python|pytest|pre-commit|cmake|git|llmkern|gdb|objdump|perf|ncu"
+        assert known or not re.match(rf"(?:{tools}) [a-z-]", line), line
     return found
 
 

@@ -24,10 +24,9 @@ cpu::LayerNorm problem(const Tensor& x, const Optional& weight, const Optional& 
   require(x.dim() == 2, "layer_norm: expected x (N, D)");
   require(!(weight && bias) || weight->scalar_type() == bias->scalar_type(),
           "layer_norm: expected weight and bias of one dtype");
+  const Optional& affine = weight ? weight : bias;
   return {.dtype = dtype_of(x),
-          .affine = weight ? dtype_of(*weight)
-                    : bias ? dtype_of(*bias)
-                           : dtype_of(x),
+          .affine = affine ? dtype_of(*affine) : dtype_of(x),
           .N = x.size(0),
           .D = x.size(1),
           .x = x.const_data_ptr(),

@@ -58,7 +58,8 @@ class Output {
 template <class T, bool kWeight, bool kBias>
 void forward(const LayerNorm& op, int64_t begin, int64_t end, const Output<T>& y, Accum<T>* stats) {
   using A = Accum<T>;
-  const A *const weight = static_cast<const A*>(op.weight), *const bias = static_cast<const A*>(op.bias);
+  const A* const weight = static_cast<const A*>(op.weight);
+  const A* const bias = static_cast<const A*>(op.bias);
   const int64_t D = op.D;
   const A count = static_cast<A>(D), eps = static_cast<A>(op.eps);
   for (int64_t n = begin; n < end; ++n) {
@@ -143,7 +144,10 @@ class Backward {
   static void add(A* sums, int64_t d, Vec<A> v, int lanes) {
     if (!sums) return;
     const Vec<A> sum = load_n<A>(sums + d, lanes) + v;
-    lanes == kLanes<A> ? store(sums + d, sum) : store(sums + d, sum, lanes);
+    if (lanes == kLanes<A>)
+      store(sums + d, sum);
+    else
+      store(sums + d, sum, lanes);
   }
 
   const T *x_, *dy_;
