@@ -4,11 +4,11 @@ Traffic: one read and one write of the logits; without a gradient one read. torc
 ways:
 
 - A row of up to 16,384 classes is held in registers between its sums and its gradient. Of small rows a program takes
-  several; classes that lie apart (N, V, D) are the same tile with its strides exchanged.
+  several; classes that lie apart (N, V, D) are the same block with its strides exchanged.
 - A longer one is read twice by one program, the second time from the L2 cache. So no more rows may be under way than
   fit there: programs are as many as the GPU runs at once, and each takes one row after the other. The second pass goes
   backwards, so that what was read last, and is most certainly still there, is read first.
-- Of few long rows each is cut into slices, which many programs take (`_softmax_slabs`).
+- Of few long rows each is cut into slices, which many programs take (`_softmax_blocks`).
 
 Rows that are ignored are not read, but where they share cache lines with others (D > 1). A target out of range makes
 its row an ignored one and is reported.
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from .._groups import LossOptions
 from . import _faults
-from ._launch import acc_type, accumulator, ceil_div, launch, multiprocessors, next_power_of_2
+from ._launch import accumulator, ceil_div, launch, multiprocessors, next_power_of_2
+from ._softmax_blocks import ColumnBlocks
 from ._softmax_rows import (
     Cotangents,
+    LogitGradients,
     Loss,
     Outputs,
     accumulate,
@@ -37,133 +39,103 @@ from ._softmax_rows import (
     read_again,
     read_logits,
     read_on,
-    read_shares,
+    read_spread,
     read_target,
     start,
     write_gradient,
 )
-from ._softmax_slabs import Slabs
 
 
 @triton.jit
-def _rows_of(item, N, V, D, groups, LANES: tl.constexpr, APART: tl.constexpr):
+def _rows_of(item, N, V, D, groups, ROWS: tl.constexpr, APART: tl.constexpr):
     """Of the rows that a program takes: their numbers, where their first logits are, and which exist."""
-    lane = tl.arange(0, LANES)
+    place = tl.arange(0, ROWS)
     item += tl.zeros((1,), tl.int64)
     if APART:
-        n, d = item // groups, item % groups * LANES + lane
+        n, d = item // groups, item % groups * ROWS + place
         row, origin, inside = n * D + d, n * V * D + d, d < D
     else:
-        row = item * LANES + lane
+        row = item * ROWS + place
         origin, inside = row * V, row < N
     return row, origin, inside
 
 
+@triton.jit
+def _read_target_logits(x_ptr, at, counts, options, S):
+    """Before the gradient, which may lie where x does, and before the barrier of the sums."""
+    z_y = tl.zeros(counts.shape, S.ACC)
+    if S.HARD:
+        z_y = read_logits(x_ptr, at, counts, options, S, "")
+    return z_y
+
+
 @triton.jit(do_not_specialize=["N", "groups", "ignore_index"])
-def cross_entropy_tile_kernel(
-    x_ptr, target_ptr, probabilities_ptr, weight_ptr, dloss_ptr, dlse_ptr, dentropy_ptr,
-    loss_ptr, lse_ptr, entropy_ptr, argmax_ptr, dx_ptr, dprobabilities_ptr, fault_ptr, blocked_ptr,
-    N, V, D, groups, ignore_index,
+def cross_entropy_rows_kernel(
+    x_ptr, targets, cotangents, outputs, gradients, N, V, D, groups, ignore_index,
     keep: tl.float64, rest: tl.float64, z_loss: tl.float64, softcap: tl.float64, scale: tl.float64,
-    APART: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    APART: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, S,
 ):  # fmt: skip
     """BLOCK_R whole rows, in registers."""
-    HARD: tl.constexpr = target_ptr is not None
-    SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
-    ENTROPY: tl.constexpr = (entropy_ptr is not None) or (dentropy_ptr is not None)
-    options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
+    options = convert_options(keep, rest, z_loss, softcap, scale, S.ACC)
     row, origin, inside = _rows_of(tl.program_id(0), N, V, D, groups, BLOCK_R, APART)
-    y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
-    z_y = tl.zeros((BLOCK_R,), ACC)
-    if HARD:
-        # Before the gradient, which may lie where x does, and before the barrier of the sums.
-        z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
+    y, counts, w_y = read_target(targets, row, inside, V, ignore_index, S)
+    z_y = _read_target_logits(x_ptr, origin + y * D, counts, options, S)
     v = tl.arange(0, BLOCK_V)[None, :]
     at = origin[:, None] + v.to(tl.int64) * D
     fits = inside[:, None] & (v < V)
     # Where rows lie side by side, an ignored one shares its cache lines with others: reading it costs nothing.
     mask = fits if APART else fits & counts[:, None]
-    z = read_logits(x_ptr, at, mask, options[3], options[4], CAP, ACC, "evict_first")
-    u = 0.0
-    if SHARES:
-        u = read_shares(probabilities_ptr, weight_ptr, at, v, mask, options[0], options[1], ACC)
-    state = accumulate(start(BLOCK_R, ACC), z, u, v, mask, SHARES, ENTROPY, argmax_ptr is not None)
-    factors = finish(
-        state, z_y, w_y, row, counts, inside, options,
-        dloss_ptr, dlse_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr, argmax_ptr,
-        CAP, HARD, SHARES, ENTROPY, ACC,
-    )  # fmt: skip
-    if blocked_ptr is not None:
-        fits = fits & (v < tl.where(tl.load(blocked_ptr) != 0, 0, V))
-    write_gradient(
-        dx_ptr, dprobabilities_ptr, weight_ptr, at, at, v, y, z, u, factors, counts, fits, mask, options,
-        CAP, HARD, SHARES, ENTROPY, ACC,
-    )  # fmt: skip
+    z = read_logits(x_ptr, at, mask, options, S, "evict_first")
+    u = read_spread(targets, at, v, mask, options, S)
+    state = accumulate(start(BLOCK_R, S.ACC), z, u, v, mask, S)
+    factors = finish(state, z_y, w_y, row, counts, inside, options, cotangents, outputs, S)
+    if gradients.blocked is not None:
+        fits = fits & (v < tl.where(tl.load(gradients.blocked) != 0, 0, V))
+    write_gradient(gradients, targets, at, at, v, y, z, u, factors, counts, fits, mask, options, S)
 
 
 @triton.jit(do_not_specialize=["N", "items", "groups", "ignore_index"])
 def cross_entropy_loop_kernel(
-    x_ptr, target_ptr, probabilities_ptr, weight_ptr, dloss_ptr, dlse_ptr, dentropy_ptr,
-    loss_ptr, lse_ptr, entropy_ptr, argmax_ptr, dx_ptr, dprobabilities_ptr, fault_ptr, blocked_ptr,
-    N, V, D, items, groups, ignore_index,
+    x_ptr, targets, cotangents, outputs, gradients, N, V, D, items, groups, ignore_index,
     keep: tl.float64, rest: tl.float64, z_loss: tl.float64, softcap: tl.float64, scale: tl.float64,
-    APART: tl.constexpr, CAP: tl.constexpr, SMOOTH: tl.constexpr, ACC: tl.constexpr,
-    LANES: tl.constexpr, ELEMENTS: tl.constexpr,
+    APART: tl.constexpr, STATES: tl.constexpr, ELEMENTS: tl.constexpr, S,
 ):  # fmt: skip
-    """One item after the other: a row whose lanes meet at the end, or (APART) LANES rows."""
-    HARD: tl.constexpr = target_ptr is not None
-    SHARES: tl.constexpr = SMOOTH or (probabilities_ptr is not None)
-    ENTROPY: tl.constexpr = (entropy_ptr is not None) or (dentropy_ptr is not None)
-    ARGMAX: tl.constexpr = argmax_ptr is not None
-    GRADIENT: tl.constexpr = (dx_ptr is not None) or (dprobabilities_ptr is not None)
-    ROWS: tl.constexpr = LANES if APART else 1
-    STEP: tl.constexpr = ELEMENTS if APART else LANES * ELEMENTS
+    """One item after the other: a row whose states meet at the end, or (APART) STATES rows."""
+    GRADIENT: tl.constexpr = (gradients.x is not None) or (gradients.probabilities is not None)
+    ROWS: tl.constexpr = STATES if APART else 1
+    STEP: tl.constexpr = ELEMENTS if APART else STATES * ELEMENTS
     POLICY: tl.constexpr = "evict_last" if GRADIENT else "evict_first"
-    options = convert_options(keep, rest, z_loss, softcap, scale, ACC)
+    options = convert_options(keep, rest, z_loss, softcap, scale, S.ACC)
     places = tl.arange(0, ELEMENTS)[None, :]
     if not APART:
-        places += tl.arange(0, LANES)[:, None] * ELEMENTS
+        places += tl.arange(0, STATES)[:, None] * ELEMENTS
     writable = V
-    if blocked_ptr is not None:
-        writable = tl.where(tl.load(blocked_ptr) != 0, 0, V)
+    if gradients.blocked is not None:
+        writable = tl.where(tl.load(gradients.blocked) != 0, 0, V)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         row, origin, inside = _rows_of(item, N, V, D, groups, ROWS, APART)
-        y, counts, w_y = read_target(target_ptr, weight_ptr, fault_ptr, row, inside, V, ignore_index, ACC)
-        z_y = tl.zeros((ROWS,), ACC)
-        if HARD:
-            # Before the gradient, which may lie where x does, and before the barrier of the sums.
-            z_y = read_logits(x_ptr, origin + y * D, counts, options[3], options[4], CAP, ACC, "")
+        y, counts, w_y = read_target(targets, row, inside, V, ignore_index, S)
+        z_y = _read_target_logits(x_ptr, origin + y * D, counts, options, S)
         # Where rows lie side by side, an ignored one shares its cache lines with others: reading it costs nothing.
         wanted = (inside if APART else counts)[:, None]
         at = origin[:, None] + places.to(tl.int64) * D
-        # The first tile apart: sums that start at a constant in a loop are a pattern that Triton 3.6 rewrites, wrongly.
-        state = read_on(
-            start(LANES, ACC), x_ptr, probabilities_ptr, weight_ptr, at, at, places, (places < V) & wanted, options,
-            CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
-        )  # fmt: skip
+        # The first block apart: sums that start at a constant in a loop are a pattern that Triton 3.6 rewrites wrongly.
+        state = start(STATES, S.ACC)
+        state = read_on(state, x_ptr, targets, at, at, places, (places < V) & wanted, options, S, POLICY)
         for skip in range(STEP, V, STEP):
-            at = origin[:, None] + (places + skip).to(tl.int64) * D
-            state = read_on(
-                state, x_ptr, probabilities_ptr, weight_ptr, at, at, places + skip, (places + skip < V) & wanted,
-                options, CAP, SHARES, ENTROPY, ARGMAX, ACC, POLICY,
-            )  # fmt: skip
+            v = places + skip
+            at = origin[:, None] + v.to(tl.int64) * D
+            state = read_on(state, x_ptr, targets, at, at, v, (v < V) & wanted, options, S, POLICY)
         if not APART:
-            state = across(state, 0, SHARES, ENTROPY, ARGMAX)
-        factors = finish(
-            state, z_y, w_y, row, counts, inside, options,
-            dloss_ptr, dlse_ptr, dentropy_ptr, loss_ptr, lse_ptr, entropy_ptr, argmax_ptr,
-            CAP, HARD, SHARES, ENTROPY, ACC,
-        )  # fmt: skip
+            state = across(state, 0, S)
+        factors = finish(state, z_y, w_y, row, counts, inside, options, cotangents, outputs, S)
         if GRADIENT:
             steps = tl.cdiv(V, STEP)
             for back in range(steps):
                 v = (steps - 1 - back) * STEP + places
-                at = origin[:, None] + v.to(tl.int64) * D
-                read_again(
-                    dx_ptr, dprobabilities_ptr, x_ptr, probabilities_ptr, weight_ptr, at, at, v, y, factors, counts,
-                    (v < writable) & inside[:, None], (v < V) & wanted, options, CAP, HARD, SHARES, ENTROPY, ACC,
-                )  # fmt: skip
+                at, fits = origin[:, None] + v.to(tl.int64) * D, (v < writable) & inside[:, None]
+                mask = (v < V) & wanted
+                read_again(x_ptr, gradients, targets, at, at, v, y, factors, counts, fits, mask, options, S)
 
 
 @triton.jit(do_not_specialize=["N", "V", "ignore_index"])
@@ -176,10 +148,10 @@ def cross_entropy_check_kernel(target_ptr, blocked_ptr, fault_ptr, N, V, ignore_
     tl.store(blocked_ptr + tl.zeros_like(row), tl.full((BLOCK,), 1, tl.int32), mask=bad)
 
 
-def _tile(V: int, apart: bool, wide: bool, held: bool, heavy: bool) -> tuple[int, int, int] | None:
-    """Rows, classes and warps of a tile: at most 64 elements a thread, so that two programs fit into a multiprocessor's
-    registers. ``held``: shares are in registers too; ``heavy``: more than the plain loss; ``wide``: fp64. None if a row
-    is too long to be held."""
+def _blocks(V: int, apart: bool, wide: bool, held: bool, heavy: bool) -> tuple[int, int, int] | None:
+    """Rows, classes and warps of a block: at most 64 elements a thread, so that two programs fit into the registers
+    of a multiprocessor. ``held``: ``u`` is in registers too; ``heavy``: more than the plain loss; ``wide``: fp64. None
+    if a row is too long to be held."""
     most = 16384 >> held >> 2 * wide
     classes = max(next_power_of_2(V), 16)
     rows = min(max((4096 >> 2 * wide) // classes, 16 if apart else 1), 64)
@@ -215,47 +187,40 @@ def compute(
     """Logits (N, V) or (N, V, D), contiguous; what is None is not wanted. ``dlogits`` may be the logits."""
     (N, V), D = logits.shape[:2], logits.shape[2] if logits.dim() == 3 else 1
     apart, rows = D > 1, N * D
+    entropy, argmax = outputs.entropy is not None or cotangents.entropy is not None, outputs.argmax is not None
     if _is_split(rows, V, apart, logits.device):
-        entropy = outputs.entropy is not None or cotangents.entropy is not None
-        slabs = Slabs(loss, logits, N, [V], entropy, outputs.argmax is not None)
-        slabs.read(logits, 0)
-        slabs.combine(cotangents, outputs)
+        blocks = ColumnBlocks(loss, logits, N, [V], entropy, argmax)
+        blocks.read(logits, 0)
+        blocks.combine(cotangents, outputs)
         if dlogits is not None or dtarget is not None:
-            slabs.gradient(logits, dlogits, 0, dtarget, blocked)
+            blocks.gradient(logits, dlogits, 0, dtarget, blocked)
         return
-    constants: dict[str, Any] = {
-        "APART": apart,
-        "CAP": loss.options.softcap != 0,
-        "SMOOTH": loss.options.label_smoothing != 0,
-        "ACC": acc_type(logits),
-    }
-    pointers = (
-        logits, loss.indices, loss.probabilities, loss.weight, *cotangents, *outputs, dlogits, dtarget,
-        _faults.word(_faults.TARGET), blocked,
-    )  # fmt: skip
-    held = loss.soft or (loss.options.label_smoothing != 0 and loss.weight is not None)
-    beside = (outputs.entropy, outputs.argmax, cotangents.entropy)
+    loss_options = loss.options
+    tensors = (
+        *(logits, loss.targets(_faults.word(_faults.TARGET)), cotangents, outputs),
+        LogitGradients(dlogits, dtarget, blocked),
+    )
+    held = loss.soft or (loss_options.label_smoothing != 0 and loss.weight is not None)
     wide = logits.dtype == torch.float64
-    heavy = wide or loss.shares or loss.options.softcap != 0 or any(t is not None for t in beside)
-    if tile := _tile(V, apart, wide, held, heavy):
-        BLOCK_R, BLOCK_V, num_warps = tile
+    heavy = wide or loss.spread or loss_options.softcap != 0 or entropy or argmax
+    constants: dict[str, Any] = {"APART": apart, "S": loss.shape(entropy, argmax, logits)}
+    if block := _blocks(V, apart, wide, held, heavy):
+        BLOCK_R, BLOCK_V, num_warps = block
         groups = ceil_div(D, BLOCK_R)
-        launch(
-            cross_entropy_tile_kernel, (N * groups if apart else ceil_div(N, BLOCK_R),), *pointers,
-            N, V, D, groups, loss.options.ignore_index, *loss.numbers,
-            **constants, BLOCK_R=BLOCK_R, BLOCK_V=BLOCK_V, num_warps=num_warps,
-        )  # fmt: skip
+        grid = (N * groups if apart else ceil_div(N, BLOCK_R),)
+        arguments = *tensors, N, V, D, groups, loss_options.ignore_index, *loss.numbers
+        constants |= {"BLOCK_R": BLOCK_R, "BLOCK_V": BLOCK_V, "num_warps": num_warps}
+        launch(cross_entropy_rows_kernel, grid, *arguments, **constants)
         return
     gradient = dlogits is not None or dtarget is not None
     num_warps, programs = (4, 8) if apart else _loop(V * logits.element_size(), gradient, heavy)
-    LANES, ELEMENTS = (64, 32) if apart else ((64 >> heavy) * num_warps, 8)
-    groups = ceil_div(D, LANES)
+    STATES, ELEMENTS = (64, 32) if apart else ((64 >> heavy) * num_warps, 8)
+    groups = ceil_div(D, STATES)
     items = N * groups
     grid = (min(items, programs * multiprocessors(logits.device)),)
-    launch(
-        cross_entropy_loop_kernel, grid, *pointers, N, V, D, items, groups, loss.options.ignore_index, *loss.numbers,
-        **constants, LANES=LANES, ELEMENTS=ELEMENTS, num_warps=num_warps,
-    )  # fmt: skip
+    arguments = *tensors, N, V, D, items, groups, loss_options.ignore_index, *loss.numbers
+    constants |= {"STATES": STATES, "ELEMENTS": ELEMENTS, "num_warps": num_warps}
+    launch(cross_entropy_loop_kernel, grid, *arguments, **constants)
 
 
 def _check(logits: Tensor, loss: Loss, cotangents: Cotangents) -> None:
@@ -317,10 +282,9 @@ def cross_entropy_forward_(
     blocked = None
     if not loss.soft:
         blocked = torch.zeros(1, dtype=torch.int32, device=logits.device)
-        launch(
-            cross_entropy_check_kernel, (ceil_div(target.numel(), 1024),), target, blocked,
-            _faults.word(_faults.TARGET), target.numel(), loss.V, options.ignore_index, BLOCK=1024,
-        )  # fmt: skip
+        N, fault = target.numel(), _faults.word(_faults.TARGET)
+        arguments = target, blocked, fault, N, loss.V, options.ignore_index
+        launch(cross_entropy_check_kernel, (ceil_div(N, 1024),), *arguments, BLOCK=1024)
     compute(logits, loss, outputs, cotangents, logits, dtarget, blocked)
     return *outputs.filled(), _or_empty(dtarget, target)
 

@@ -3,9 +3,9 @@
 Traffic: the gradients are read once for the norm, and read and written once more only if they are scaled.
 
 A launch takes up to eight tensors, whose pointers and sizes are arguments of the kernel: no table of them has to be
-copied to the GPU, which would wait for it, or could not be captured in a graph. (Not as tuples: of what is in a tuple
-Triton compiles a version for every pattern of sizes.) A program takes one chunk of one tensor. The norm is summed in
-fp64, where no square of a fp32 number overflows or vanishes; each chunk's sum is a partial, and one program adds the
+copied to the GPU, which would wait for it, or could not be captured in a graph. (Sizes not as a tuple: of what is in a
+tuple Triton compiles a version for every pattern of sizes.) A program takes one chunk of one tensor. The norm is summed
+in fp64, where no square of a fp32 number overflows or vanishes; each chunk's sum is a partial, and one program adds the
 partials in order.
 """
 
@@ -24,10 +24,7 @@ from ._launch import acc_type, ceil_div, launch
 
 # Tensors of a launch, elements of a program, and of a step of it.
 TENSORS, CHUNK, BLOCK = 8, 32768, 4096
-_PLAIN = {
-    "do_not_specialize": [*(f"n{k}" for k in range(TENSORS)), "first"],
-    "do_not_specialize_on_alignment": [f"x{k}_ptr" for k in range(TENSORS)],
-}
+_CHANGING = [*(f"n{k}" for k in range(TENSORS)), "first"]
 
 
 @triton.jit
@@ -52,13 +49,12 @@ def _squares(ptr, i, mask):
     return x * x
 
 
-@triton.jit(**_PLAIN)
+@triton.jit(do_not_specialize=_CHANGING)
 def grad_norm_kernel(
-    x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr,
+    tensors,
     n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int64, n4: tl.int64, n5: tl.int64, n6: tl.int64, n7: tl.int64,
     partials_ptr, first: tl.int64, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensors = (x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr)
     ptr, begin, end = _own_chunk(tensors, (n0, n1, n2, n3, n4, n5, n6, n7), ALIGNED, CHUNK)
     whole = begin + (end - begin) // BLOCK * BLOCK
     total = tl.zeros((BLOCK,), tl.float64)
@@ -81,13 +77,12 @@ def _scale_block(ptr, i, mask, factor):
     tl.store(ptr + i, (x * factor).to(ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(**_PLAIN)
+@triton.jit(do_not_specialize=_CHANGING)
 def grad_norm_scale_kernel(
-    x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr,
+    tensors,
     n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int64, n4: tl.int64, n5: tl.int64, n6: tl.int64, n7: tl.int64,
     factor_ptr, ACC: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tensors = (x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr)
     ptr, begin, end = _own_chunk(tensors, (n0, n1, n2, n3, n4, n5, n6, n7), ALIGNED, CHUNK)
     whole = begin + (end - begin) // BLOCK * BLOCK
     factor = tl.load(factor_ptr)
@@ -102,7 +97,7 @@ def grad_norm_scale_kernel(
 
 
 class _Group(NamedTuple):
-    """What one launch takes: ``arguments``, tensors and sizes as the kernels have them, ``chunks`` in all."""
+    """What one launch takes: ``arguments``, tensors and sizes as kernels have them, ``chunks`` in all."""
 
     arguments: tuple[Any, ...]
     chunks: int
@@ -122,7 +117,7 @@ def _groups(tensors: list[Tensor]) -> Iterator[_Group]:
         for start in range(0, len(members), TENSORS):
             part = members[start : start + TENSORS]
             left = TENSORS - len(part)
-            arguments = (*part, *part[:1] * left, *(t.numel() for t in part), *[0] * left)
+            arguments = ((*part, *part[:1] * left), *(t.numel() for t in part), *[0] * left)
             yield _Group(arguments, sum(ceil_div(t.numel(), CHUNK) for t in part), options)
 
 
@@ -144,5 +139,5 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     """Each tensor times ``factor``, a float64 scalar beside them, in place: multiplied in fp32 (fp64 for fp64), rounded
     once. If it is 1, nothing is read."""
     for group in _groups(tensors):
-        acc = acc_type(group.arguments[0])
+        acc = acc_type(group.arguments[0][0])
         launch(grad_norm_scale_kernel, (group.chunks,), *group.arguments, factor, ACC=acc, **group.options)

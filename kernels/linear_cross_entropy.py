@@ -3,16 +3,16 @@
 The products are torch's (cuBLAS), and so is their precision; between them one kernel per chunk of logits makes what
 `cross_entropy` makes, and the gradient takes the logits' place. In units of 2NHV operations a product, two ways:
 
-    chunks of rows (3 products)         slabs of columns (4 products)
+    chunks of rows (3 products)         blocks of columns (4 products)
       logits = x[rows] W^T                logits = x W[columns]^T, to the states of the rows
-      outputs, dlogits in place           outputs from the states; then for each slab again
+      outputs, dlogits in place           outputs from the states; then for each block again
       dx[rows] = dlogits W                  logits = x W[columns]^T, dlogits in place
       dW += dlogits^T x[rows]               dW[columns] = dlogits^T x,  dx += dlogits W[columns]
 
 Chunks take fewer operations, and read and write dW for each of them: they have to be tall; and where x is narrower
-than fp32, a sum over several takes 4 VH bytes beside the result. Slabs write dW once, from one product over all rows,
-and take 4 NH bytes for dx. So chunks are taken where the workspace holds tall ones, slabs where it does not
-(:func:`plan`). For N 8192, H 4096, V 128256 in bf16, beside gradients of 1.04 GiB: slabs of 4096 columns 0.19 GiB,
+than fp32, a sum over several takes 4 VH bytes beside the result. Blocks write dW once, from one product over all rows,
+and take 4 NH bytes for dx. So chunks are taken where the workspace holds tall ones, blocks where it does not
+(:func:`plan`). For N 8192, H 4096, V 128256 in bf16, beside gradients of 1.04 GiB: blocks of 4096 columns 0.19 GiB,
 chunks of 1024 rows 2.20, of all rows (one needs no sum) 1.96.
 
 Ignored rows are not read by the row kernels and have gradients of zero, but the products take them along: how many
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .._groups import LossOptions
 from ._launch import accumulator, ceil_div
+from ._softmax_blocks import ColumnBlocks
 from ._softmax_rows import Cotangents, Loss, Outputs
-from ._softmax_slabs import Slabs
 from .cross_entropy import compute
 
 # Rows that make a chunk tall: one pass over a dW in fp32 takes as long as the products of some 200 rows.
@@ -39,14 +39,14 @@ _TALL = 1024
 
 
 class Plan(NamedTuple):
-    """``size`` rows a chunk, or columns a slab."""
+    """``size`` rows a chunk, or columns a block."""
 
     by_rows: bool
     size: int
 
 
 def plan(N: int, V: int, itemsize: int, workspace: int) -> Plan:
-    """Chunks if the workspace holds all rows, or 1024, or more rows than a slab would have columns; else slabs."""
+    """Chunks if the workspace holds all rows, or 1024, or more rows than a block would have columns; else blocks."""
     rows, columns = (max(workspace // (n * itemsize), 1) for n in (V, max(N, 1)))
     by_rows = rows >= min(N, _TALL) or rows >= columns
     whole, most = (N, rows) if by_rows else (V, columns)
@@ -170,32 +170,32 @@ def _by_columns(
 
     def logits_of(columns: slice) -> Tensor:
         width = columns.stop - columns.start
-        slab = memory[: N * width].view(N, width)
-        layer.logits(every, columns, slab)
-        return slab
+        block = memory[: N * width].view(N, width)
+        layer.logits(every, columns, block)
+        return block
 
     entropy = outputs.entropy is not None or cotangents.entropy is not None
     widths = [columns.stop - columns.start for columns in parts]
-    slabs = Slabs(loss, layer.x, N, widths, entropy, outputs.argmax is not None)
+    blocks = ColumnBlocks(loss, layer.x, N, widths, entropy, outputs.argmax is not None)
     for columns in parts:
-        slab = logits_of(columns)
-        slabs.read(slab, columns.start)
-    slabs.combine(cotangents, outputs)
+        block = logits_of(columns)
+        blocks.read(block, columns.start)
+    blocks.combine(cotangents, outputs)
     if all(g is None for g in gradients):
         return
     needs_logits = any(g is not None for g in gradients[:3])
     dx = _wide(gradients.x, len(parts) > 1)
-    # Backwards: the logits of the last slab are still there.
+    # Backwards: the logits of the last block are still there.
     for columns in reversed(parts):
         last = columns is parts[-1]
-        slab = slab if last else logits_of(columns)
-        slabs.gradient(slab, slab if needs_logits else None, columns.start, gradients.target)
+        block = block if last else logits_of(columns)
+        blocks.gradient(block, block if needs_logits else None, columns.start, gradients.target)
         if gradients.linear_weight is not None:
-            torch.mm(slab.t(), layer.x, out=gradients.linear_weight[columns])
+            torch.mm(block.t(), layer.x, out=gradients.linear_weight[columns])
         if gradients.linear_bias is not None:
-            gradients.linear_bias[columns].copy_(torch.sum(slab, 0, dtype=accumulator(slab)))
+            gradients.linear_bias[columns].copy_(torch.sum(block, 0, dtype=accumulator(block)))
         if dx is not None:
-            _multiply(dx, slab, layer.weight[columns], not last)
+            _multiply(dx, block, layer.weight[columns], not last)
     _narrow(gradients.x, dx)
 
 

@@ -102,8 +102,10 @@ def unit(launch: _launch.Launch) -> Unit:
         grouped = len(path) > 1
         if isinstance(value, tuple):
             fields = getattr(value, "_fields", range(len(value)))
-            names = [f"{name}.{field}" if grouped or isinstance(field, int) else field for field in fields]
-            members = [type_of(v, n, (*path, i), parameter) for i, (v, n) in enumerate(zip(value, names, strict=True))]
+            members = [
+                type_of(member, f"{name}.{field}", (*path, i), parameter)
+                for i, (member, field) in enumerate(zip(value, fields, strict=True))
+            ]
             return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
         assert not (grouped and isinstance(value, float)), f"{name}: a float in a group would be passed as fp32"
         specialise = grouped or not parameter.do_not_specialize
@@ -111,7 +113,7 @@ def unit(launch: _launch.Launch) -> Unit:
         if constant or value is None or (specialise and type(value) is int and value == 1):
             constants[path] = getattr(value, "value", value)
             if constant:
-                shown.append(f"{name}={constants[path]}")
+                shown.append(f"{name.rpartition('.')[2]}={constants[path]}")
             elif value is None:
                 shown.append(f"no {name.removesuffix('_ptr')}")
             return "constexpr"

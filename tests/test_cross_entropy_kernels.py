@@ -36,7 +36,7 @@ def module() -> Any:
 def way(request: pytest.FixtureRequest, module: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How rows go, whatever their size says; a block is 4096 classes, a slice 8192."""
     if request.param != "held":
-        monkeypatch.setattr(module, "_tile", lambda *_: None)
+        monkeypatch.setattr(module, "_blocks", lambda *_: None)
     monkeypatch.setattr(module, "_is_split", lambda *_: request.param == "slices")
     return request.param
 
@@ -111,8 +111,8 @@ def test_classes_apart(module: Any, monkeypatch: pytest.MonkeyPatch, V: int, D: 
     (dwant,) = torch.autograd.grad(want, leaf, cotangent)
     logits[1, :, D // 2] = NAN
     best = logits.argmax(1).where(target >= 0, -1)
-    for tile in (module._tile, lambda *_: None):
-        monkeypatch.setattr(module, "_tile", tile)
+    for tile in (module._blocks, lambda *_: None):
+        monkeypatch.setattr(module, "_blocks", tile)
         results = module.cross_entropy_forward(logits, target, None, cotangent, PLAIN, False, True, True, False)
         compare([results[0], results[3], results[4]], [want.detach(), best, dwant])
 
@@ -169,7 +169,7 @@ def test_in_place(way: str, module: Any) -> None:
 @interpreted
 def test_the_same_bits_for_any_grid(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target, weight = problem(5, 4100, torch.float32, False)
-    monkeypatch.setattr(module, "_tile", lambda *_: None)
+    monkeypatch.setattr(module, "_blocks", lambda *_: None)
     monkeypatch.setattr(module, "_is_split", lambda *_: False)
     results = []
     for count in (132, 1):
@@ -185,7 +185,7 @@ def test_the_same_bits_for_any_grid(module: Any, monkeypatch: pytest.MonkeyPatch
 def test_more_than_two_to_the_31_logits(way: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row of them, by the programs that have it; the others would take the interpreter an hour. The logits are
     zeros, which take no memory as long as nobody writes to them."""
-    from llmkern.kernels import _softmax_slabs
+    from llmkern.kernels import _softmax_blocks
     from triton.runtime.interpreter import InterpreterBuilder
 
     N, V = (1 << 17) + 3, 16384
@@ -201,7 +201,7 @@ def test_more_than_two_to_the_31_logits(way: str, module: Any, monkeypatch: pyte
         handle = original(self, axis)
         return handle if axis else type(handle)(handle.data + first[0], handle.dtype)
 
-    for home in (module, _softmax_slabs):
+    for home in (module, _softmax_blocks):
         monkeypatch.setattr(home, "launch", launch_last)
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
     libc = ctypes.CDLL(None)

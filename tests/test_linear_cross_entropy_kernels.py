@@ -1,4 +1,4 @@
-"""Triton's linear + cross-entropy: chunks of rows and slabs of columns, which of them, and the memory they take."""
+"""Triton's linear + cross-entropy: chunks of rows and blocks of columns, which of them, and the memory they take."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def module() -> Any:
         (8192, 128256, 2 * 1024 * 128256 - 1, (False, 14336)),
         (200, 128256, 64 << 20, (True, 200)),
         (8192, 32000, 64 << 20, (True, 1024)),
-        (1 << 20, 128256, 64 << 20, (True, 256)),  # slabs would have 32 columns
+        (1 << 20, 128256, 64 << 20, (True, 256)),  # blocks would have 32 columns
         (9, 97, 4 * 97 * 2, (False, 33)),
         (29, 13, 4 * 13 * 2, (True, 4)),
         (5, 7, 1, (True, 1)),
@@ -62,9 +62,9 @@ def problem(
     return x, w, b, target, (0.5 + torch.rand(V)).to(dtype)
 
 
-# Several chunks of 4 rows, and several slabs of 33 columns; the last of each is shorter.
+# Several chunks of 4 rows, and several blocks of 33 columns; the last of each is shorter.
 @interpreted
-@pytest.mark.parametrize("shape", [(29, 13, 4 * 13), (9, 97, 4 * 97)], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("shape", [(29, 13, 4 * 13), (9, 97, 4 * 97)], ids=["chunks", "blocks"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("options", [PLAIN, EVERY], ids=str)
 def test_every_output_and_gradient(module: Any, options: Any, soft: bool, shape: tuple[int, int, int]) -> None:
@@ -159,13 +159,12 @@ def peak(module: Any, workspace: int, gradient: bool = True) -> int:
     return memory.peak
 
 
-@pytest.mark.skipif(torch.__version__ < "2.11", reason="addmm with an output dtype fails on torch 2.10's meta device")
 def test_memory(module: Any) -> None:
     """Counted from shapes: the results, a workspace, and what is summed in fp32."""
     N, H, V, some = 8192, 4096, 128256, 8 << 20
     gradients = 2 * (V * H + N * H)
-    slabs = gradients + 2 * N * 4096 + 4 * N * H
-    assert slabs <= peak(module, 64 << 20) <= slabs + some <= 1.35 * 2**30
+    blocks = gradients + 2 * N * 4096 + 4 * N * H
+    assert blocks <= peak(module, 64 << 20) <= blocks + some <= 1.35 * 2**30
     chunks = gradients + 2 * 4096 * V + 4 * V * H
     assert chunks <= peak(module, 1 << 30) <= chunks + some
     whole = gradients + 2 * N * V

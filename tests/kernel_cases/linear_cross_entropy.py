@@ -1,4 +1,4 @@
-"""Linear + cross-entropy: chunks of rows, slabs of columns. The products are torch's and are not counted."""
+"""Linear + cross-entropy: chunks of rows, blocks of columns. The products are torch's and are not counted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASES = {
         again={"N": LARGE["N"] + 1024},
     ),
     # One read; and one read of the logits that are made again, and their write. Beside them states and factors.
-    "slabs of columns": Case(
+    "blocks of columns": Case(
         backward,
         {**LARGE, "workspace": 64 << 20},
         {**SMALL, "workspace": 16 * 2 * 128},
