@@ -41,7 +41,8 @@ DType dtype_of(const py::array& x) {
   require((kind == 'f' && (size == 2 || size == 4 || size == 8)) || (kind == 'u' && size == 2),
           "expected float32, float64, float16, or uint16 with the bits of bfloat16");
   if (kind == 'u') return DType::bf16;
-  return size == 2 ? DType::f16 : size == 4 ? DType::f32 : DType::f64;
+  if (size == 2) return DType::f16;
+  return size == 4 ? DType::f32 : DType::f64;
 }
 
 DType dtype_named(const std::string& name) {
@@ -67,7 +68,7 @@ cpu::Matrix matrix_of(const py::array& x) {
   require(by_rows || by_columns, "expected contiguous rows or contiguous columns");
   const auto stride = x.strides(by_rows ? 0 : 1);
   require(stride >= 0 && stride % size == 0, "expected a stride of whole elements, not negative");
-  return {x.data(), dtype_of(x), stride / size, !by_rows};
+  return {.data = x.data(), .dtype = dtype_of(x), .ld = stride / size, .transposed = !by_rows};
 }
 
 void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate) {
@@ -86,7 +87,7 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
 cpu::Indices indices_of(const py::array& x) {
   require_contiguous(x, 1);
   require(x.dtype().kind() == 'i' && (x.itemsize() == 4 || x.itemsize() == 8), "indices: expected int32 or int64");
-  return {x.data(), x.itemsize() == 8};
+  return {.data = x.data(), .is_int64 = x.itemsize() == 8};
 }
 
 py::array embedding_forward(const py::array& weight, const py::array& indices) {
@@ -184,7 +185,8 @@ double peak_bandwidth(const std::string& traffic, double seconds) {
   if (!read && !copy && traffic != "stream")
     throw std::invalid_argument("unknown traffic '" + traffic + "'; expected read, copy or stream");
   const py::gil_scoped_release release;
-  return cpu::peak_bandwidth(read ? cpu::Traffic::read : copy ? cpu::Traffic::copy : cpu::Traffic::stream, seconds);
+  if (read) return cpu::peak_bandwidth(cpu::Traffic::read, seconds);
+  return cpu::peak_bandwidth(copy ? cpu::Traffic::copy : cpu::Traffic::stream, seconds);
 }
 
 double peak_flops(const std::string& dtype, double seconds) {

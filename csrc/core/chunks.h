@@ -14,7 +14,7 @@ template <class Tensor>
 class Chunks {
  public:
   explicit Chunks(const std::vector<Tensor>& tensors) : tensors_(tensors) {
-    for (const Tensor& tensor : tensors) first_.push_back(first_.back() + (tensor.n + kElements - 1) / kElements);
+    for (const Tensor& tensor : tensors) first_.push_back(first_.back() + ceil_div(tensor.n, kElements));
   }
   int64_t count() const { return first_.back(); }
 

@@ -27,20 +27,13 @@
 
 #include "core/memory.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
 
-// A gradient larger than this does not stay in cache until the next op reads it.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kGrain = 16 * 1024;  // elements that are worth a thread
 constexpr int64_t kGroup = 16;         // rows that are transposed together
-
-template <class T>
-T* at(T* p, int64_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return p ? reinterpret_cast<T*>(static_cast<Byte*>(p) + bytes) : nullptr;
-}
 
 // One call: what its rows share.
 template <class A>
@@ -58,19 +51,18 @@ struct Call {
   Call(const CrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
        const CrossEntropyGradients& gradients)
       : op(op), outputs(outputs), cotangents(cotangents) {
-    const int64_t bytes = op.N * op.V * op.D * static_cast<int64_t>(itemsize(gradients.dtype));
+    const int64_t bytes = op.N * op.V * op.D * itemsize(gradients.dtype);
     stream = bytes > kStreamBytes && op.D == 1;
     wants_gradient = gradients.dlogits || gradients.dtarget;
     // Probabilities that need neither factor nor conversion are u themselves.
-    needs_u = op.probabilities && (op.weight || op.label_smoothing != 0 || itemsize(op.target_dtype) != sizeof(A));
+    needs_u = op.probabilities && (op.weight || op.label_smoothing != 0 || op.target_dtype != accum_of(op.dtype));
     if (op.weight) kernels.targets(op.weight, op.weight_dtype, nullptr, 1, 0, op.V, w.get());
-    if (shared_u_used()) kernels.targets(nullptr, accum(), w.get(), 0, rest, op.V, shared_u.get());
+    if (shared_u_used()) kernels.targets(nullptr, accum_of(op.dtype), w.get(), 0, rest, op.V, shared_u.get());
   }
-  static constexpr DType accum() { return sizeof(A) == 8 ? DType::f64 : DType::f32; }
   const A* weights() const { return op.weight ? w.get() : nullptr; }
   bool shared_u_used() const { return op.weight && op.label_smoothing != 0 && op.target; }
   double uniform() const { return op.target ? rest : 0; }
-  int64_t slabs() const { return (op.V + kCrossEntropySlab - 1) / kCrossEntropySlab; }
+  int64_t slabs() const { return ceil_div(op.V, kCrossEntropySlab); }
 };
 
 // What a thread needs for a row.
@@ -97,7 +89,7 @@ struct Row {
 
   int64_t begin(int64_t s) const { return s * kCrossEntropySlab; }
   int64_t size(int64_t s) const { return std::min(kCrossEntropySlab, op.V - begin(s)); }
-  const void* logits(int64_t v) const { return at(x, v * static_cast<int64_t>(itemsize(op.dtype))); }
+  const void* logits(int64_t v) const { return at(x, v, op.dtype); }
   const A* u(int64_t v) const {
     if (call.needs_u) return scratch.u.get() + v;
     if (op.probabilities) return static_cast<const A*>(t) + v;
@@ -113,7 +105,7 @@ struct Row {
     const bool entropy = call.outputs.entropy || call.cotangents.entropy;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t v = begin(s), n = size(s);
-      const void* const from = at(t, v * static_cast<int64_t>(itemsize(op.target_dtype)));
+      const void* const from = at(t, v, op.target_dtype);
       if (call.needs_u)
         call.kernels.targets(from, op.target_dtype, call.weights() ? call.weights() + v : nullptr, call.keep, call.rest,
                              n, scratch.u.get() + v);
@@ -133,7 +125,8 @@ struct Row {
     for (int64_t s = 0; s < call.slabs(); ++s) {
       const CrossEntropyPart& part = scratch.parts[s];
       const double factor = part.max == -inf ? 0 : std::exp(part.base - m);
-      sum += factor * part.sum, total += part.total;
+      sum += factor * part.sum;
+      total += part.total;
       weighted += part.weighted + part.total * (part.base - m);
       if (part.max != -inf) moment += factor * (part.entropy + part.sum * (part.base - m));
     }
@@ -146,13 +139,20 @@ struct Row {
     }
     if (op.probabilities || call.rest != 0) loss += total * log_sum - weighted;
     if (op.z_loss != 0) loss += op.z_loss * lse * lse;
-    put(call.outputs.loss, i, loss), put(call.outputs.entropy, i, entropy);
+    put(call.outputs.loss, i, loss);
+    put(call.outputs.entropy, i, entropy);
     put(call.outputs.lse, i, std::isinf(most) && find(m) < 0 ? most : lse);
     const double g = value(call.cotangents.loss, i), g_entropy = value(call.cotangents.entropy, i);
-    k.p = 1 / sum, k.m = m, k.log_sum = log_sum, k.loss = g, k.entropy = g_entropy, k.own = g * own;
+    k.p = 1 / sum;
+    k.m = m;
+    k.log_sum = log_sum;
+    k.loss = g;
+    k.entropy = g_entropy;
+    k.own = g * own;
     k.softmax = g * (own + total + 2 * op.z_loss * lse) + value(call.cotangents.lse, i);
     if (g_entropy != 0) k.softmax += g_entropy * (log_sum - entropy);
-    k.uniform = call.uniform(), k.keep = call.keep;
+    k.uniform = call.uniform();
+    k.keep = call.keep;
     if (call.outputs.argmax) call.outputs.argmax[i] = std::max<int64_t>(0, find(most));
   }
 
@@ -179,10 +179,10 @@ struct Row {
             scratch.e.get() + v,
             n,
             y < n ? std::max<int64_t>(y, -1) : -1,
-            at(dx, v * static_cast<int64_t>(itemsize(dx_dtype))),
+            at(dx, v, dx_dtype),
             dx_dtype,
             call.stream,
-            at(dt, v * static_cast<int64_t>(itemsize(op.target_dtype)))};
+            at(dt, v, op.target_dtype)};
   }
   void gradient(int64_t s0, int64_t s1) const {
     for (int64_t s = s0; s < s1; ++s) call.kernels.gradient(op, gradient_of(s));
@@ -209,7 +209,7 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
   // Gradients that are narrower than the logits whose place they take: their slabs lie over logits of other slabs.
   const bool inplace = gradients.dlogits == logits, narrowed = inplace && gradients.dtype != op.dtype;
   const auto row = [&](const Scratch<A>& scratch, int64_t i) {
-    const auto of = [&](auto* p, DType dtype) { return at(p, i * op.V * static_cast<int64_t>(itemsize(dtype))); };
+    const auto of = [&](auto* p, DType dtype) { return at(p, i * op.V, dtype); };
     return Row<A>{call,
                   op,
                   scratch,
@@ -221,25 +221,26 @@ void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& 
                   gradients.dtype};
   };
   if (op.N >= threads_of_region() || call.slabs() == 1 || narrowed)
-    return parallel_for(op.N, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, op.V)),
-                        [&](int64_t begin, int64_t end) {
-                          // The gradient of a row is written while the next is reduced: memory and arithmetic keep each
-                          // other company.
-                          const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
-                          std::optional<Row<A>> last;
-                          int free = 0;
-                          for (int64_t i = begin; i < end; ++i) {
-                            Row<A> next = row(scratch[free], i);
-                            if (next.ignored()) {
-                              next.skip();
-                              continue;
-                            }
-                            next.reduce(0, call.slabs(), last ? &*last : nullptr);
-                            next.combine();
-                            if (call.wants_gradient) last.emplace(next), free ^= 1;
-                          }
-                          if (last) last->gradient(0, call.slabs());
-                        });
+    return parallel_for(op.N, rows_in(kGrain, op.V), [&](int64_t begin, int64_t end) {
+      // The gradient of a row is written while the next is reduced: memory and arithmetic keep each other company.
+      const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
+      std::optional<Row<A>> last;
+      int free = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        Row<A> next = row(scratch[free], i);
+        if (next.ignored()) {
+          next.skip();
+          continue;
+        }
+        next.reduce(0, call.slabs(), last ? &*last : nullptr);
+        next.combine();
+        if (call.wants_gradient) {
+          last.emplace(next);
+          free ^= 1;
+        }
+      }
+      if (last) last->gradient(0, call.slabs());
+    });
   const Scratch<A> scratch(call);
   for (int64_t i = 0; i < op.N; ++i) {
     Row<A> one = row(scratch, i);
@@ -260,44 +261,41 @@ template <class A>
 void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
   const CrossEntropy& op = call.op;
   CrossEntropy wide = op;
-  wide.dtype = Call<A>::accum();
+  wide.dtype = accum_of(op.dtype);
   if (op.probabilities) wide.target_dtype = wide.dtype;
-  const int64_t groups = (op.D + kGroup - 1) / kGroup;
-  parallel_for(op.N * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, op.V * kGroup)),
-               [&](int64_t begin, int64_t end) {
-                 const Scratch<A> scratch(call);
-                 const size_t size = static_cast<size_t>(kGroup * op.V);
-                 const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
-                 for (int64_t item = begin; item < end; ++item) {
-                   const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
-                   const int64_t origin = n * op.V * op.D + d;
-                   const auto gather = [&](const void* from, DType dtype, A* to) {
-                     call.kernels.transpose(at(from, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D, op.V,
-                                            width, to, wide.dtype, op.V);
-                   };
-                   const auto scatter = [&](const A* from, void* to, DType dtype) {
-                     call.kernels.transpose(from, wide.dtype, op.V, width, op.V,
-                                            at(to, origin * static_cast<int64_t>(itemsize(dtype))), dtype, op.D);
-                   };
-                   gather(logits, op.dtype, x.get());
-                   if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
-                   for (int64_t r = 0; r < width; ++r) {
-                     A* const own = x.get() + r * op.V;
-                     Row<A>{call,
-                            wide,
-                            scratch,
-                            n * op.D + d + r,
-                            own,
-                            op.probabilities ? t.get() + r * op.V : nullptr,
-                            gradients.dlogits ? own : nullptr,
-                            gradients.dtarget ? dt.get() + r * op.V : nullptr,
-                            wide.dtype}
-                         .run();
-                   }
-                   if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
-                   if (gradients.dtarget) scatter(dt.get(), gradients.dtarget, op.target_dtype);
-                 }
-               });
+  const int64_t groups = ceil_div(op.D, kGroup);
+  parallel_for(op.N * groups, rows_in(kGrain, op.V * kGroup), [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(call);
+    const size_t size = static_cast<size_t>(kGroup * op.V);
+    const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
+      const int64_t origin = n * op.V * op.D + d;
+      const auto gather = [&](const void* from, DType dtype, A* to) {
+        call.kernels.transpose(at(from, origin, dtype), dtype, op.D, op.V, width, to, wide.dtype, op.V);
+      };
+      const auto scatter = [&](const A* from, void* to, DType dtype) {
+        call.kernels.transpose(from, wide.dtype, op.V, width, op.V, at(to, origin, dtype), dtype, op.D);
+      };
+      gather(logits, op.dtype, x.get());
+      if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
+      for (int64_t r = 0; r < width; ++r) {
+        A* const own = x.get() + r * op.V;
+        Row<A>{call,
+               wide,
+               scratch,
+               n * op.D + d + r,
+               own,
+               op.probabilities ? t.get() + r * op.V : nullptr,
+               gradients.dlogits ? own : nullptr,
+               gradients.dtarget ? dt.get() + r * op.V : nullptr,
+               wide.dtype}
+            .run();
+      }
+      if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
+      if (gradients.dtarget) scatter(dt.get(), gradients.dtarget, op.target_dtype);
+    }
+  });
 }
 
 }  // namespace

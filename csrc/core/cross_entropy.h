@@ -30,7 +30,7 @@ struct CrossEntropyOutputs {
 
 // (N, D), in Accum: the gradients that came for the outputs. Null: none.
 struct CrossEntropyCotangents {
-  const void *loss, *lse, *entropy;
+  const void *loss = nullptr, *lse = nullptr, *entropy = nullptr;
 };
 
 // dlogits (N, V, D) have the dtype of the logits, or bf16 for logits in f32. They may be the logits themselves: then

@@ -15,7 +15,12 @@ struct f16 {
 
 enum class DType : int { f32, bf16, f16, f64 };
 
-static inline size_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+static inline int64_t itemsize(DType dtype) {
+  if (dtype == DType::f64) return 8;
+  return dtype == DType::f32 ? 4 : 2;
+}
+// What arithmetic on elements of `dtype` is done in.
+static inline DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 static inline double to_double(float x) { return x; }
 static inline double to_double(double x) { return x; }

@@ -12,6 +12,7 @@
 
 #include "core/bag_gradient.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
@@ -40,7 +41,8 @@ void bag_starts(Indices offsets, int64_t N, int64_t B, bool include_last, int64_
   const auto text = [](int64_t x) { return std::to_string(x); };
   for (int64_t b = 0; b < B; ++b) starts[b] = offsets.data ? offsets[b] : b * (N / B);
   // Without a bag no index lies in one.
-  starts[B] = include_last ? offsets[B] : B > 0 ? N : 0;
+  const int64_t covered = B > 0 ? N : 0;
+  starts[B] = include_last ? offsets[B] : covered;
   if (starts[0] != 0)
     throw std::runtime_error(
         "offsets[0] has to be 0, i.e., the first sequence in the mini-batch has to start from position 0. However, "
@@ -70,7 +72,7 @@ void embedding_bag_max_forward(const Table& table, const Bags& bags, void* out, 
 }
 
 void embedding_bag_samples_backward(const Table& table, const Bags& bags, bool mean, const void* dout, void* dsamples) {
-  const int64_t size = static_cast<int64_t>(itemsize(table.dtype));
+  const int64_t size = itemsize(table.dtype);
   if (const int64_t used = bags.starts[bags.B]; used < bags.N)
     std::fill(static_cast<char*>(dsamples) + used * size, static_cast<char*>(dsamples) + bags.N * size, char{0});
   over_bags(table, bags, [&](int64_t begin, int64_t end) {
@@ -87,7 +89,7 @@ BagGradient::BagGradient(const Table& table, const Bags& bags, bool mean, const 
       order_(bags.indices, bags.starts[bags.B], table.V),
       source_(order_.positions()),
       scale_(scaled_ ? order_.positions() * sizeof(double) : 0) {
-  const int64_t N = order_.positions(), wide = dtype_ == DType::f64 ? sizeof(double) : sizeof(float);
+  const int64_t N = order_.positions(), wide = itemsize(accum_of(dtype_));
   Buffer<uint32_t> bag(N);
   Buffer<char> factor(scaled_ ? N * wide : 0);
   parallel_for(bags.B, 512, [&](int64_t begin, int64_t end) {
@@ -107,8 +109,14 @@ BagGradient::BagGradient(const Table& table, const Bags& bags, bool mean, const 
 }
 
 Terms BagGradient::terms() const {
-  return {dout_,    dtype_,        D_, order_.positions(), source_.get(), scaled_ ? scale_.get() : nullptr,
-          largest_, order_.order()};
+  return {.rows = dout_,
+          .dtype = dtype_,
+          .D = D_,
+          .N = order_.positions(),
+          .source = source_.get(),
+          .scale = scaled_ ? scale_.get() : nullptr,
+          .largest = largest_,
+          .position = order_.order()};
 }
 
 }  // namespace llmkern::cpu

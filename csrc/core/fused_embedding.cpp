@@ -19,19 +19,17 @@
 #include "core/row_order.h"
 #include "core/table_gradient.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kGrainBytes = 32 * 1024;
 // Shares of the tokens for the norm's gradients: as many as this, of at least so many tokens.
 constexpr int64_t kShares = 128, kShareTokens = 32;
 
-size_t accum_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+int64_t row_bytes(const FusedEmbedding& op) { return op.D * itemsize(op.dtype); }
 
-int64_t row_bytes(const FusedEmbedding& op) { return op.D * static_cast<int64_t>(itemsize(op.dtype)); }
-
-int64_t grain_rows(const FusedEmbedding& op) { return std::max<int64_t>(1, kGrainBytes / (row_bytes(op) + 1)); }
+int64_t grain_rows(const FusedEmbedding& op) { return rows_in(kGrainBytes, row_bytes(op)); }
 
 void check(const FusedEmbedding& op) {
   static constexpr const char* kPrefix[] = {"", "positions: ", "token_types: "};
@@ -46,10 +44,10 @@ void check(const FusedEmbedding& op) {
 FusedRows rows_of(const FusedEmbedding& op, int64_t n) {
   const auto row = [&](const FusedTable& table, int64_t n) -> const void* {
     if (table.period == 0 || !table.data) return nullptr;
-    return static_cast<const char*>(table.data) + table.row(n) * row_bytes(op);
+    return at(table.data, table.row(n) * op.D, op.dtype);
   };
-  return {{row(op.tables[0], n), row(op.tables[1], n), row(op.tables[2], n)},
-          row(op.tables[0], std::min(n + 1, op.N - 1))};
+  return {.at = {row(op.tables[0], n), row(op.tables[1], n), row(op.tables[2], n)},
+          .next = row(op.tables[0], std::min(n + 1, op.N - 1))};
 }
 
 // dtable[r] = scale * the sum of dsum[n] over the tokens n of row r.
@@ -58,14 +56,14 @@ void add_rows(const FusedEmbedding& op, const FusedTable& table, const void* dsu
   const bool repeats = table.period < op.N;
   const Buffer<int64_t> every(repeats ? op.N : 0);
   for (int64_t n = 0; repeats && n < op.N; ++n) every[n] = table.row(n);
-  const RowOrder order(repeats ? Indices{every.get(), true} : table.indices, op.N, table.rows);
+  const RowOrder order(repeats ? Indices{.data = every.get(), .is_int64 = true} : table.indices, op.N, table.rows);
   visit(op.dtype, [&](auto t) {
     using A = Accum<decltype(t)>;
     const Buffer<A> scales(scale == 1 ? 0 : op.N);
     if (scale != 1) std::fill_n(scales.get(), op.N, static_cast<A>(scale));
     const void* const factors = scale == 1 ? nullptr : scales.get();
-    table_gradient({dsum, op.dtype, op.D, op.N, order.order(), factors}, order, table.rows, padding_idx, by_freq,
-                   dtable);
+    table_gradient({.rows = dsum, .dtype = op.dtype, .D = op.D, .N = op.N, .source = order.order(), .scale = factors},
+                   order, table.rows, padding_idx, by_freq, dtable);
   });
 }
 
@@ -73,10 +71,10 @@ void add_rows(const FusedEmbedding& op, const FusedTable& table, const void* dsu
 void normalise_backward(const FusedEmbedding& op, const void* dout, const void* stats, char* dsum,
                         const FusedEmbeddingGradients& to) {
   const auto& kernels = LLMKERN_SELECT(fused_embedding);
-  const size_t accum = accum_size(op.dtype);
+  const int64_t accum = itemsize(accum_of(op.dtype));
   const bool learns = to.norm_weight || to.norm_bias;
-  const int64_t tokens = std::max(kShareTokens, (op.N + kShares - 1) / kShares), shares = (op.N + tokens - 1) / tokens;
-  const size_t share_bytes = learns ? 2 * op.D * accum : 0;
+  const int64_t tokens = std::max(kShareTokens, ceil_div(op.N, kShares)), shares = ceil_div(op.N, tokens);
+  const int64_t share_bytes = learns ? 2 * op.D * accum : 0;
   const Buffer<char> sums(shares * share_bytes);
   parallel_for(shares, std::max<int64_t>(1, grain_rows(op) / tokens), [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
@@ -100,7 +98,7 @@ void normalise_backward(const FusedEmbedding& op, const void* dout, const void* 
 void fused_embedding_forward(const FusedEmbedding& op, void* out, void* stats) {
   check(op);
   const auto& kernels = LLMKERN_SELECT(fused_embedding);
-  const size_t accum = accum_size(op.dtype);
+  const int64_t accum = itemsize(accum_of(op.dtype));
   parallel_for(op.N, grain_rows(op), [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
     for (int64_t n = begin; n < end; ++n)

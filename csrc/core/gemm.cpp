@@ -23,6 +23,7 @@
 
 #include "core/memory.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
@@ -40,8 +41,6 @@ constexpr int64_t kSlack = 16;               // elements that packing may write 
 constexpr int64_t kConvertGrain = 1 << 15;   // elements that are worth a thread
 constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds that are worth a thread
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t round_up(int64_t n) { return ceil_div(n, 64) * 64; }
 
 // [0, n) in `count` parts of nearly equal length.
@@ -49,7 +48,7 @@ struct Split {
   int64_t n, count;
   int64_t operator[](int64_t i) const { return n * i / count; }
 };
-Split split(int64_t n, int64_t longest) { return {n, std::max<int64_t>(1, ceil_div(n, longest))}; }
+Split split(int64_t n, int64_t longest) { return {.n = n, .count = std::max<int64_t>(1, ceil_div(n, longest))}; }
 
 // The calling thread's, kept for the next call.
 template <class S>
@@ -60,7 +59,10 @@ S* workspace(int64_t n) {
   // No longer than what was asked for, so that what lies past its end is seen.
   size = 0;
 #endif
-  if (n > size) buffer = Buffer<S>(n), size = n;
+  if (n > size) {
+    buffer = Buffer<S>(n);
+    size = n;
+  }
   return buffer.get();
 }
 
@@ -97,7 +99,7 @@ struct Problem {
   int64_t longest() const { return std::clamp<int64_t>(ceil_div(K, kernels.step), 1, kDepth); }  // steps of a block
   DType own() const { return sizeof(S) == 4 ? DType::f32 : DType::f64; }
   bool narrow() const { return c_dtype != own(); }
-  char* c_at(int64_t i, int64_t j) const { return C + (i * ldc + j) * static_cast<int64_t>(itemsize(c_dtype)); }
+  char* c_at(int64_t i, int64_t j) const { return at(C, i * ldc + j, c_dtype); }
 };
 
 // Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
@@ -213,7 +215,7 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
   const Sums<S> sums(p, 0, p.M, j0, j1, scratch);
-  const bool in_place = A.count == 1 && p.B.transposed && itemsize(p.B.dtype) == sizeof(S);
+  const bool in_place = A.count == 1 && p.B.transposed && accum_of(p.B.dtype) == p.B.dtype;
   for (int64_t d = p.d0; d < p.d1; ++d) {
     const Depth k = p.depth(d);
     for (int64_t j = j0, step; j < j1; j += step) {
@@ -221,10 +223,12 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
       const int width = static_cast<int>(std::min(step, j1 - j));
       const S* from = b;
       int64_t ldb = cols;
-      if (in_place && width == step)
-        from = static_cast<const S*>(p.B.data) + k.first * p.B.ld + j, ldb = p.B.ld;
-      else
+      if (in_place && width == step) {
+        from = static_cast<const S*>(p.B.data) + k.first * p.B.ld + j;
+        ldb = p.B.ld;
+      } else {
         kernels.pack(p.B, p.N, j, width, k.first, k.depth, static_cast<int>(cols), b);
+      }
       for (int64_t r = 0; r < A.count; ++r)
         kernels.tile(A.height(r), width, k.steps, A.panel(d - p.d0, r), from, ldb,
                      sums.at + A.row(r) * sums.ld + (j - j0), sums.ld, sums.start(j, d), d > 0 || sums.accumulate);
@@ -252,9 +256,9 @@ void run_dots(const Problem<S>& p) {
     const int64_t j0 = blocks[c], j1 = blocks[c + 1];
     const Sums<S> sums(p, 0, p.M, j0, j1, lines + p.M * pitch + omp_get_thread_num() * own);
     for (int64_t d = 0; d < depths.count; ++d) {
-      const int64_t k = depths[d], skip = (j0 * p.B.ld + k) * static_cast<int64_t>(itemsize(p.B.dtype));
+      const int64_t k = depths[d];
       kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k * size, pitch,
-                   static_cast<const char*>(p.B.data) + skip, p.B.dtype, p.B.ld, sums.at, sums.ld,
+                   at(p.B.data, j0 * p.B.ld + k, p.B.dtype), p.B.dtype, p.B.ld, sums.at, sums.ld,
                    d > 0 || sums.accumulate);
     }
     for (int64_t i = 0; p.bias && i < p.M; ++i)
@@ -309,15 +313,20 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   const Split passes = split(p.depths().count, blocks);
   const bool narrow = p.narrow() && passes.count > 1;
   const Buffer<S> wide(narrow ? M * N : 0);
-  if (narrow) p.C = reinterpret_cast<char*>(wide.get()), p.ldc = N, p.accumulate = false, p.c_dtype = p.own();
+  if (narrow) {
+    p.C = reinterpret_cast<char*>(wide.get());
+    p.ldc = N;
+    p.accumulate = false;
+    p.c_dtype = p.own();
+  }
   for (int64_t pass = 0; pass < passes.count; ++pass) {
-    p.d0 = passes[pass], p.d1 = passes[pass + 1];
+    p.d0 = passes[pass];
+    p.d1 = passes[pass + 1];
     flat ? run_flat(p) : run(p);
   }
   if (narrow)
     for (int64_t i = 0; i < M; ++i)
-      kernels.convert(wide.get() + i * N, N, static_cast<char*>(C) + i * ldc * static_cast<int64_t>(itemsize(c_dtype)),
-                      c_dtype, accumulate);
+      kernels.convert(wide.get() + i * N, N, at(C, i * ldc, c_dtype), c_dtype, accumulate);
 }
 
 }  // namespace
@@ -333,11 +342,11 @@ bool gemm_multiplies_bf16() {
 void convert(const void* from, int64_t n, void* to, DType dtype) {
   const auto& table = LLMKERN_SELECT(gemm);
   parallel_for(n, kConvertGrain, [&](int64_t begin, int64_t end) {
-    char* const at = static_cast<char*>(to) + begin * static_cast<int64_t>(itemsize(dtype));
+    char* const out = at(to, begin, dtype);
     if (dtype == DType::f64)
-      table.f64.convert(static_cast<const double*>(from) + begin, end - begin, at, dtype, false);
+      table.f64.convert(static_cast<const double*>(from) + begin, end - begin, out, dtype, false);
     else
-      table.f32.convert(static_cast<const float*>(from) + begin, end - begin, at, dtype, false);
+      table.f32.convert(static_cast<const float*>(from) + begin, end - begin, out, dtype, false);
   });
 }
 
@@ -349,8 +358,10 @@ void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_
   if (M <= 0 || N <= 0) return;
   if (N == 1 && ldc == 1 && !bias) {
     // A column is a row of the transposed product.
-    std::swap(M, N), std::swap(A, B);
-    A.transposed = !A.transposed, B.transposed = !B.transposed;
+    std::swap(M, N);
+    std::swap(A, B);
+    A.transposed = !A.transposed;
+    B.transposed = !B.transposed;
     ldc = N;
   }
   const auto& table = LLMKERN_SELECT(gemm);

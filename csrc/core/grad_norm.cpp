@@ -7,20 +7,15 @@
 #include "core/grad_norm.h"
 
 #include "core/chunks.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
-namespace {
-
-void* at(const Span& tensor, int64_t i) { return static_cast<char*>(tensor.data) + i * itemsize(tensor.dtype); }
-
-}  // namespace
-
 double sum_of_squares(const std::vector<Span>& tensors) {
   const auto kernel = LLMKERN_SELECT(grad_norm).sum_of_squares;
   const Chunks chunks(tensors);
   std::vector<double> sums(chunks.count());
   chunks.parallel([&](const Span& tensor, int64_t begin, int64_t end, int64_t chunk) {
-    sums[chunk] = kernel(at(tensor, begin), end - begin, tensor.dtype);
+    sums[chunk] = kernel(at(tensor.data, begin, tensor.dtype), end - begin, tensor.dtype);
   });
   double total = 0;
   for (double sum : sums) total += sum;
@@ -30,7 +25,7 @@ double sum_of_squares(const std::vector<Span>& tensors) {
 void scale(const std::vector<Span>& tensors, double factor) {
   const auto kernel = LLMKERN_SELECT(grad_norm).scale;
   Chunks(tensors).parallel([&](const Span& tensor, int64_t begin, int64_t end, int64_t) {
-    kernel(at(tensor, begin), end - begin, tensor.dtype, factor);
+    kernel(at(tensor.data, begin, tensor.dtype), end - begin, tensor.dtype, factor);
   });
 }
 

@@ -38,6 +38,9 @@ Isa selected_isa() {
   return isa;
 }
 
-const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+const char* isa_name(Isa isa) {
+  if (isa == Isa::avx512) return "avx512";
+  return isa == Isa::avx2 ? "avx2" : "baseline";
+}
 
 }  // namespace llmkern::cpu

@@ -21,11 +21,10 @@
 #include "core/gemm.h"
 #include "core/linear.h"
 #include "core/memory.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
-
-int64_t size_of(DType dtype) { return static_cast<int64_t>(itemsize(dtype)); }
 
 const char* at(const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; }
 char* at(void* p, int64_t bytes) { return p ? static_cast<char*>(p) + bytes : nullptr; }
@@ -58,22 +57,25 @@ class Chunks {
     // Where products of bf16 are faster, dlogits are rounded to it, as torch's are; else they stay where the logits
     // were.
     grad_dtype_ = op.dtype == DType::bf16 && gemm_multiplies_bf16() ? DType::bf16 : op.loss.dtype;
-    const int64_t row = std::max<int64_t>(1, op.loss.V * size_of(op.loss.dtype));
+    const int64_t row = std::max<int64_t>(1, op.loss.V * itemsize(op.loss.dtype));
     const int64_t N = static_cast<int64_t>(rows_.size()), most = std::max<int64_t>(1, op.workspace / row);
-    count_ = (N + most - 1) / most, longest_ = count_ ? (N + count_ - 1) / count_ : 0;
+    count_ = ceil_div(N, most);
+    longest_ = count_ ? ceil_div(N, count_) : 0;
   }
 
   void run() {
     const int64_t V = op_.loss.V, H = op_.H, N = static_cast<int64_t>(rows_.size());
     skip_ignored();
-    const Buffer<char> logits(longest_ * V * size_of(op_.loss.dtype));
+    const Buffer<char> logits(longest_ * V * itemsize(op_.loss.dtype));
     const bool wide = gradients_.dlinear_weight && count_ > 1 && op_.dtype != op_.loss.dtype;
-    const Buffer<char> dweight(wide ? V * H * size_of(op_.loss.dtype) : 0);
-    const Buffer<char> dbias(gradients_.dlinear_bias ? V * size_of(op_.loss.dtype) : 0);
+    const Buffer<char> dweight(wide ? V * H * itemsize(op_.loss.dtype) : 0);
+    const Buffer<char> dbias(gradients_.dlinear_bias ? V * itemsize(op_.loss.dtype) : 0);
     const WideBias bias(op_.linear_bias, op_.dtype, V);
     logits_ = logits.get();
-    dweight_ = wide ? dweight.get() : gradients_.dlinear_weight, dweight_dtype_ = wide ? op_.loss.dtype : op_.dtype;
-    dbias_ = dbias.get(), bias_ = bias.get();
+    dweight_ = wide ? dweight.get() : gradients_.dlinear_weight;
+    dweight_dtype_ = wide ? op_.loss.dtype : op_.dtype;
+    dbias_ = dbias.get();
+    bias_ = bias.get();
     for (int64_t c = 0; c < count_; ++c) chunk(N * c / count_, N * (c + 1) / count_, c > 0);
     if (count_ == 0) return nothing();
     if (wide) convert(dweight.get(), V * H, gradients_.dlinear_weight, op_.dtype);
@@ -82,16 +84,16 @@ class Chunks {
 
  private:
   void skip_ignored() {
-    const int64_t accum = size_of(op_.loss.dtype);
+    const int64_t accum = itemsize(op_.loss.dtype);
     if (static_cast<int64_t>(rows_.size()) == op_.loss.N) return;
     for (void* p : {outputs_.loss, outputs_.lse, outputs_.entropy})
       if (p) std::memset(p, 0, op_.loss.N * accum);
     if (outputs_.argmax) std::fill_n(outputs_.argmax, op_.loss.N, -1);
-    if (gradients_.dx) std::memset(gradients_.dx, 0, op_.loss.N * op_.H * size_of(op_.dtype));
+    if (gradients_.dx) std::memset(gradients_.dx, 0, op_.loss.N * op_.H * itemsize(op_.dtype));
   }
 
   void nothing() {
-    const int64_t bytes = op_.loss.V * size_of(op_.dtype);
+    const int64_t bytes = op_.loss.V * itemsize(op_.dtype);
     if (gradients_.dlinear_weight) std::memset(gradients_.dlinear_weight, 0, bytes * op_.H);
     if (gradients_.dlinear_bias) std::memset(gradients_.dlinear_bias, 0, bytes);
   }
@@ -99,15 +101,17 @@ class Chunks {
   // Rows [begin, end) of those that count.
   void chunk(int64_t begin, int64_t end, bool accumulate) {
     const int64_t R = end - begin, V = op_.loss.V, H = op_.H;
-    const Gather x(op_.x, rows_, begin, end, H * size_of(op_.dtype));
-    const Matrix X{x.get(), op_.dtype, H, false}, W{op_.linear_weight, op_.dtype, H, false},
-        Wt{W.data, W.dtype, H, true};
+    const Gather x(op_.x, rows_, begin, end, H * itemsize(op_.dtype));
+    const Matrix X{.data = x.get(), .dtype = op_.dtype, .ld = H, .transposed = false},
+        W{.data = op_.linear_weight, .dtype = op_.dtype, .ld = H, .transposed = false},
+        Wt{.data = W.data, .dtype = W.dtype, .ld = H, .transposed = true};
     gemm(R, V, H, X, Wt, logits_, op_.loss.dtype, V, false, bias_);
     losses(begin, end);
-    const int64_t ld = V * size_of(op_.loss.dtype) / size_of(grad_dtype_);
-    const Matrix G{logits_, grad_dtype_, ld, false}, Gt{logits_, grad_dtype_, ld, true};
+    const int64_t ld = V * itemsize(op_.loss.dtype) / itemsize(grad_dtype_);
+    const Matrix G{.data = logits_, .dtype = grad_dtype_, .ld = ld, .transposed = false},
+        Gt{.data = logits_, .dtype = grad_dtype_, .ld = ld, .transposed = true};
     if (gradients_.dx) {
-      const int64_t bytes = H * size_of(op_.dtype);
+      const int64_t bytes = H * itemsize(op_.dtype);
       const Buffer<char> apart(scattered(begin, end) ? R * bytes : 0);
       gemm(R, H, V, G, W, scattered(begin, end) ? apart.get() : at(gradients_.dx, rows_[begin] * bytes), op_.dtype, H,
            false);
@@ -118,7 +122,7 @@ class Chunks {
   }
 
   void losses(int64_t begin, int64_t end) const {
-    const int64_t R = end - begin, accum = size_of(op_.loss.dtype);
+    const int64_t R = end - begin, accum = itemsize(op_.loss.dtype);
     const bool apart = scattered(begin, end);
     const auto gather = [&](const void* from, int64_t bytes) { return Gather(from, rows_, begin, end, bytes); };
     const Gather target = gather(op_.loss.target, 8), dloss = gather(cotangents_.loss, accum),
@@ -127,20 +131,25 @@ class Chunks {
     const auto part = [&](void* p, int64_t offset, int64_t bytes) -> void* {
       return apart && p ? results.get() + R * offset : at(p, rows_[begin] * bytes);
     };
-    const CrossEntropyOutputs outputs{part(outputs_.loss, 8, accum), part(outputs_.lse, 8 + accum, accum),
-                                      part(outputs_.entropy, 8 + 2 * accum, accum),
-                                      static_cast<int64_t*>(part(outputs_.argmax, 0, 8))};
+    const CrossEntropyOutputs outputs{.loss = part(outputs_.loss, 8, accum),
+                                      .lse = part(outputs_.lse, 8 + accum, accum),
+                                      .entropy = part(outputs_.entropy, 8 + 2 * accum, accum),
+                                      .argmax = static_cast<int64_t*>(part(outputs_.argmax, 0, 8))};
     CrossEntropy loss = op_.loss;
     // Probabilities ignore no row: theirs are never gathered.
-    const int64_t of_target = begin * loss.V * size_of(loss.target_dtype);
-    loss.N = R, loss.target = static_cast<const int64_t*>(target.get());
+    const int64_t of_target = begin * loss.V * itemsize(loss.target_dtype);
+    loss.N = R;
+    loss.target = static_cast<const int64_t*>(target.get());
     loss.probabilities = at(loss.probabilities, of_target);
-    cross_entropy(loss, logits_, outputs, {dloss.get(), dlse.get(), dentropy.get()},
-                  {needs_dlogits_ ? logits_ : nullptr, grad_dtype_, at(gradients_.dtarget, of_target)});
+    cross_entropy(loss, logits_, outputs, {.loss = dloss.get(), .lse = dlse.get(), .entropy = dentropy.get()},
+                  {.dlogits = needs_dlogits_ ? logits_ : nullptr,
+                   .dtype = grad_dtype_,
+                   .dtarget = at(gradients_.dtarget, of_target)});
     if (!apart) return;
-    scatter(outputs.loss, outputs_.loss, begin, end, accum), scatter(outputs.lse, outputs_.lse, begin, end, accum);
-    scatter(outputs.entropy, outputs_.entropy, begin, end, accum),
-        scatter(outputs.argmax, outputs_.argmax, begin, end, 8);
+    scatter(outputs.loss, outputs_.loss, begin, end, accum);
+    scatter(outputs.lse, outputs_.lse, begin, end, accum);
+    scatter(outputs.entropy, outputs_.entropy, begin, end, accum);
+    scatter(outputs.argmax, outputs_.argmax, begin, end, 8);
   }
 
   void sum_rows(const Matrix& G, int64_t R, bool accumulate) const {

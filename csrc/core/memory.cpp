@@ -142,7 +142,10 @@ class Cache {
 
   void shrink(size_t to) noexcept {
     size_t gone = 0;
-    for (; total_ > to; ++gone) std::free(kept_[gone].p), total_ -= kept_[gone].bytes;
+    for (; total_ > to; ++gone) {
+      std::free(kept_[gone].p);
+      total_ -= kept_[gone].bytes;
+    }
     kept_.erase(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(gone));
   }
 
@@ -174,10 +177,13 @@ void* acquire(size_t bytes) {
 void release(void* p, size_t bytes) noexcept {
   const size_t size = whole(bytes);
   mark(p, 0, size);
-  size < kLargeBytes ? std::free(p) : Cache::instance().keep({p, size});
+  size < kLargeBytes ? std::free(p) : Cache::instance().keep({.p = p, .bytes = size});
 }
 
-void check_memory_settings() { limit(), poisons(); }
+void check_memory_settings() {
+  limit();
+  poisons();
+}
 
 void empty_cache() noexcept { Cache::instance().empty(); }
 

@@ -28,7 +28,8 @@ class Buffer {
       : bytes_(n > SIZE_MAX / sizeof(T) ? SIZE_MAX : n * sizeof(T)), data_(static_cast<T*>(acquire(bytes_))) {}
   Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(bytes_, other.bytes_), std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
     return *this;
   }
   ~Buffer() {

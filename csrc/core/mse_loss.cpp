@@ -14,36 +14,29 @@
 
 #include "core/memory.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
 
 constexpr int64_t kChunk = 8192;
 constexpr int64_t kGrain = 16 * 1024;
-// A gradient of this size does not stay in cache until the next op reads it.
-constexpr size_t kStreamBytes = size_t{16} << 20;
-
-const void* at(const void* p, int64_t i, DType dtype) {
-  return p ? static_cast<const char*>(p) + i * static_cast<int64_t>(itemsize(dtype)) : nullptr;
-}
-
-void* at(void* p, int64_t i, DType dtype) { return const_cast<void*>(at(static_cast<const void*>(p), i, dtype)); }
 
 // Calls f(i, n) for disjoint ranges of n elements from i on. They begin at whole chunks, and so where vectors are
 // aligned if the tensors are.
 template <class F>
 void for_ranges(int64_t N, const F& f) {
-  parallel_for((N + kChunk - 1) / kChunk, kGrain / kChunk,
+  parallel_for(ceil_div(N, kChunk), kGrain / kChunk,
                [&](int64_t begin, int64_t end) { f(begin * kChunk, std::min(N, end * kChunk) - begin * kChunk); });
 }
 
-bool streams(int64_t N, DType dtype) { return static_cast<size_t>(N) * itemsize(dtype) >= kStreamBytes; }
+bool streams(int64_t N, DType dtype) { return N * itemsize(dtype) >= kStreamBytes; }
 
 }  // namespace
 
 double mse_loss_forward_sum(const void* input, const void* target, DType dtype, int64_t N, double dsum, void* dinput,
                             void* dtarget) {
-  const int64_t chunks = (N + kChunk - 1) / kChunk;
+  const int64_t chunks = ceil_div(N, kChunk);
   const Buffer<double> partial(chunks);
   const auto& kernels = LLMKERN_SELECT(mse_loss);
   for_ranges(N, [&](int64_t first, int64_t n) {

@@ -44,19 +44,27 @@ class Forward {
     const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
     const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(G * H + H), norms(op_.norms ? norms_of(op_) : 0);
     const int64_t ld = even(P), ld_m = even(H);
-    const Buffer<char> operands(2 * B * ld * size_of(operand_)), m(op_.weight_hr ? B * ld_m * size_of(operand_) : 0);
-    h_ = h.get(), c_ = c.get(), m_ = op_.weight_hr ? m.get() : nullptr, ld_ = ld, ld_m_ = ld_m;
-    operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * ld, operand_);
+    const Buffer<char> operands(2 * B * ld * itemsize(operand_)), m(op_.weight_hr ? B * ld_m * itemsize(operand_) : 0);
+    h_ = h.get();
+    c_ = c.get();
+    m_ = op_.weight_hr ? m.get() : nullptr;
+    ld_ = ld;
+    ld_m_ = ld_m;
+    operands_[0] = operands.get();
+    operands_[1] = at(operands.get(), B * ld, operand_);
     begin();
     if (!in_place_weights_) cut();
     if (op_.weight_hr) cut_projection();
     merge_biases(op_, kernels_, bias.get());
     if (op_.bias_ih || op_.bias_hh || op_.norms) bias_ = bias.get();
-    if (op_.norms) kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_), norms_ = norms.get();
+    if (op_.norms) {
+      kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_);
+      norms_ = norms.get();
+    }
     if (op_.bias_hh && op_.mode == RnnMode::gru) hidden_bias_ = bias.get() + G * H;
     const Plan plan(op_);
     const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
-    const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * size_of(wide_));
+    const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * itemsize(wide_));
     const Buffer<S> norm_scratch(op_.norms ? plan.threads * norm_scratch_size() : 0);
     norm_scratch_ = norm_scratch.get();
     for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), scratch.get());
@@ -70,10 +78,10 @@ class Forward {
     kernels_.copy(op_.B * op_.P, op_.hx, op_.state_dtype, h_, wide_);
     if (op_.cx) kernels_.copy(op_.B * cells_of(op_), op_.cx, op_.state_dtype, c_, wide_);
     for (void* operand : operands_) {
-      std::fill_n(static_cast<char*>(operand), op_.B * ld_ * size_of(operand_), 0);
+      std::fill_n(static_cast<char*>(operand), op_.B * ld_ * itemsize(operand_), 0);
       kernels_.rnn.copy(op_.B, op_.P, h_, wide_, op_.P, operand, operand_, ld_, false);
     }
-    if (m_) std::fill_n(static_cast<char*>(m_), op_.B * ld_m_ * size_of(operand_), 0);
+    if (m_) std::fill_n(static_cast<char*>(m_), op_.B * ld_m_ * itemsize(operand_), 0);
   }
 
   // Panels of all gates of a few units; for norms, which take gate by gate, of rows of W_hh.
@@ -97,7 +105,7 @@ class Forward {
     return op_.norms ? normed_ != nullptr : op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1);
   }
   int64_t steps_per_chunk(int64_t gx_size) const {
-    const int64_t bytes = op_.B * gx_size * size_of(wide_);
+    const int64_t bytes = op_.B * gx_size * itemsize(wide_);
     return in_place() || op_.batch_first ? op_.T : std::clamp<int64_t>(kScratchBytes / bytes, 1, op_.T);
   }
   int64_t most_rows(int64_t chunk) const {
@@ -180,7 +188,10 @@ class Forward {
       blocks(sequences.begin, end, kNormedRows, [&](int64_t b, int rows) {
         const int64_t token = first + b * stride;
         norm.input = at(gx_, (token - gx_first_) * gx_ld_, wide_);
-        if (normed_) norm.hidden = at(normed_, token * ld + n, wide_), norm.deviation = at(norm.hidden, n + 1, wide_);
+        if (normed_) {
+          norm.hidden = at(normed_, token * ld + n, wide_);
+          norm.deviation = at(norm.hidden, n + 1, wide_);
+        }
         multiply(operands_[s % 2], b, rows, static_cast<S*>(norm.hidden), norm.hidden_ld, sums);
         kernels_.norm.forward(args, norm, {rows, b, 0, op_.H, s, token, stride});
       });
@@ -237,7 +248,7 @@ class Forward {
   }
 
   const Rnn& op_;
-  const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const DType wide_ = accum_of(op_.dtype);
   const Kernels<S> kernels_{};
   const Tokens tokens_;
   const bool pairs_;

@@ -32,11 +32,13 @@ struct Rnn {
 };
 
 static inline int64_t gates_of(RnnMode mode) {
-  return mode == RnnMode::lstm || mode == RnnMode::slstm ? 4 : mode == RnnMode::gru ? 3 : 1;
+  if (mode == RnnMode::gru) return 3;
+  return mode == RnnMode::lstm || mode == RnnMode::slstm ? 4 : 1;
 }
 // C, the width of cell states beside h: c; for slstm c, n and m, side by side.
 static inline int64_t cells_of(const Rnn& op) {
-  return op.mode == RnnMode::lstm ? op.H : op.mode == RnnMode::slstm ? 3 * op.H : 0;
+  if (op.mode == RnnMode::slstm) return 3 * op.H;
+  return op.mode == RnnMode::lstm ? op.H : 0;
 }
 // Numbers per token and unit that a backward needs beside y: activated gates, and gru's W_hn h + b_hn, or slstm's
 // sigmoid(f) beside the stabilised one. A plain Elman network needs none.

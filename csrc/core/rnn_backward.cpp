@@ -34,51 +34,68 @@ class Backward {
         weights_(kernels_, op.dtype, pairs_),
         projection_(kernels_, op.dtype, pairs_) {
     const int64_t H = op.H;
-    if (op.mode == RnnMode::gru)
-      hidden_ = {{2 * H, H, 0}, {0, 2 * H, H}}, input_ = {0, 3 * H, H};
-    else
-      hidden_ = {{0, gates_of(op.mode) * H, 0}}, input_ = {0, gates_of(op.mode) * H, 0};
+    if (op.mode == RnnMode::gru) {
+      hidden_ = {{.row = 2 * H, .count = H, .column = 0}, {.row = 0, .count = 2 * H, .column = H}};
+      input_ = {.row = 0, .count = 3 * H, .column = H};
+    } else {
+      hidden_ = {{.row = 0, .count = gates_of(op.mode) * H, .column = 0}};
+      input_ = {.row = 0, .count = gates_of(op.mode) * H, .column = 0};
+    }
   }
 
   void run(const void* dhy, const void* dcy) {
     const int64_t B = op_.B, H = op_.H, P = op_.P, C = cells_of(op_), n = tokens_.total(), D = dgates_of(op_);
     const bool projected = op_.weight_hr;
     const Buffer<S> dh(B * P), dm(projected ? B * H : 0), dc(B * C), c0(B * C);
-    const Buffer<char> dgates(n * D * size_of(operand_)), h0(B * P * size_of(op_.dtype));
-    const Buffer<char> before(out_.dweight_hh && !shifted_ ? n * P * size_of(op_.dtype) : 0);
-    const Buffer<char> dprojected(projected ? n * even(P) * size_of(operand_) : 0);
-    const Buffer<char> m(projected && out_.dweight_hr ? n * H * size_of(op_.dtype) : 0);
+    const Buffer<char> dgates(n * D * itemsize(operand_)), h0(B * P * itemsize(op_.dtype));
+    const Buffer<char> before(out_.dweight_hh && !shifted_ ? n * P * itemsize(op_.dtype) : 0);
+    const Buffer<char> dprojected(projected ? n * even(P) * itemsize(operand_) : 0);
+    const Buffer<char> m(projected && out_.dweight_hr ? n * H * itemsize(op_.dtype) : 0);
     const Buffer<S> dpeephole(out_.dpeephole ? B * 3 * H : 0);
     const Buffer<S> norms(op_.norms ? norms_of(op_) : 0), dnorm_c(op_.norms ? B * 2 * H : 0);
-    const Buffer<char> dhidden(op_.norms ? n * dhidden_of(op_) * size_of(operand_) : 0);
-    dh_ = dh.get(), c0_ = c0.get(), h0_ = h0.get(), before_ = before.get(), dprojected_ = dprojected.get();
-    args_.op = &op_, args_.operand = operand_;
-    args_.dh = projected ? dm.get() : dh.get(), args_.dc = dc.get();
+    const Buffer<char> dhidden(op_.norms ? n * dhidden_of(op_) * itemsize(operand_) : 0);
+    dh_ = dh.get();
+    c0_ = c0.get();
+    h0_ = h0.get();
+    before_ = before.get();
+    dprojected_ = dprojected.get();
+    args_.op = &op_;
+    args_.operand = operand_;
+    args_.dh = projected ? dm.get() : dh.get();
+    args_.dc = dc.get();
     args_.dgates = dgates.get();
     args_.unprojected = projected && out_.dweight_hr ? m.get() : nullptr;
     args_.dpeephole = out_.dpeephole ? dpeephole.get() : nullptr;
-    norm_.norms = norms.get(), norm_.dnorm_c = dnorm_c.get();
-    norm_.dhidden = dhidden_ = op_.norms ? dhidden.get() : args_.dgates, dhidden_ld_ = op_.norms ? dhidden_of(op_) : D;
+    norm_.norms = norms.get();
+    norm_.dnorm_c = dnorm_c.get();
+    norm_.dhidden = dhidden_ = op_.norms ? dhidden.get() : args_.dgates;
+    dhidden_ld_ = op_.norms ? dhidden_of(op_) : D;
     if (op_.norms) kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_);
     if (op_.norms) std::fill_n(dnorm_c.get(), B * 2 * H, S{0});
     dy_ = args_.dy;
     if (projected) args_.dy = nullptr;
     std::fill_n(dpeephole.get(), out_.dpeephole ? B * 3 * H : 0, S{0});
     load(B * P, dhy, dh_);
-    if (op_.cx) load(B * C, dcy, dc.get()), load(B * C, op_.cx, c0_);
+    if (op_.cx) {
+      load(B * C, dcy, dc.get());
+      load(B * C, op_.cx, c0_);
+    }
     kernels_.copy(B * P, op_.hx, op_.state_dtype, h0_, op_.dtype);
     clear_padding();
     cut();
     time();
     if (op_.norms) input_norm();
-    if (out_.dhx) first_product(), store(B * P, dh_, out_.dhx);
+    if (out_.dhx) {
+      first_product();
+      store(B * P, dh_, out_.dhx);
+    }
     if (out_.dcx) store(B * C, dc.get(), out_.dcx);
     if (out_.dx)
       product(n, op_.I, input_.count, dgates_at(input_.column), D, false, op_.weight_ih, op_.I, false, out_.dx);
     if (out_.dweight_ih) weight_gradients();
     if (out_.dweight_hr)
-      gemm(P, H, n, {dprojected_, operand_, even(P), true}, {m.get(), op_.dtype, H, false}, out_.dweight_hr, op_.dtype,
-           H, false);
+      gemm(P, H, n, {.data = dprojected_, .dtype = operand_, .ld = even(P), .transposed = true},
+           {.data = m.get(), .dtype = op_.dtype, .ld = H, .transposed = false}, out_.dweight_hr, op_.dtype, H, false);
     if (out_.dpeephole) sum(dpeephole.get(), wide_, B, 3 * H, 3 * H, out_.dpeephole);
   }
 
@@ -92,7 +109,7 @@ class Backward {
   void clear_padding() const {
     const auto clear = [&](void* rows, int64_t width, int64_t used) {
       for (int64_t i = 0; rows && used < width && i < tokens_.total(); ++i)
-        std::fill_n(at(rows, i * width + used, operand_), (width - used) * size_of(operand_), 0);
+        std::fill_n(at(rows, i * width + used, operand_), (width - used) * itemsize(operand_), 0);
     };
     clear(args_.dgates, dgates_of(op_), dgates_used(op_));
     if (op_.norms) clear(dhidden_, dhidden_ld_, gates_of(op_.mode) * op_.H);
@@ -111,7 +128,7 @@ class Backward {
   }
   std::vector<typename Panels<S>::Piece> pieces(int64_t head, int64_t units) const {
     std::vector<typename Panels<S>::Piece> all;
-    const std::vector<Gates> normed{{0, gates_of(op_.mode) * op_.H, 0}};
+    const std::vector<Gates> normed{{.row = 0, .count = gates_of(op_.mode) * op_.H, .column = 0}};
     for (const Gates& gates : op_.norms ? normed : hidden_) {
       if (op_.heads == 1) all.push_back({gates.row, gates.count, gates.column});
       for (int64_t g = 0; op_.heads > 1 && g < gates.count; g += op_.H)
@@ -188,18 +205,27 @@ class Backward {
     const int64_t middle = std::clamp(tokens_.rows_before(s), begin, std::max(begin, end));
     const auto run = [&](int64_t b, int64_t last) {
       if (b >= last) return;
-      const RnnBlock block{static_cast<int>(last - b), b,     units.begin, units.end - units.begin, s,
-                           first + b * stride,         stride};
+      const RnnBlock block{.rows = static_cast<int>(last - b),
+                           .b = b,
+                           .u = units.begin,
+                           .units = units.end - units.begin,
+                           .step = s,
+                           .token = first + b * stride,
+                           .stride = stride};
       op_.norms ? kernels_.norm.backward(args, norm, block) : kernels_.rnn.backward(args, block);
     };
     if (middle > begin) {
       const int64_t token = tokens_.first(tokens_.time(s - 1)) + begin * stride;
-      args.h_before = at(args_.y, token * P, op_.dtype), args.h_stride = stride * P;
-      args.c_before = at(args_.cells, token * C, wide_), args.c_stride = stride * C;
+      args.h_before = at(args_.y, token * P, op_.dtype);
+      args.h_stride = stride * P;
+      args.c_before = at(args_.cells, token * C, wide_);
+      args.c_stride = stride * C;
     }
     run(begin, middle);
-    args.h_before = at(h0_, middle * P, op_.dtype), args.h_stride = P;
-    args.c_before = c0_ + middle * C, args.c_stride = C;
+    args.h_before = at(h0_, middle * P, op_.dtype);
+    args.h_stride = P;
+    args.c_before = c0_ + middle * C;
+    args.c_stride = C;
     run(middle, end);
   }
 
@@ -246,7 +272,7 @@ class Backward {
     // Batch first, the row before a sequence's first is another's last: it meets zeros.
     const int64_t step = op_.batch_first ? 1 : op_.B;
     for (int64_t b = 0; op_.batch_first && b < op_.B; ++b)
-      std::fill_n(at(dhidden_, (first + b * stride) * dhidden_ld_, operand_), dhidden_ld_ * size_of(operand_), 0);
+      std::fill_n(at(dhidden_, (first + b * stride) * dhidden_ld_, operand_), dhidden_ld_ * itemsize(operand_), 0);
     hidden_gradient(n - step, op_.reverse ? 0 : step, at(args_.y, op_.reverse ? step * P : 0, op_.dtype), 1, true);
   }
   // dW_hh = (or +=) dhidden^T h of n tokens, from `token` on and `stride` apart, and rows of h (n, P).
@@ -291,7 +317,8 @@ class Backward {
   // C (M, N) of dtype, dense, = dgates' (M, K) or their transpose times B.
   void product(int64_t M, int64_t N, int64_t K, const void* dgates, int64_t ld, bool transposed, const void* B,
                int64_t ldb, bool b_transposed, void* C) const {
-    gemm(M, N, K, {dgates, operand_, ld, transposed}, {B, op_.dtype, ldb, b_transposed}, C, op_.dtype, N, false);
+    gemm(M, N, K, {.data = dgates, .dtype = operand_, .ld = ld, .transposed = transposed},
+         {.data = B, .dtype = op_.dtype, .ld = ldb, .transposed = b_transposed}, C, op_.dtype, N, false);
   }
 
   void sum(const void* from, DType dtype, int64_t rows, int64_t ld, int64_t columns, void* to) const {
@@ -304,7 +331,7 @@ class Backward {
   RnnBackwardArgs args_;
   RnnNormBackwardArgs norm_;
   const RnnGradients& out_;
-  const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const DType wide_ = accum_of(op_.dtype);
   const Kernels<S> kernels_{};
   const Tokens tokens_{op_};
   const bool pairs_ = in_pairs(op_);
@@ -330,7 +357,11 @@ void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void*
   RnnBackwardArgs args{};
   RnnNormBackwardArgs norm{};
   norm.normed = normed;
-  args.dy = dy, args.dcells = dcells, args.y = y, args.gates = gates, args.cells = cells;
+  args.dy = dy;
+  args.dcells = dcells;
+  args.y = y;
+  args.gates = gates;
+  args.cells = cells;
   if (op.dtype == DType::f64)
     rnn::Backward<double>(op, args, norm, out).run(dhy, dcy);
   else

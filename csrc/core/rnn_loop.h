@@ -12,19 +12,11 @@
 #include "core/memory.h"
 #include "core/rnn_norm.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu::rnn {
 
-inline int64_t size_of(DType dtype) { return static_cast<int64_t>(itemsize(dtype)); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t even(int64_t n) { return n + n % 2; }  // rows of pairs are of even length
-
-inline const char* at(const void* p, int64_t elements, DType dtype) {
-  return p ? static_cast<const char*>(p) + elements * size_of(dtype) : nullptr;
-}
-inline char* at(void* p, int64_t elements, DType dtype) {
-  return p ? static_cast<char*>(p) + elements * size_of(dtype) : nullptr;
-}
 
 struct Range {
   int64_t begin, end;
@@ -44,7 +36,7 @@ class Tokens {
   int64_t time(int64_t s) const { return op_.reverse ? op_.T - 1 - s : s; }
   // How many sequences have a step before the s-th; a packed sequence in reverse begins at its own end.
   int64_t rows_before(int64_t s) const { return s == 0 ? 0 : std::min(rows(time(s - 1)), rows(time(s))); }
-  Range all() const { return {0, op_.B}; }
+  Range all() const { return {.begin = 0, .end = op_.B}; }
   // The number of the first sequences that have about the share `part` of all tokens.
   int64_t sequences(double part) const {
     if (!op_.batch_sizes) return static_cast<int64_t>(static_cast<double>(op_.B) * part + 0.5);
@@ -99,20 +91,25 @@ struct Plan {
     const int64_t most = threads_of_region(), total = macs * op.T;
     threads = static_cast<int>(std::clamp<int64_t>(total / kMacsPerThread, 1, most));
     // Few sequences do not share what a panel's load costs. Where all panels fit a thread's own cache, it costs little.
-    const bool large = macs / op.B * size_of(op.dtype) > kOwnBytes;
+    const bool large = macs / op.B * itemsize(op.dtype) > kOwnBytes;
     by_units = op.B < (large ? kRowsPerThread : kLeastRows) * threads;
     // Meeting costs more than it saves where a step is short.
     if (by_units && !op.norms && macs < kMacsPerStep) threads = 1;
     if (threads == 1) by_units = false;
     // A norm needs all units of a sequence.
-    if (op.norms) by_units = false, threads = static_cast<int>(std::min<int64_t>(threads, op.B));
+    if (op.norms) {
+      by_units = false;
+      threads = static_cast<int>(std::min<int64_t>(threads, op.B));
+    }
   }
 
   static constexpr int64_t kMacsPerThread = 1 << 18, kMacsPerStep = 1 << 17;
   static constexpr int64_t kRowsPerThread = 48, kLeastRows = 8, kOwnBytes = 1 << 20;
 };
 
-inline Range part(int64_t n, int64_t index, int64_t count) { return {n * index / count, n * (index + 1) / count}; }
+inline Range part(int64_t n, int64_t index, int64_t count) {
+  return {.begin = n * index / count, .end = n * (index + 1) / count};
+}
 
 // One thread's: all panels of both products for some sequences, or some panels for all. `thread` counts from 0.
 struct Share {
@@ -126,8 +123,13 @@ void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t p
   Barrier barrier(plan.by_units ? plan.threads : 1);
   const auto alone = [&](int index, int count) {
     Barrier none(1);
-    const Range sequences{tokens.sequences(1.0 * index / count), tokens.sequences(1.0 * (index + 1) / count)};
-    f(Share{index, sequences, {0, panels}, {0, projected}}, none);
+    const Range sequences{.begin = tokens.sequences(1.0 * index / count),
+                          .end = tokens.sequences(1.0 * (index + 1) / count)};
+    f(Share{.thread = index,
+            .sequences = sequences,
+            .panels = {.begin = 0, .end = panels},
+            .projected = {.begin = 0, .end = projected}},
+      none);
   };
   if (plan.threads == 1) return alone(0, 1);
 #pragma omp parallel num_threads(plan.threads)
@@ -136,7 +138,11 @@ void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t p
     if (!plan.by_units)
       alone(index, count);
     else if (count == plan.threads)
-      f(Share{index, tokens.all(), part(panels, index, count), part(projected, index, count)}, barrier);
+      f(Share{.thread = index,
+              .sequences = tokens.all(),
+              .panels = part(panels, index, count),
+              .projected = part(projected, index, count)},
+        barrier);
     else if (index == 0)
       // A smaller team than was asked for, which the barrier would wait for: right, if not fast.
       alone(0, 1);
@@ -181,7 +187,7 @@ struct Kernels {
 // What x W_ih^T starts from (G H), then gru's bias of h (H); zeros where there is none.
 template <class S>
 void merge_biases(const Rnn& op, const Kernels<S>& kernels, S* bias) {
-  const DType wide = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const DType wide = accum_of(op.dtype);
   const int64_t H = op.H, rows = gates_of(op.mode) * H, merged = op.mode == RnnMode::gru ? 2 * H : rows;
   std::fill_n(bias, rows + H, S{0});
   if (op.bias_ih) kernels.copy(rows, op.bias_ih, op.dtype, bias, wide, true);
@@ -250,7 +256,7 @@ class Panels {
   const Panel& operator[](int64_t p) const { return panels_[p]; }
   // The units of panels [begin, end).
   Range units(const Range& range) const {
-    if (range.begin == range.end) return {0, 0};
+    if (range.begin == range.end) return {.begin = 0, .end = 0};
     return {panels_[range.begin].unit, panels_[range.end - 1].unit + panels_[range.end - 1].units};
   }
 

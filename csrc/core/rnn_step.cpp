@@ -22,9 +22,13 @@ class Steps {
     const int64_t B = op_.B, H = op_.H, C = cells_of(op_), G = gates_of(op_.mode), n = tokens_.total();
     const bool widens = op_.dtype != operand_;
     const Buffer<S> h(B * H), c(B * C), gx(B * G * H), bias(G * H + H);
-    const Buffer<char> operands(2 * B * H * size_of(operand_)), x(widens ? n * op_.I * size_of(operand_) : 0);
-    h_ = h.get(), c_ = c.get(), gx_ = gx.get(), bias_ = bias.get();
-    operands_[0] = operands.get(), operands_[1] = at(operands.get(), B * H, operand_);
+    const Buffer<char> operands(2 * B * H * itemsize(operand_)), x(widens ? n * op_.I * itemsize(operand_) : 0);
+    h_ = h.get();
+    c_ = c.get();
+    gx_ = gx.get();
+    bias_ = bias.get();
+    operands_[0] = operands.get();
+    operands_[1] = at(operands.get(), B * H, operand_);
     x_ = widens ? x.get() : op_.x;
     if (widens) kernels_.copy(n * op_.I, op_.x, op_.dtype, x.get(), operand_);
     kernels_.copy(B * H, op_.hx, op_.state_dtype, h_, wide_);
@@ -73,7 +77,7 @@ class Steps {
   }
 
   const Rnn& op_;
-  const DType wide_ = std::is_same_v<S, double> ? DType::f64 : DType::f32;
+  const DType wide_ = accum_of(op_.dtype);
   const Kernels<S> kernels_{};
   const Tokens tokens_{op_};
   const bool pairs_ = op_.dtype == DType::bf16 && gemm_multiplies_bf16();

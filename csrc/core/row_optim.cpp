@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
@@ -34,15 +35,12 @@ constexpr double kTolerance = 0x1p-23, kGone = 0x1p-50, kLongWay = 1000, kLarges
 constexpr int64_t kGrain = 32 * 1024;  // elements that are worth a thread
 constexpr int64_t kLongRun = 64;       // positions; a longer run is cut into columns
 constexpr int64_t kColumns = 64;
-constexpr int64_t kStreamBytes = int64_t{32} << 20;  // of a result that is written past the caches
 
 // How many rows ahead of its turn a row is fetched: a few KB of each array.
 int64_t rows_ahead(const RowTable& table) {
   constexpr int64_t kBytes = 12 * 1024;
-  return 1 + kBytes / (1 + table.D * static_cast<int64_t>(itemsize(table.dtype)));
+  return 1 + kBytes / (1 + table.D * itemsize(table.dtype));
 }
-
-int64_t rows_per_thread(int64_t D) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, D)); }
 
 bool changes_idle_rows(RowOptim kind, const RowStep& step) {
   return kind == RowOptim::adam || step.weight_decay != 0 || (kind == RowOptim::sgd && step.first != 0);
@@ -51,7 +49,8 @@ bool changes_idle_rows(RowOptim kind, const RowStep& step) {
 // The two nodes and weights that have the moments of `r`, and where they are good enough.
 void solve(RowRecord& r) {
   const double total = r.moments[0];
-  r.weight[0] = total, r.weight[1] = r.least = 0;
+  r.weight[0] = total;
+  r.weight[1] = r.least = 0;
   r.eps[0] = r.eps[1] = r.step.eps * r.origin;
   if (!(total > 0)) return;
   // About the mean.
@@ -66,8 +65,10 @@ void solve(RowRecord& r) {
   if (!(variance > 1e-12 * y * y)) return;
   const double half = third / variance / 2, root = std::sqrt(half * half + variance);
   const double low = half - root, high = half + root;
-  r.weight[0] = total * high / (high - low), r.weight[1] = total * -low / (high - low);
-  r.eps[0] = r.step.eps * (y + low), r.eps[1] = r.step.eps * (y + high);
+  r.weight[0] = total * high / (high - low);
+  r.weight[1] = total * -low / (high - low);
+  r.eps[0] = r.step.eps * (y + low);
+  r.eps[1] = r.step.eps * (y + high);
   // The remainder of the quadrature of 1 / (1 + x y), relative to it: at most `rest` (x y / (1 + x y))^4.
   const double rest = (fourth - variance * variance - third * third / variance) / std::pow(y, 4) * std::pow(way, 5);
   if (rest <= kTolerance || !(way < kLongWay)) return;
@@ -78,7 +79,9 @@ void solve(RowRecord& r) {
 // Step `u` follows on what is on record in `r`.
 void extend_adam(RowRecord& r, const RowStep& u, const RowRule& rule, bool amsgrad) {
   const double shrink = rule.decoupled ? 1 - u.lr * u.weight_decay : 1;
-  r.keep[0] *= shrink, r.keep[1] *= u.first, r.keep[2] *= u.second;
+  r.keep[0] *= shrink;
+  r.keep[1] *= u.first;
+  r.keep[2] *= u.second;
   for (double& moment : r.moments) moment *= shrink;
   if (r.complete != 0) {
     for (double& weight : r.weight) weight *= shrink;
@@ -87,14 +90,19 @@ void extend_adam(RowRecord& r, const RowStep& u, const RowRule& rule, bool amsgr
   const double y = std::sqrt((1 - std::pow(u.second, u.step)) / (amsgrad ? 1 : r.keep[2]));
   if (r.origin == 0) r.origin = y;
   double w = u.lr / (1 - std::pow(u.first, u.step)) * r.keep[1] * y;
-  for (double& moment : r.moments) moment += w, w *= y - r.origin;
+  for (double& moment : r.moments) {
+    moment += w;
+    w *= y - r.origin;
+  }
   // Later steps add nothing that fp32 would see.
   if (r.keep[1] * y < kGone * r.origin) r.complete = 1;
   solve(r);
   if (u.eps == 0) r.least = std::max(r.least, kSmallest);
   if (r.weight[0] + r.weight[1] + r.eps[1] + y < kLargest && (u.eps == 0 || r.eps[0] > kSmallest)) return;
   // Products would leave fp32's range, as with beta2 = 0: whatever moves goes step by step.
-  r.complete = 1, r.weight[0] = r.weight[1] = 0, r.eps[0] = r.eps[1] = 1;
+  r.complete = 1;
+  r.weight[0] = r.weight[1] = 0;
+  r.eps[0] = r.eps[1] = 1;
   r.least = std::numeric_limits<double>::infinity();
 }
 
@@ -103,12 +111,18 @@ void extend_sgd(RowRecord& r, const RowStep& u, const RowRule& rule) {
   const bool begins = u.step == 1;
   const double b_of_b = begins ? 0 : u.first, b_of_p = (begins ? 1 : 1 - u.second) * u.weight_decay;
   const double buffered = u.first != 0;
-  const double along_p = !buffered ? u.weight_decay : rule.nesterov ? u.weight_decay + u.first * b_of_p : b_of_p;
-  const double along_b = !buffered ? 0 : rule.nesterov ? u.first * b_of_b : b_of_b;
+  double along_p = u.weight_decay, along_b = 0;
+  if (buffered) {
+    along_p = rule.nesterov ? u.weight_decay + u.first * b_of_p : b_of_p;
+    along_b = rule.nesterov ? u.first * b_of_b : b_of_b;
+  }
   const double pp = r.keep[0], pb = r.keep[1], bp = r.keep[2], bb = r.keep[3];
-  r.keep[0] = (1 - u.lr * along_p) * pp - u.lr * along_b * bp,
+  r.keep[0] = (1 - u.lr * along_p) * pp - u.lr * along_b * bp;
   r.keep[1] = (1 - u.lr * along_p) * pb - u.lr * along_b * bb;
-  if (buffered) r.keep[2] = b_of_p * pp + b_of_b * bp, r.keep[3] = b_of_p * pb + b_of_b * bb;
+  if (buffered) {
+    r.keep[2] = b_of_p * pp + b_of_b * bp;
+    r.keep[3] = b_of_p * pb + b_of_b * bb;
+  }
 }
 
 void append(const RowTable& table, const RowStep& step) {
@@ -118,7 +132,9 @@ void append(const RowTable& table, const RowStep& step) {
   LLMKERN_SELECT(row_optim).make_rule(table, step, 1, last.rule);
   if (!table.rule.closed) return;
   const bool adam = table.rule.kind == RowOptim::adam;
-  last.keep[0] = 1, last.keep[1] = last.keep[2] = adam, last.keep[3] = 1;
+  last.keep[0] = 1;
+  last.keep[1] = last.keep[2] = adam;
+  last.keep[3] = 1;
   for (int64_t i = 0; i <= table.count; ++i)
     if (adam)
       extend_adam(table.history[i], step, table.rule, table.states[2]);
@@ -143,7 +159,7 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = D * part / parts / kColumns * kColumns;
       const int64_t end = part + 1 == parts ? D : D * (part + 1) / parts / kColumns * kColumns;
-      pieces.push_back({r, begin, end, *total});
+      pieces.push_back({.run = r, .begin = begin, .end = end, .cost_before = *total});
       *total += (n + kUpdate) * (end - begin) / std::max<int64_t>(1, D) + 1;
     }
   }
@@ -155,7 +171,7 @@ template <class F>
 void catch_up(const RowTable& table, int64_t n, const F& row_of) {
   const int64_t ahead = rows_ahead(table);
   const auto& kernels = LLMKERN_SELECT(row_optim);
-  parallel_for(n, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
+  parallel_for(n, rows_in(kGrain, table.D), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = row_of(i);
       kernels.catch_up(table, row, table.applied[row], row_of(std::min(i + ahead, n - 1)));
@@ -167,21 +183,21 @@ void catch_up(const RowTable& table, int64_t n, const F& row_of) {
 }  // namespace
 
 void row_lookup(const RowTable& table, Indices indices, int64_t N, void* out) {
-  const int64_t bytes = table.D * static_cast<int64_t>(itemsize(table.dtype)), ahead = rows_ahead(table);
+  const int64_t bytes = table.D * itemsize(table.dtype), ahead = rows_ahead(table);
   const auto& kernels = LLMKERN_SELECT(row_optim);
   const auto inside = [&](int64_t row) { return static_cast<uint64_t>(row) < static_cast<uint64_t>(table.V); };
-  const bool stream = N * bytes >= kStreamBytes;
+  const bool stream = N * bytes >= kLookupStreamBytes;
   std::atomic<bool> bad{false};
-  parallel_for(N, rows_per_thread(table.D), [&](int64_t begin, int64_t end) {
+  parallel_for(N, rows_in(kGrain, table.D), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = indices[i], later = indices[std::min(i + ahead, N - 1)];
       if (!inside(row)) {
         bad.store(true, std::memory_order_relaxed);
         return;
       }
-      char* const to = static_cast<char*>(out) + i * bytes;
+      char* const to = at(out, i * table.D, table.dtype);
       if (table.applied[row] == table.count)
-        std::memcpy(to, static_cast<const char*>(table.param) + row * bytes, bytes);
+        std::memcpy(to, at(table.param, row * table.D, table.dtype), bytes);
       else
         kernels.lookup(table, row, table.applied[row], inside(later) ? later : row, stream, to);
     }
@@ -205,7 +221,7 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
   const int64_t ahead = rows_ahead(table);
   int64_t total;
   const std::vector<Piece> pieces = pieces_of(table, batch, &total);
-  parallel_for(total, rows_per_thread(table.D), [&](int64_t from, int64_t to) {
+  parallel_for(total, rows_in(kGrain, table.D), [&](int64_t from, int64_t to) {
     auto piece = std::lower_bound(pieces.begin(), pieces.end(), from,
                                   [](const Piece& p, int64_t cost) { return p.cost_before < cost; });
     for (; piece != pieces.end() && piece->cost_before < to; ++piece) {

@@ -95,7 +95,10 @@ RowOrder::RowOrder(Indices indices, int64_t N, int64_t V)
   std::vector<int64_t> first(shares.count + 1);
   shares.each([&](int64_t s, int64_t begin, int64_t end) {
     int64_t count = 0;
-    for (int64_t i = begin; i < end; ++i) order_[i] = static_cast<uint32_t>(keys[i]), count += begins_run(i);
+    for (int64_t i = begin; i < end; ++i) {
+      order_[i] = static_cast<uint32_t>(keys[i]);
+      count += begins_run(i);
+    }
     first[s + 1] = count;
   });
   for (int64_t s = 0; s < shares.count; ++s) first[s + 1] += first[s];
@@ -103,7 +106,11 @@ RowOrder::RowOrder(Indices indices, int64_t N, int64_t V)
   shares.each([&](int64_t s, int64_t begin, int64_t end) {
     int64_t r = first[s];
     for (int64_t i = begin; i < end; ++i)
-      if (begins_run(i)) rows_[r] = row_of(keys[i]), starts_[r] = static_cast<uint32_t>(i), ++r;
+      if (begins_run(i)) {
+        rows_[r] = row_of(keys[i]);
+        starts_[r] = static_cast<uint32_t>(i);
+        ++r;
+      }
   });
   starts_[runs_] = static_cast<uint32_t>(N);
 }

@@ -13,11 +13,10 @@
 #include "core/grad_norm.h"
 #include "core/row_order.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
-
-DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 // The sums of runs. A run of many positions is cut into pieces, which all threads add up first; where depends on the
 // run alone.
@@ -42,10 +41,11 @@ class Sums {
     const int64_t count = starts[r + 1] - starts[r];
     if (count <= kPiece) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[later]], sum);
     const int64_t first = std::lower_bound(begins_.begin(), begins_.end(), starts[r]) - begins_.begin();
-    const int64_t n = (count + kPiece - 1) / kPiece;
+    const int64_t n = ceil_div(count, kPiece);
     std::vector<uint32_t> all(n);
     std::iota(all.begin(), all.end(), 0u);
-    kernel_({{}, piece(first), n, n, grad_.D, accum_of(grad_.dtype)}, all.data(), n, 0, sum);
+    kernel_({.indices = {}, .values = piece(first), .N = n, .V = n, .D = grad_.D, .dtype = accum_of(grad_.dtype)},
+            all.data(), n, 0, sum);
   }
 
   int64_t row_bytes() const { return row_bytes_; }
@@ -58,8 +58,10 @@ class Sums {
     const uint32_t* const starts = sorted_.starts();
     for (int64_t r = 0; r < sorted_.runs(); ++r)
       if (starts[r + 1] - starts[r] > kPiece)
-        for (int64_t i = starts[r]; i < starts[r + 1]; i += kPiece)
-          begins_.push_back(i), ends_.push_back(starts[r + 1]);
+        for (int64_t i = starts[r]; i < starts[r + 1]; i += kPiece) {
+          begins_.push_back(i);
+          ends_.push_back(starts[r + 1]);
+        }
     return begins_.size();
   }
   char* piece(int64_t i) const { return pieces_.get() + i * row_bytes_; }
@@ -86,7 +88,7 @@ template <class F>
 void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
   const Sums sums(grad, sorted);
   const std::vector<uint32_t> runs = by_position(sorted);
-  const int64_t grain = std::max<int64_t>(1, 32 * 1024 / std::max<int64_t>(1, grad.D));
+  const int64_t grain = rows_in(32 * 1024, grad.D);
   // What is fetched while a row is at work: 16 KiB ahead.
   const int64_t ahead = 1 + (16 << 10) / (sums.row_bytes() + 1), last = static_cast<int64_t>(runs.size()) - 1;
   parallel_for(runs.size(), grain, [&](int64_t begin, int64_t end) {

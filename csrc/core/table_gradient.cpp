@@ -14,13 +14,13 @@
 
 #include "core/row_order.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
 
 constexpr int64_t kChunk = 128;
 constexpr int64_t kBlockBytes = 128 * 1024;
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 class Sums {
  public:
@@ -29,15 +29,15 @@ class Sums {
         order_(order),
         padding_idx_(padding_idx),
         by_freq_(scale_grad_by_freq),
-        wide_(terms.dtype == DType::f64 ? DType::f64 : DType::f32) {
+        wide_(accum_of(terms.dtype)) {
     for (int64_t r = 0; r < order.runs(); ++r) {
       if (length(r) <= kChunk || is_padding(r)) continue;
-      hot_.push_back({r, static_cast<int64_t>(chunks_.size())});
+      hot_.push_back({.run = r, .first_chunk = static_cast<int64_t>(chunks_.size())});
       const int64_t end = order.starts()[r + 1];
       for (int64_t begin = order.starts()[r]; begin < end; begin += kChunk)
-        chunks_.push_back({begin, std::min(begin + kChunk, end)});
+        chunks_.push_back({.begin = begin, .end = std::min(begin + kChunk, end)});
     }
-    hot_.push_back({order.runs(), static_cast<int64_t>(chunks_.size())});
+    hot_.push_back({.run = order.runs(), .first_chunk = static_cast<int64_t>(chunks_.size())});
     add_chunks();
   }
 
@@ -48,7 +48,11 @@ class Sums {
       return kernels_.sum(terms_, order_.starts()[r], order_.starts()[r + 1], scale, stream, terms_.dtype, out);
     const auto hot =
         std::lower_bound(hot_.begin(), hot_.end(), r, [](const Hot& h, int64_t run) { return h.run < run; });
-    const Terms sums{sums_.get(), wide_, terms_.D, static_cast<int64_t>(chunks_.size()), numbers_.data()};
+    const Terms sums{.rows = sums_.get(),
+                     .dtype = wide_,
+                     .D = terms_.D,
+                     .N = static_cast<int64_t>(chunks_.size()),
+                     .source = numbers_.data()};
     kernels_.sum(sums, hot[0].first_chunk, hot[1].first_chunk, scale, stream, terms_.dtype, out);
   }
 
@@ -66,7 +70,7 @@ class Sums {
 
   void add_chunks() {
     const int64_t count = static_cast<int64_t>(chunks_.size());
-    const int64_t row_bytes = terms_.D * static_cast<int64_t>(itemsize(wide_));
+    const int64_t row_bytes = terms_.D * itemsize(wide_);
     sums_ = Buffer<char>(count * row_bytes);
     numbers_.resize(count);
     std::iota(numbers_.begin(), numbers_.end(), 0u);
@@ -93,13 +97,13 @@ class Sums {
 
 void table_gradient(const Terms& terms, const RowOrder& order, int64_t V, int64_t padding_idx, bool scale_grad_by_freq,
                     void* dweight) {
-  const int64_t row_bytes = terms.D * static_cast<int64_t>(itemsize(terms.dtype));
+  const int64_t row_bytes = terms.D * itemsize(terms.dtype);
   if (row_bytes == 0) return;
   const bool stream = V * row_bytes >= kStreamBytes;
   const uint32_t* const rows = order.rows();
   const auto& kernels = LLMKERN_SELECT(table_gradient_kernels);
   const Sums sums(terms, order, padding_idx, scale_grad_by_freq);
-  parallel_blocks(V, std::max<int64_t>(1, kBlockBytes / row_bytes), [&](int64_t begin, int64_t end) {
+  parallel_blocks(V, rows_in(kBlockBytes, row_bytes), [&](int64_t begin, int64_t end) {
     const auto row = [&](int64_t r) { return static_cast<char*>(dweight) + r * row_bytes; };
     const auto zero = [&](int64_t from, int64_t to) {
       const size_t bytes = (to - from) * row_bytes;
@@ -123,10 +127,10 @@ int64_t table_gradient_rows(const RowOrder& order, int64_t padding_idx) {
 
 void table_gradient_compact(const Terms& terms, const RowOrder& order, int64_t padding_idx, int64_t* rows,
                             void* values) {
-  const int64_t row_bytes = terms.D * static_cast<int64_t>(itemsize(terms.dtype));
+  const int64_t row_bytes = terms.D * itemsize(terms.dtype);
   const int64_t count = table_gradient_rows(order, padding_idx);
   const int64_t before = std::lower_bound(order.rows(), order.rows() + order.runs(), padding_idx) - order.rows();
-  const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t block = rows_in(kBlockBytes, row_bytes);
   const bool has_padding = count < order.runs();
   const Sums sums(terms, order, padding_idx, false);
   parallel_blocks(count, block, [&](int64_t begin, int64_t end) {

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "core/util.h"
+
 namespace llmkern::cpu {
 
 // How many threads the calling thread may use. OpenMP's own number is a setting of each thread, so a new one would not
@@ -50,7 +52,7 @@ void parallel_for(int64_t n, int64_t grain, const F& f) {
 template <class F>
 void parallel_blocks(int64_t n, int64_t block, const F& f) {
   std::atomic<int64_t> next{0};
-  parallel_for(std::min<int64_t>(threads_of_region(), (n + block - 1) / block), 1, [&](int64_t, int64_t) {
+  parallel_for(std::min<int64_t>(threads_of_region(), ceil_div(n, block)), 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(block, std::memory_order_relaxed)) < n;)
       f(begin, std::min(begin + block, n));
   });

@@ -17,7 +17,10 @@ namespace {
 
 void empty_cache() { cpu::empty_cache(); }
 
-void check_settings() { cpu::selected_isa(), cpu::check_memory_settings(); }
+void check_settings() {
+  cpu::selected_isa();
+  cpu::check_memory_settings();
+}
 
 std::string listed(const torch::headeronly::IntHeaderOnlyArrayRef& numbers) {
   std::string text;

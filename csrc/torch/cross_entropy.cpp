@@ -11,23 +11,31 @@ cpu::CrossEntropy describe(DType dtype, int64_t N, int64_t V, int64_t D, const T
                            const std::optional<Tensor>& weight, const CrossEntropyOptions& options) {
   require_contiguous(target, "target");
   cpu::CrossEntropy op{};
-  op.N = N, op.V = V, op.D = D, op.dtype = dtype;
+  op.N = N;
+  op.V = V;
+  op.D = D;
+  op.dtype = dtype;
   if (target.scalar_type() == ScalarType::Long) {
     require(target.numel() == N * D, "cross_entropy: expected a target for every row");
     op.target = static_cast<const int64_t*>(target.const_data_ptr());
   } else {
     require(target.numel() == N * V * D, "cross_entropy: expected probabilities of the logits' shape");
-    op.probabilities = target.const_data_ptr(), op.target_dtype = dtype_of(target);
+    op.probabilities = target.const_data_ptr();
+    op.target_dtype = dtype_of(target);
     require((op.target_dtype == DType::f64) == (dtype == DType::f64), "cross_entropy: float64 cannot be mixed");
   }
   if (weight) {
     require_contiguous(*weight, "weight");
-    op.weight = weight->const_data_ptr(), op.weight_dtype = dtype_of(*weight);
+    op.weight = weight->const_data_ptr();
+    op.weight_dtype = dtype_of(*weight);
     require(weight->numel() == V && (op.weight_dtype == DType::f64) == (dtype == DType::f64),
             "cross_entropy: expected weight (V), in float64 if the logits are");
   }
-  op.ignore_index = options.ignore_index, op.label_smoothing = options.label_smoothing;
-  op.z_loss = options.z_loss, op.softcap = options.softcap, op.logit_scale = options.logit_scale;
+  op.ignore_index = options.ignore_index;
+  op.label_smoothing = options.label_smoothing;
+  op.z_loss = options.z_loss;
+  op.softcap = options.softcap;
+  op.logit_scale = options.logit_scale;
   return op;
 }
 
@@ -41,13 +49,15 @@ const void* rows_of(const std::optional<Tensor>& t, const cpu::CrossEntropy& op,
 
 CrossEntropyResults::CrossEntropyResults(const Tensor& like, const std::vector<int64_t>& sizes, DType dtype,
                                          bool entropy, bool argmax) {
-  const ScalarType accum = dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  const std::vector<int64_t> none{0};
-  loss = empty(like, sizes, accum), lse = empty(like, sizes, accum);
-  this->entropy = empty(like, entropy ? sizes : none, accum);
-  this->argmax = empty(like, argmax ? sizes : none, ScalarType::Long);
-  outputs = {loss.mutable_data_ptr(), lse.mutable_data_ptr(), entropy ? this->entropy.mutable_data_ptr() : nullptr,
-             argmax ? static_cast<int64_t*>(this->argmax.mutable_data_ptr()) : nullptr};
+  const ScalarType accum = accum_type(dtype);
+  loss = empty(like, sizes, accum);
+  lse = empty(like, sizes, accum);
+  this->entropy = empty_if(entropy, like, sizes, accum);
+  this->argmax = empty_if(argmax, like, sizes, ScalarType::Long);
+  outputs = {.loss = loss.mutable_data_ptr(),
+             .lse = lse.mutable_data_ptr(),
+             .entropy = data_if(entropy, this->entropy),
+             .argmax = static_cast<int64_t*>(data_if(argmax, this->argmax))};
 }
 
 namespace {
@@ -61,25 +71,28 @@ cpu::CrossEntropy describe(const Tensor& logits, const Tensor& target, const std
                   weight, options);
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 std::vector<int64_t> row_sizes(const Tensor& logits) {
   return logits.dim() == 3 ? std::vector<int64_t>{logits.size(0), logits.size(2)}
                            : std::vector<int64_t>{logits.size(0)};
 }
 
-Tensor like(const Tensor& t, bool wanted) { return empty(t, wanted ? sizes_of(t) : std::vector<int64_t>{0}); }
+Tensor like(const Tensor& t, bool wanted) { return empty_if(wanted, t, sizes_of(t)); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(
     const Tensor& logits, const Tensor& target, std::optional<Tensor> weight, std::optional<Tensor> dloss,
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, bool entropy,
     bool argmax, bool need_logits, bool need_target) {
-  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  const auto op = describe(logits, target, weight,
+                           {.ignore_index = ignore_index,
+                            .label_smoothing = label_smoothing,
+                            .z_loss = z_loss,
+                            .softcap = softcap,
+                            .logit_scale = logit_scale});
   CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
   Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
-  cpu::cross_entropy(op, logits.const_data_ptr(), results.outputs, {rows_of(dloss, op, "dloss"), nullptr, nullptr},
-                     {need_logits ? dlogits.mutable_data_ptr() : nullptr, op.dtype,
-                      need_target ? dtarget.mutable_data_ptr() : nullptr});
+  cpu::cross_entropy(
+      op, logits.const_data_ptr(), results.outputs, {.loss = rows_of(dloss, op, "dloss")},
+      {.dlogits = data_if(need_logits, dlogits), .dtype = op.dtype, .dtarget = data_if(need_target, dtarget)});
   return {results.loss, results.lse, results.entropy, results.argmax, dlogits, dtarget};
 }
 
@@ -90,11 +103,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_(Tensor
                                                                           double label_smoothing, double z_loss,
                                                                           double softcap, double logit_scale,
                                                                           bool entropy, bool argmax, bool need_target) {
-  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  const auto op = describe(logits, target, weight,
+                           {.ignore_index = ignore_index,
+                            .label_smoothing = label_smoothing,
+                            .z_loss = z_loss,
+                            .softcap = softcap,
+                            .logit_scale = logit_scale});
   CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
   Tensor dtarget = like(target, need_target);
-  cpu::cross_entropy(op, logits.const_data_ptr(), results.outputs, {rows_of(dloss, op, "dloss"), nullptr, nullptr},
-                     {logits.mutable_data_ptr(), op.dtype, need_target ? dtarget.mutable_data_ptr() : nullptr});
+  cpu::cross_entropy(
+      op, logits.const_data_ptr(), results.outputs, {.loss = rows_of(dloss, op, "dloss")},
+      {.dlogits = logits.mutable_data_ptr(), .dtype = op.dtype, .dtarget = data_if(need_target, dtarget)});
   return {results.loss, results.lse, results.entropy, results.argmax, dtarget};
 }
 
@@ -104,20 +123,23 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> dloss, s
                                                   int64_t ignore_index, double label_smoothing, double z_loss,
                                                   double softcap, double logit_scale, bool need_logits,
                                                   bool need_target) {
-  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
+  const auto op = describe(logits, target, weight,
+                           {.ignore_index = ignore_index,
+                            .label_smoothing = label_smoothing,
+                            .z_loss = z_loss,
+                            .softcap = softcap,
+                            .logit_scale = logit_scale});
   Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
-  cpu::cross_entropy(op, logits.const_data_ptr(), {},
-                     {rows_of(dloss, op, "dloss"), rows_of(dlse, op, "dlse"), rows_of(dentropy, op, "dentropy")},
-                     {need_logits ? dlogits.mutable_data_ptr() : nullptr, op.dtype,
-                      need_target ? dtarget.mutable_data_ptr() : nullptr});
+  cpu::cross_entropy(
+      op, logits.const_data_ptr(), {},
+      {.loss = rows_of(dloss, op, "dloss"),
+       .lse = rows_of(dlse, op, "dlse"),
+       .entropy = rows_of(dentropy, op, "dentropy")},
+      {.dlogits = data_if(need_logits, dlogits), .dtype = op.dtype, .dtarget = data_if(need_target, dtarget)});
   return {dlogits, dtarget};
 }
 
 }  // namespace
-
-#define LLMKERN_OPTIONS " int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
-
-#undef LLMKERN_OPTIONS
 
 STABLE_TORCH_LIBRARY_IMPL(llmkern_cpu, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));

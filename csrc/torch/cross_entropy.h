@@ -14,8 +14,6 @@ struct CrossEntropyOptions {
 cpu::CrossEntropy describe(DType dtype, int64_t N, int64_t V, int64_t D, const Tensor& target,
                            const std::optional<Tensor>& weight, const CrossEntropyOptions& options);
 
-inline DType accum_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
 // The data of a tensor with an element in Accum for every row, or null.
 const void* rows_of(const std::optional<Tensor>& t, const cpu::CrossEntropy& op, const char* name);
 

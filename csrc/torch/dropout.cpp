@@ -8,9 +8,7 @@ namespace {
 Tensor dropout_forward(const Tensor& x, double p, int64_t seed) {
   require_contiguous(x, "x");
   require(p >= 0 && p <= 1, "dropout: expected a probability between 0 and 1, got " + std::to_string(p));
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
-  Tensor y = empty(x, sizes);
+  Tensor y = empty(x, sizes_of(x));
   cpu::dropout(x.const_data_ptr(), dtype_of(x), x.numel(), p, static_cast<uint64_t>(seed), y.mutable_data_ptr());
   return y;
 }

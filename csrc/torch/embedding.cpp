@@ -28,7 +28,11 @@ cpu::RowOrder order_of(const Tensor& dout, const Tensor& indices, int64_t num_we
 }
 
 cpu::Terms terms_of(const Tensor& dout, const cpu::RowOrder& order) {
-  return {dout.const_data_ptr(), dtype_of(dout), dout.size(1), order.positions(), order.order()};
+  return {.rows = dout.const_data_ptr(),
+          .dtype = dtype_of(dout),
+          .D = dout.size(1),
+          .N = order.positions(),
+          .source = order.order()};
 }
 
 Tensor embedding_backward(const Tensor& dout, const Tensor& indices, int64_t num_weights, int64_t padding_idx,

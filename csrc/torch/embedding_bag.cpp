@@ -19,9 +19,13 @@ struct Call {
               "embedding_bag: expected offsets (B), or with include_last_offset (B + 1)");
     else
       require(num_bags > 0 ? N % num_bags == 0 : N == 0, "embedding_bag: expected bags of equal length");
-    cpu::bag_starts(offsets ? indices_of(*offsets, "offsets") : cpu::Indices{nullptr, true}, N, num_bags,
-                    offsets && include_last_offset, starts.get());
-    bags = {indices_of(indices, "indices"), N, num_bags, starts.get(), padding_idx};
+    cpu::bag_starts(offsets ? indices_of(*offsets, "offsets") : cpu::Indices{.data = nullptr, .is_int64 = true}, N,
+                    num_bags, offsets && include_last_offset, starts.get());
+    bags = {.indices = indices_of(indices, "indices"),
+            .N = N,
+            .B = num_bags,
+            .starts = starts.get(),
+            .padding_idx = padding_idx};
   }
   static int64_t checked(int64_t num_bags) {
     require(num_bags >= 0 && num_bags < INT32_MAX, "embedding_bag: expected between 0 and 2^31 - 2 bags");
@@ -44,7 +48,11 @@ void check_rows(const Tensor& x, const char* name) {
 
 cpu::Table table_of(const Tensor& weight, const void* samples) {
   check_rows(weight, "weight");
-  return {weight.const_data_ptr(), samples, dtype_of(weight), weight.size(0), weight.size(1)};
+  return {.weight = weight.const_data_ptr(),
+          .samples = samples,
+          .dtype = dtype_of(weight),
+          .V = weight.size(0),
+          .D = weight.size(1)};
 }
 
 Tensor embedding_bag_forward(const Tensor& weight, std::optional<Tensor> samples, const Tensor& indices,
@@ -74,7 +82,8 @@ cpu::BagGradient gradient_of(const Tensor& dout, const std::optional<Tensor>& sa
                              bool mean) {
   require(num_weights >= 0, "embedding_bag: expected num_weights that is not negative");
   const void* const factors = samples_of(samples, indices, dout);
-  const cpu::Table table{nullptr, factors, dtype_of(dout), num_weights, dout.size(1)};
+  const cpu::Table table{
+      .weight = nullptr, .samples = factors, .dtype = dtype_of(dout), .V = num_weights, .D = dout.size(1)};
   const int32_t* at = nullptr;
   if (largest) {
     check_rows(*largest, "largest");

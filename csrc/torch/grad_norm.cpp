@@ -11,7 +11,7 @@ std::vector<cpu::Span> spans(const std::vector<Tensor>& tensors) {
   std::vector<cpu::Span> result;
   for (const Tensor& t : tensors) {
     require_contiguous(t, "tensors");
-    result.push_back({t.mutable_data_ptr(), t.numel(), dtype_of(t)});
+    result.push_back({.data = t.mutable_data_ptr(), .n = t.numel(), .dtype = dtype_of(t)});
   }
   return result;
 }

@@ -8,7 +8,8 @@ namespace llmkern {
 namespace {
 
 void check(const Tensor& x, const Tensor& weight) {
-  require_contiguous(x, "x"), require_contiguous(weight, "weight");
+  require_contiguous(x, "x");
+  require_contiguous(weight, "weight");
   require(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.scalar_type() == weight.scalar_type(),
           "linear: expected x (N, I) and weight (O, I) of one dtype");
 }
@@ -22,8 +23,8 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, std::optional<Tenso
             "linear: expected bias (O) of the dtype of x");
   }
   Tensor y = empty(x, {N, O});
-  cpu::linear_forward(x.const_data_ptr(), weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, dtype_of(x),
-                      N, I, O, y.mutable_data_ptr());
+  cpu::linear_forward(x.const_data_ptr(), weight.const_data_ptr(), data_of(bias), dtype_of(x), N, I, O,
+                      y.mutable_data_ptr());
   return y;
 }
 
@@ -34,11 +35,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const Tensor& x, co
   require_contiguous(dy, "dy");
   require(dy.dim() == 2 && dy.size(0) == N && dy.size(1) == O && dy.scalar_type() == x.scalar_type(),
           "linear_backward: expected dy (N, O) of the dtype of x");
-  const std::vector<int64_t> none{0};
-  Tensor dx = empty(x, need_x ? std::vector<int64_t>{N, I} : none);
-  Tensor dweight = empty(x, need_weight ? std::vector<int64_t>{O, I} : none);
+  Tensor dx = empty_if(need_x, x, {N, I}), dweight = empty_if(need_weight, x, {O, I});
   cpu::linear_backward(dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), dtype_of(x), N, I, O,
-                       need_x ? dx.mutable_data_ptr() : nullptr, need_weight ? dweight.mutable_data_ptr() : nullptr);
+                       data_if(need_x, dx), data_if(need_weight, dweight));
   return {dx, dweight};
 }
 

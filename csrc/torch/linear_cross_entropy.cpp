@@ -10,15 +10,19 @@ namespace {
 cpu::LinearCrossEntropy describe(const Tensor& x, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias,
                                  const Tensor& target, const std::optional<Tensor>& weight,
                                  const CrossEntropyOptions& options, int64_t workspace) {
-  require_contiguous(x, "x"), require_contiguous(linear_weight, "linear_weight");
+  require_contiguous(x, "x");
+  require_contiguous(linear_weight, "linear_weight");
   require(x.dim() == 2 && linear_weight.dim() == 2 && x.size(1) == linear_weight.size(1),
           "linear_cross_entropy: expected x (N, H) and linear_weight (V, H)");
   require(linear_weight.scalar_type() == x.scalar_type(), "linear_cross_entropy: expected linear_weight of x's dtype");
   const DType dtype = dtype_of(x);
   cpu::LinearCrossEntropy op{};
   op.loss = describe(accum_of(dtype), x.size(0), linear_weight.size(0), 1, target, weight, options);
-  op.H = x.size(1), op.dtype = dtype, op.workspace = workspace;
-  op.x = x.const_data_ptr(), op.linear_weight = linear_weight.const_data_ptr();
+  op.H = x.size(1);
+  op.dtype = dtype;
+  op.workspace = workspace;
+  op.x = x.const_data_ptr();
+  op.linear_weight = linear_weight.const_data_ptr();
   if (linear_bias) {
     require_contiguous(*linear_bias, "linear_bias");
     require(linear_bias->numel() == op.loss.V && linear_bias->scalar_type() == x.scalar_type(),
@@ -38,12 +42,12 @@ struct Gradients {
         dlinear_weight(like(linear_weight, need[1])),
         dlinear_bias(empty(x, {need[2] ? linear_weight.size(0) : 0})),
         dtarget(like(target, need[3])) {
-    const auto data = [](Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; };
-    pointers = {data(dx, need[0]), data(dlinear_weight, need[1]), data(dlinear_bias, need[2]), data(dtarget, need[3])};
+    pointers = {.dx = data_if(need[0], dx),
+                .dlinear_weight = data_if(need[1], dlinear_weight),
+                .dlinear_bias = data_if(need[2], dlinear_bias),
+                .dtarget = data_if(need[3], dtarget)};
   }
-  static Tensor like(const Tensor& t, bool wanted) {
-    return empty(t, wanted ? std::vector<int64_t>{t.sizes().begin(), t.sizes().end()} : std::vector<int64_t>{0});
-  }
+  static Tensor like(const Tensor& t, bool wanted) { return empty_if(wanted, t, sizes_of(t)); }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
@@ -52,11 +56,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     double z_loss, double softcap, double logit_scale, int64_t workspace, bool entropy, bool argmax, bool need_x,
     bool need_weight, bool need_bias, bool need_target) {
   const auto op = describe(x, linear_weight, linear_bias, target, weight,
-                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
+                           {.ignore_index = ignore_index,
+                            .label_smoothing = label_smoothing,
+                            .z_loss = z_loss,
+                            .softcap = softcap,
+                            .logit_scale = logit_scale},
+                           workspace);
   CrossEntropyResults results(x, {op.loss.N}, op.loss.dtype, entropy, argmax);
   Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
-  cpu::linear_cross_entropy(op, results.outputs, {rows_of(dloss, op.loss, "dloss"), nullptr, nullptr},
-                            gradients.pointers);
+  cpu::linear_cross_entropy(op, results.outputs, {.loss = rows_of(dloss, op.loss, "dloss")}, gradients.pointers);
   return {results.loss,           results.lse,      results.entropy,
           results.argmax,         gradients.dx,     gradients.dlinear_weight,
           gradients.dlinear_bias, gradients.dtarget};
@@ -68,12 +76,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, int64_t workspace,
     bool need_x, bool need_weight, bool need_bias, bool need_target) {
   const auto op = describe(x, linear_weight, linear_bias, target, weight,
-                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
+                           {.ignore_index = ignore_index,
+                            .label_smoothing = label_smoothing,
+                            .z_loss = z_loss,
+                            .softcap = softcap,
+                            .logit_scale = logit_scale},
+                           workspace);
   Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
-  cpu::linear_cross_entropy(
-      op, {},
-      {rows_of(dloss, op.loss, "dloss"), rows_of(dlse, op.loss, "dlse"), rows_of(dentropy, op.loss, "dentropy")},
-      gradients.pointers);
+  cpu::linear_cross_entropy(op, {},
+                            {.loss = rows_of(dloss, op.loss, "dloss"),
+                             .lse = rows_of(dlse, op.loss, "dlse"),
+                             .entropy = rows_of(dentropy, op.loss, "dentropy")},
+                            gradients.pointers);
   return {gradients.dx, gradients.dlinear_weight, gradients.dlinear_bias, gradients.dtarget};
 }
 

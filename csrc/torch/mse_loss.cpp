@@ -8,52 +8,38 @@ namespace llmkern {
 namespace {
 
 void check(const Tensor& input, const Tensor& target) {
-  require_contiguous(input, "input"), require_contiguous(target, "target");
+  require_contiguous(input, "input");
+  require_contiguous(target, "target");
   require(input.numel() == target.numel() && input.scalar_type() == target.scalar_type(),
           "mse_loss: expected input and target of one shape and dtype");
-}
-
-// What sums of `t` are kept in.
-bool sums_in_f64(const Tensor& t) { return dtype_of(t) == DType::f64; }
-
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t d = 0; d < t.dim(); ++d) sizes[d] = t.size(d);
-  return sizes;
 }
 
 // A gradient of the sum, as the kernels take it.
 double scalar(const Tensor& t, const Tensor& input, const char* name) {
   require_contiguous(t, name);
-  const bool wide = sums_in_f64(input);
-  require(t.numel() == 1 && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+  const bool wide = dtype_of(input) == DType::f64;
+  require(t.numel() == 1 && t.scalar_type() == accum_type(dtype_of(input)),
           std::string("mse_loss: expected ") + name + " (), float32 or, for float64 input, float64");
   return wide ? *static_cast<const double*>(t.const_data_ptr()) : *static_cast<const float*>(t.const_data_ptr());
 }
-
-// Of the input's shape, or, if it is not wanted, empty.
-Tensor gradient(const Tensor& input, bool wanted) {
-  return empty(input, wanted ? sizes_of(input) : std::vector<int64_t>{0});
-}
-
-void* pointer(Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor> mse_loss_forward(const Tensor& input, const Tensor& target, bool reduce,
                                                     std::optional<Tensor> scale, bool need_input, bool need_target) {
   check(input, target);
   require(!(need_input || need_target) || (reduce && scale), "mse_loss: gradients need a sum and its scale");
   const void *x = input.const_data_ptr(), *t = target.const_data_ptr();
-  Tensor dinput = gradient(input, need_input), dtarget = gradient(input, need_target);
+  Tensor dinput = empty_if(need_input, input, sizes_of(input));
+  Tensor dtarget = empty_if(need_target, input, sizes_of(input));
   if (!reduce) {
     Tensor out = empty(input, sizes_of(input));
     cpu::mse_loss_forward(x, t, dtype_of(input), input.numel(), out.mutable_data_ptr());
     return {out, dinput, dtarget};
   }
   const double dsum = scale ? scalar(*scale, input, "scale") : 0;
-  Tensor out = empty(input, {}, sums_in_f64(input) ? ScalarType::Double : ScalarType::Float);
-  const double sum = cpu::mse_loss_forward_sum(x, t, dtype_of(input), input.numel(), dsum, pointer(dinput, need_input),
-                                               pointer(dtarget, need_target));
-  if (sums_in_f64(input))
+  Tensor out = empty(input, {}, accum_type(dtype_of(input)));
+  const double sum = cpu::mse_loss_forward_sum(x, t, dtype_of(input), input.numel(), dsum, data_if(need_input, dinput),
+                                               data_if(need_target, dtarget));
+  if (dtype_of(input) == DType::f64)
     *static_cast<double*>(out.mutable_data_ptr()) = sum;
   else
     *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(sum);
@@ -65,10 +51,11 @@ std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& dloss, const Tensor& 
   check(input, target);
   if (!reduce) check(input, dloss);
   const double dsum = reduce ? scalar(dloss, input, "dloss") : 0;
-  Tensor dinput = gradient(input, need_input), dtarget = gradient(input, need_target);
+  Tensor dinput = empty_if(need_input, input, sizes_of(input));
+  Tensor dtarget = empty_if(need_target, input, sizes_of(input));
   cpu::mse_loss_backward(reduce ? nullptr : dloss.const_data_ptr(), dsum, input.const_data_ptr(),
-                         target.const_data_ptr(), dtype_of(input), input.numel(), pointer(dinput, need_input),
-                         pointer(dtarget, need_target));
+                         target.const_data_ptr(), dtype_of(input), input.numel(), data_if(need_input, dinput),
+                         data_if(need_target, dtarget));
   return {dinput, dtarget};
 }
 

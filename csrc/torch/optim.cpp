@@ -36,11 +36,15 @@ std::vector<cpu::OptimTensor> gather(const Tensors& params, const Tensors& grads
     const ScalarType type = params[i].scalar_type();
     const ScalarType state_type = first.empty() ? type : state_type_of(first[i], type);
     cpu::OptimTensor& tensor = tensors.emplace_back();
-    tensor.param = matching(params[i], numel, type, "param"), tensor.grad = matching(grads[i], numel, type, "grad");
+    tensor.param = matching(params[i], numel, type, "param");
+    tensor.grad = matching(grads[i], numel, type, "grad");
     void** state_at = tensor.states;
     for (const Tensors* state : states)
       *state_at++ = state->empty() ? nullptr : matching((*state)[i], numel, state_type, "state");
-    tensor.n = numel, tensor.dtype = dtype_of(type), tensor.state_dtype = dtype_of(state_type), tensor.step = steps[i];
+    tensor.n = numel;
+    tensor.dtype = dtype_of(type);
+    tensor.state_dtype = dtype_of(state_type);
+    tensor.step = steps[i];
   }
   return tensors;
 }
@@ -60,8 +64,10 @@ std::vector<double> advance(Tensors steps) {
 }
 
 cpu::After after_of(const std::string& after) {
-  require(after == "keep" || after == "zero" || after == "scale", "after: expected keep, zero or scale");
-  return after == "keep" ? cpu::After::keep : after == "zero" ? cpu::After::zero : cpu::After::scale;
+  if (after == "keep") return cpu::After::keep;
+  if (after == "zero") return cpu::After::zero;
+  require(after == "scale", "after: expected keep, zero or scale");
+  return cpu::After::scale;
 }
 
 void adam_step(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
@@ -70,21 +76,45 @@ void adam_step(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
   require(exp_avgs.size() == params.size() && exp_avg_sqs.size() == params.size(),
           "adam_step: expected as many exp_avgs and exp_avg_sqs as parameters");
   const auto tensors = gather(params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, steps);
-  cpu::adam_step({lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, after_of(after)}, tensors);
+  cpu::adam_step({.lr = lr,
+                  .beta1 = beta1,
+                  .beta2 = beta2,
+                  .eps = eps,
+                  .weight_decay = weight_decay,
+                  .decoupled = decoupled,
+                  .maximize = maximize,
+                  .grad_scale = grad_scale,
+                  .after = after_of(after)},
+                 tensors);
 }
 
 void sgd_step(Tensors params, Tensors grads, Tensors momentum_buffers, std::vector<double> steps, double lr,
               double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double grad_scale,
               std::string after) {
   const auto tensors = gather(params, grads, {&momentum_buffers}, steps);
-  cpu::sgd_step({lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, after_of(after)}, tensors);
+  cpu::sgd_step({.lr = lr,
+                 .momentum = momentum,
+                 .dampening = dampening,
+                 .weight_decay = weight_decay,
+                 .nesterov = nesterov,
+                 .maximize = maximize,
+                 .grad_scale = grad_scale,
+                 .after = after_of(after)},
+                tensors);
 }
 
 void adagrad_step(Tensors params, Tensors grads, Tensors sums, std::vector<double> steps, double lr, double lr_decay,
                   double weight_decay, double eps, bool maximize, double grad_scale, std::string after) {
   require(sums.size() == params.size(), "adagrad_step: expected as many sums as parameters");
   const auto tensors = gather(params, grads, {&sums}, steps);
-  cpu::adagrad_step({lr, lr_decay, weight_decay, eps, maximize, grad_scale, after_of(after)}, tensors);
+  cpu::adagrad_step({.lr = lr,
+                     .lr_decay = lr_decay,
+                     .weight_decay = weight_decay,
+                     .eps = eps,
+                     .maximize = maximize,
+                     .grad_scale = grad_scale,
+                     .after = after_of(after)},
+                    tensors);
 }
 
 }  // namespace

@@ -24,7 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> quantized_embedding_quantize(const Tensor& we
 
 Tensor quantized_embedding_forward(const Tensor& weight, const Tensor& scale, const Tensor& offset,
                                    const Tensor& indices, int64_t embedding_dim, int64_t bits, ScalarType dtype) {
-  require_contiguous(weight, "weight"), require_contiguous(scale, "scale"), require_contiguous(offset, "offset");
+  require_contiguous(weight, "weight");
+  require_contiguous(scale, "scale");
+  require_contiguous(offset, "offset");
   check_bits(bits);
   require(weight.dim() == 2 && weight.scalar_type() == ScalarType::Byte && embedding_dim >= 0 &&
               weight.size(1) == (bits == 8 ? embedding_dim : (embedding_dim + 1) / 2),
@@ -35,10 +37,14 @@ Tensor quantized_embedding_forward(const Tensor& weight, const Tensor& scale, co
           "scale, offset: expected float32 (V)");
   require(indices.dim() == 1, "indices: expected (N)");
   Tensor out = empty(scale, {indices.numel(), embedding_dim}, dtype);
-  cpu::quantized_embedding_forward(
-      {static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<const float*>(scale.const_data_ptr()),
-       static_cast<const float*>(offset.const_data_ptr()), V, embedding_dim, static_cast<int>(bits)},
-      indices_of(indices, "indices"), indices.numel(), dtype_of(dtype), out.mutable_data_ptr());
+  cpu::quantized_embedding_forward({.data = static_cast<const uint8_t*>(weight.const_data_ptr()),
+                                    .scale = static_cast<const float*>(scale.const_data_ptr()),
+                                    .offset = static_cast<const float*>(offset.const_data_ptr()),
+                                    .V = V,
+                                    .D = embedding_dim,
+                                    .bits = static_cast<int>(bits)},
+                                   indices_of(indices, "indices"), indices.numel(), dtype_of(dtype),
+                                   out.mutable_data_ptr());
   return out;
 }
 

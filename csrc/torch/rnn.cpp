@@ -8,8 +8,6 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
-
 void require_shape(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* name) {
   require_contiguous(t, name);
   bool same = t.dim() == static_cast<int64_t>(sizes.size()) && t.scalar_type() == dtype;
@@ -53,8 +51,7 @@ struct Layer {
   double clip, zoneout, zoneout_cell;
 
   std::vector<int64_t> tokens(int64_t width) const {
-    std::vector<int64_t> sizes(x.dim());
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes[d] = x.size(d);
+    std::vector<int64_t> sizes = sizes_of(x);
     sizes.back() = width;
     return sizes;
   }
@@ -68,7 +65,10 @@ struct Layer {
                 (lstm || op.mode == cpu::RnnMode::slstm) == cx.has_value(),
             "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx for lstm and slstm alone");
     require(!batch_sizes || !batch_first, "rnn: a packed sequence has no batch_first");
-    op.B = hx.size(0), op.P = hx.size(1), op.H = weight_hr ? weight_hr->size(1) : op.P, op.I = x.size(x.dim() - 1);
+    op.B = hx.size(0);
+    op.P = hx.size(1);
+    op.H = weight_hr ? weight_hr->size(1) : op.P;
+    op.I = x.size(x.dim() - 1);
     op.T = batch_sizes ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
     require(op.T > 0 && op.B > 0 && op.H > 0 && op.P > 0, "rnn: expected at least one step, sequence and unit");
     const int64_t G = cpu::gates_of(op.mode), H = op.H, P = op.P, columns = weight_hh.size(1);
@@ -76,7 +76,8 @@ struct Layer {
             "weight_hh: expected H columns, or H divided by the number of heads");
     op.heads = P / columns;
     const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
-    op.dtype = dtype_of(x), op.state_dtype = dtype_of(hx);
+    op.dtype = dtype_of(x);
+    op.state_dtype = dtype_of(hx);
     require(states == dtype || (states == ScalarType::Float && op.dtype != DType::f64),
             "hx: expected the dtype of x, or float32 beside bfloat16 and float16");
     require_contiguous(x, "x");
@@ -86,8 +87,8 @@ struct Layer {
       require(x.size(batch_first ? 0 : 1) == op.B, "hx: expected as many sequences as x");
     require_shape(hx, {op.B, P}, states, "hx");
     if (cx) require_shape(*cx, {op.B, cpu::cells_of(op)}, states, "cx");
-    require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih"),
-        require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
+    require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih");
+    require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
     if (bias_ih) require_shape(*bias_ih, {G * H}, dtype, "bias_ih");
     if (bias_hh) require_shape(*bias_hh, {G * H}, dtype, "bias_hh");
     if (weight_hr) require_shape(*weight_hr, {P, H}, dtype, "weight_hr");
@@ -96,13 +97,22 @@ struct Layer {
     require(lstm || (!weight_hr && !peephole && zoneout_cell == 0), "rnn: an option of lstm alone");
     require(!weight_hr || (clip == 0 && zoneout == 0 && zoneout_cell == 0),
             "rnn: a projection excludes clip and zoneout");
-    op.reverse = reverse, op.batch_first = batch_first;
-    op.batch_sizes = static_cast<const int64_t*>(data(batch_sizes));
-    op.x = x.const_data_ptr(), op.hx = hx.const_data_ptr(), op.cx = data(cx);
-    op.weight_ih = weight_ih.const_data_ptr(), op.weight_hh = weight_hh.const_data_ptr();
-    op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
-    op.weight_hr = data(weight_hr), op.peephole = data(peephole), op.norms = data(norms);
-    op.clip = clip, op.zoneout_h = zoneout, op.zoneout_c = zoneout_cell;
+    op.reverse = reverse;
+    op.batch_first = batch_first;
+    op.batch_sizes = static_cast<const int64_t*>(data_of(batch_sizes));
+    op.x = x.const_data_ptr();
+    op.hx = hx.const_data_ptr();
+    op.cx = data_of(cx);
+    op.weight_ih = weight_ih.const_data_ptr();
+    op.weight_hh = weight_hh.const_data_ptr();
+    op.bias_ih = data_of(bias_ih);
+    op.bias_hh = data_of(bias_hh);
+    op.weight_hr = data_of(weight_hr);
+    op.peephole = data_of(peephole);
+    op.norms = data_of(norms);
+    op.clip = clip;
+    op.zoneout_h = zoneout;
+    op.zoneout_c = zoneout_cell;
     op.draws = seed.has_value();
     if (seed) {
       require_shape(*seed, {}, ScalarType::Long, "seed");
@@ -112,28 +122,37 @@ struct Layer {
   }
 };
 
-ScalarType accumulator(const cpu::Rnn& op) { return op.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
-// Empty where it is not wanted.
-Tensor make(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes,
-            std::optional<ScalarType> dtype = std::nullopt) {
-  return empty(like, wanted ? sizes : std::vector<int64_t>{0}, dtype);
-}
 void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
     Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, Optional seed,
     std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, bool save) {
-  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh, bias_ih,     bias_hh, weight_hr, peephole,
-                    norms, batch_sizes, seed, mode,      reverse,   batch_first, clip,    zoneout,   zoneout_cell};
+  const Layer layer{.x = x,
+                    .hx = hx,
+                    .cx = cx,
+                    .weight_ih = weight_ih,
+                    .weight_hh = weight_hh,
+                    .bias_ih = bias_ih,
+                    .bias_hh = bias_hh,
+                    .weight_hr = weight_hr,
+                    .peephole = peephole,
+                    .norms = norms,
+                    .batch_sizes = batch_sizes,
+                    .seed = seed,
+                    .mode = mode,
+                    .reverse = reverse,
+                    .batch_first = batch_first,
+                    .clip = clip,
+                    .zoneout = zoneout,
+                    .zoneout_cell = zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
-  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = make(C > 0, hx, {op.B, C});
-  Tensor gates = make(saved > 0, x, layer.tokens(saved));
-  Tensor cells = make(save && C > 0, x, layer.tokens(C), accumulator(op));
-  Tensor normed = make(save && norms, x, layer.tokens(cpu::normed_of(op)), accumulator(op));
+  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = empty_if(C > 0, hx, {op.B, C});
+  Tensor gates = empty_if(saved > 0, x, layer.tokens(saved));
+  Tensor cells = empty_if(save && C > 0, x, layer.tokens(C), accum_type(op.dtype));
+  Tensor normed = empty_if(save && norms, x, layer.tokens(cpu::normed_of(op)), accum_type(op.dtype));
   cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells),
                    pointer(normed));
   return {y, hy, cy, gates, cells, normed};
@@ -145,23 +164,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Optional peephole, Optional norms, Optional batch_sizes, Optional seed, const Tensor& y, const Tensor& gates,
     const Tensor& cells, const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip,
     double zoneout, double zoneout_cell, bool needs_dx, bool needs_dstates, bool needs_dweights) {
-  const Layer layer{x,     hx,          cx,   weight_ih, weight_hh, bias_ih,     bias_hh, weight_hr, peephole,
-                    norms, batch_sizes, seed, mode,      reverse,   batch_first, clip,    zoneout,   zoneout_cell};
+  const Layer layer{.x = x,
+                    .hx = hx,
+                    .cx = cx,
+                    .weight_ih = weight_ih,
+                    .weight_hh = weight_hh,
+                    .bias_ih = bias_ih,
+                    .bias_hh = bias_hh,
+                    .weight_hr = weight_hr,
+                    .peephole = peephole,
+                    .norms = norms,
+                    .batch_sizes = batch_sizes,
+                    .seed = seed,
+                    .mode = mode,
+                    .reverse = reverse,
+                    .batch_first = batch_first,
+                    .clip = clip,
+                    .zoneout = zoneout,
+                    .zoneout_cell = zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
   require(dcy.has_value() == (C > 0), "rnn_backward: expected dcy where there is a cx");
-  require_shape(dy, layer.tokens(op.P), dtype, "dy"), require_shape(y, layer.tokens(op.P), dtype, "y");
+  require_shape(dy, layer.tokens(op.P), dtype, "dy");
+  require_shape(y, layer.tokens(op.P), dtype, "y");
   require_shape(dhy, {op.B, op.P}, states, "dhy");
   if (dcy) require_shape(*dcy, {op.B, C}, states, "dcy");
   if (saved > 0) require_shape(gates, layer.tokens(saved), dtype, "gates");
-  if (C > 0) require_shape(cells, layer.tokens(C), accumulator(op), "cells");
-  if (dcells) require_shape(*dcells, layer.tokens(C), accumulator(op), "dcells");
-  if (norms) require_shape(normed, layer.tokens(cpu::normed_of(op)), accumulator(op), "normed");
+  if (C > 0) require_shape(cells, layer.tokens(C), accum_type(op.dtype), "cells");
+  if (dcells) require_shape(*dcells, layer.tokens(C), accum_type(op.dtype), "dcells");
+  if (norms) require_shape(normed, layer.tokens(cpu::normed_of(op)), accum_type(op.dtype), "normed");
   const auto like = [&](bool wanted, const Optional& t) {
-    std::vector<int64_t> sizes;
-    for (int64_t d = 0; t && d < t->dim(); ++d) sizes.push_back(t->size(d));
-    return make(wanted && t, t ? *t : x, sizes);
+    return empty_if(wanted && t, t ? *t : x, t ? sizes_of(*t) : std::vector<int64_t>{});
   };
   const bool weights = needs_dweights;
   Tensor dx = like(needs_dx, x), dhx = like(needs_dstates, hx), dcx = like(needs_dstates, cx);
@@ -169,11 +203,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dbias_ih = like(weights, bias_ih), dbias_hh = like(weights, bias_hh);
   Tensor dweight_hr = like(weights, weight_hr), dpeephole = like(weights, peephole);
   Tensor dnorms = like(weights, norms);
-  cpu::rnn_backward(op, dy.const_data_ptr(), data(dcells), dhy.const_data_ptr(), data(dcy), y.const_data_ptr(),
+  cpu::rnn_backward(op, dy.const_data_ptr(), data_of(dcells), dhy.const_data_ptr(), data_of(dcy), y.const_data_ptr(),
                     saved > 0 ? gates.const_data_ptr() : nullptr, C > 0 ? cells.const_data_ptr() : nullptr,
                     norms ? normed.const_data_ptr() : nullptr,
-                    {pointer(dx), pointer(dhx), pointer(dcx), pointer(dweight_ih), pointer(dweight_hh),
-                     pointer(dbias_ih), pointer(dbias_hh), pointer(dweight_hr), pointer(dpeephole), pointer(dnorms)});
+                    {.dx = pointer(dx),
+                     .dhx = pointer(dhx),
+                     .dcx = pointer(dcx),
+                     .dweight_ih = pointer(dweight_ih),
+                     .dweight_hh = pointer(dweight_hh),
+                     .dbias_ih = pointer(dbias_ih),
+                     .dbias_hh = pointer(dbias_hh),
+                     .dweight_hr = pointer(dweight_hr),
+                     .dpeephole = pointer(dpeephole),
+                     .dnorms = pointer(dnorms)});
   return {dx, dhx, dcx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dweight_hr, dpeephole, dnorms};
 }
 
@@ -183,22 +225,29 @@ cpu::Rnn describe_step(cpu::RnnMode mode, const Tensor& x, const Tensor& hx, con
                        const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh) {
   cpu::Rnn op{};
   require(x.dim() > 0 && x.dim() == hx.dim(), "rnn_step: expected as many dimensions of x as of hx");
-  op.mode = mode, op.T = 1, op.heads = 1;
-  op.I = x.size(x.dim() - 1), op.H = op.P = hx.size(hx.dim() - 1);
+  op.mode = mode;
+  op.T = 1;
+  op.heads = 1;
+  op.I = x.size(x.dim() - 1);
+  op.H = op.P = hx.size(hx.dim() - 1);
   require(op.I > 0 && op.H > 0 && hx.numel() > 0, "rnn_step: expected at least one sequence and one unit");
   op.B = hx.numel() / op.H;
   const ScalarType dtype = x.scalar_type();
   const int64_t rows = cpu::gates_of(mode) * op.H;
   require(x.numel() == op.B * op.I && hx.scalar_type() == dtype, "rnn_step: expected hx like x");
-  require_contiguous(x, "x"), require_contiguous(hx, "hx");
-  require_shape(weight_ih, {rows, op.I}, dtype, "weight_ih"),
-      require_shape(weight_hh, {rows, op.H}, dtype, "weight_hh");
+  require_contiguous(x, "x");
+  require_contiguous(hx, "hx");
+  require_shape(weight_ih, {rows, op.I}, dtype, "weight_ih");
+  require_shape(weight_hh, {rows, op.H}, dtype, "weight_hh");
   if (bias_ih) require_shape(*bias_ih, {rows}, dtype, "bias_ih");
   if (bias_hh) require_shape(*bias_hh, {rows}, dtype, "bias_hh");
   op.dtype = op.state_dtype = dtype_of(x);
-  op.x = x.const_data_ptr(), op.hx = hx.const_data_ptr();
-  op.weight_ih = weight_ih.const_data_ptr(), op.weight_hh = weight_hh.const_data_ptr();
-  op.bias_ih = data(bias_ih), op.bias_hh = data(bias_hh);
+  op.x = x.const_data_ptr();
+  op.hx = hx.const_data_ptr();
+  op.weight_ih = weight_ih.const_data_ptr();
+  op.weight_hh = weight_hh.const_data_ptr();
+  op.bias_ih = data_of(bias_ih);
+  op.bias_hh = data_of(bias_hh);
   return op;
 }
 

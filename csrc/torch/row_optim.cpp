@@ -25,7 +25,9 @@ struct Table {
 
   // With every shape checked that memory safety depends on.
   cpu::RowTable checked() const {
-    require_contiguous(param, "param"), require_contiguous(applied, "applied"), require_contiguous(history, "history");
+    require_contiguous(param, "param");
+    require_contiguous(applied, "applied");
+    require_contiguous(history, "history");
     require(param.dim() == 2, "param: expected a table (V, D)");
     require(applied.scalar_type() == ScalarType::Int && applied.numel() == param.size(0),
             "applied: expected int32 (V)");
@@ -33,12 +35,16 @@ struct Table {
                 history.size(1) == cpu::kRowRecordSize && count >= 0 && count < history.size(0),
             "history: expected float64 (more than count, " + std::to_string(cpu::kRowRecordSize) + ")");
     cpu::RowTable table{};
-    table.rule = {optimizer(), decoupled, maximize, nesterov, closed};
-    const size_t least = table.rule.kind == cpu::RowOptim::adam ? 2 : table.rule.kind == cpu::RowOptim::sgd ? 0 : 1;
-    require(states.size() >= least && states.size() <= least + (table.rule.kind != cpu::RowOptim::adagrad),
+    table.rule = {
+        .kind = optimizer(), .decoupled = decoupled, .maximize = maximize, .nesterov = nesterov, .closed = closed};
+    static constexpr size_t kLeast[] = {2, 0, 1}, kMost[] = {3, 1, 1};  // of adam, sgd and adagrad
+    const int kind = static_cast<int>(table.rule.kind);
+    require(states.size() >= kLeast[kind] && states.size() <= kMost[kind],
             "states: expected two or three of adam, none or one of sgd, one of adagrad");
-    table.param = param.mutable_data_ptr(), table.dtype = table.state_dtype = dtype_of(param);
-    table.V = param.size(0), table.D = param.size(1);
+    table.param = param.mutable_data_ptr();
+    table.dtype = table.state_dtype = dtype_of(param);
+    table.V = param.size(0);
+    table.D = param.size(1);
     for (size_t i = 0; i < states.size(); ++i) {
       require_contiguous(states[i], "state");
       table.state_dtype = dtype_of(states[0]);
@@ -64,8 +70,17 @@ cpu::Indices rows_of(const Tensor& indices) {
 
 Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
                   std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed, const Tensor& indices) {
-  const auto table =
-      Table{param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed}.checked();
+  const auto table = Table{.param = param,
+                           .states = states,
+                           .applied = applied,
+                           .history = history,
+                           .count = count,
+                           .kind = kind,
+                           .decoupled = decoupled,
+                           .maximize = maximize,
+                           .nesterov = nesterov,
+                           .closed = closed}
+                         .checked();
   require(closed, "row_lookup: expected a closed rule");
   const int64_t N = indices.numel();
   Tensor out = empty(param, {N, table.D});
@@ -76,8 +91,17 @@ Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, co
 void row_catch_up(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
                   std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed,
                   std::optional<Tensor> indices) {
-  const auto table =
-      Table{param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed}.checked();
+  const auto table = Table{.param = param,
+                           .states = states,
+                           .applied = applied,
+                           .history = history,
+                           .count = count,
+                           .kind = kind,
+                           .decoupled = decoupled,
+                           .maximize = maximize,
+                           .nesterov = nesterov,
+                           .closed = closed}
+                         .checked();
   if (indices)
     cpu::row_catch_up(table, cpu::RowOrder(rows_of(*indices), indices->numel(), table.V));
   else
@@ -87,15 +111,26 @@ void row_catch_up(const Tensor& param, Tensors states, const Tensor& applied, co
 bool row_step(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
               std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed, const Tensor& indices,
               const Tensor& values, std::vector<double> step, double grad_scale) {
-  const auto table =
-      Table{param, states, applied, history, count, kind, decoupled, maximize, nesterov, closed}.checked();
+  const auto table = Table{.param = param,
+                           .states = states,
+                           .applied = applied,
+                           .history = history,
+                           .count = count,
+                           .kind = kind,
+                           .decoupled = decoupled,
+                           .maximize = maximize,
+                           .nesterov = nesterov,
+                           .closed = closed}
+                         .checked();
   require_contiguous(values, "values");
   require(values.dim() == 2 && values.size(0) == indices.numel() && values.size(1) == table.D &&
               dtype_of(values) == table.dtype,
           "values: expected (N, D) of the parameter's dtype");
   require(step.size() == 6, "step: expected step, lr, two numbers of the rule, eps and weight_decay");
-  return cpu::row_step(table, {step[0], step[1], step[2], step[3], step[4], step[5]}, grad_scale,
-                       cpu::RowOrder(rows_of(indices), indices.numel(), table.V), values.const_data_ptr());
+  return cpu::row_step(
+      table,
+      {.step = step[0], .lr = step[1], .first = step[2], .second = step[3], .eps = step[4], .weight_decay = step[5]},
+      grad_scale, cpu::RowOrder(rows_of(indices), indices.numel(), table.V), values.const_data_ptr());
 }
 
 }  // namespace

@@ -13,7 +13,12 @@ cpu::RowGradient gradient_of(const Tensor& indices, const Tensor& values, int64_
   require_contiguous(values, "values");
   require(indices.dim() == 1 && values.dim() == 2 && values.size(0) == indices.numel(),
           "sparse step: expected indices (N) and values (N, D)");
-  return {rows, values.const_data_ptr(), indices.numel(), V, values.size(1), dtype_of(values)};
+  return {.indices = rows,
+          .values = values.const_data_ptr(),
+          .N = indices.numel(),
+          .V = V,
+          .D = values.size(1),
+          .dtype = dtype_of(values)};
 }
 
 // States of one dtype: the parameter's, or the one that arithmetic is done in.
@@ -26,7 +31,7 @@ void step(const Op& op, const Tensor& param, const Tensor& indices, const Tensor
           "sparse step: expected param (V, D) and values (N, D) of its dtype");
   const DType dtype = dtype_of(param), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   constexpr bool rowwise = std::is_same_v<Op, cpu::RowWiseAdagrad>;
-  cpu::Table table{param.mutable_data_ptr(), {}, dtype, count};
+  cpu::Table table{.param = param.mutable_data_ptr(), .states = {}, .state_dtype = dtype, .step = count};
   int k = 0;
   for (const Tensor* state : states) {
     require_contiguous(*state, "state");
@@ -41,24 +46,43 @@ void step(const Op& op, const Tensor& param, const Tensor& indices, const Tensor
 }
 
 void sparse_sgd_step(Tensor param, Tensor indices, Tensor values, double lr, bool maximize, double grad_scale) {
-  step(cpu::Sgd{lr, 0, 0, 0, false, maximize, grad_scale}, param, indices, values, {}, 1);
+  step(cpu::Sgd{.lr = lr,
+                .momentum = 0,
+                .dampening = 0,
+                .weight_decay = 0,
+                .nesterov = false,
+                .maximize = maximize,
+                .grad_scale = grad_scale},
+       param, indices, values, {}, 1);
 }
 
 void sparse_adagrad_step(Tensor param, Tensor indices, Tensor values, Tensor sum, double count, double lr,
                          double lr_decay, double eps, bool maximize, double grad_scale) {
-  step(cpu::Adagrad{lr, lr_decay, 0, eps, maximize, grad_scale}, param, indices, values, {&sum}, count);
+  step(cpu::Adagrad{.lr = lr,
+                    .lr_decay = lr_decay,
+                    .weight_decay = 0,
+                    .eps = eps,
+                    .maximize = maximize,
+                    .grad_scale = grad_scale},
+       param, indices, values, {&sum}, count);
 }
 
 void sparse_adam_step(Tensor param, Tensor indices, Tensor values, Tensor exp_avg, Tensor exp_avg_sq, double count,
                       double lr, double beta1, double beta2, double eps, bool maximize, double grad_scale) {
   const double step_size = lr * std::sqrt(1 - std::pow(beta2, count)) / (1 - std::pow(beta1, count));
-  step(cpu::SparseAdam{step_size, beta1, beta2, eps, maximize, grad_scale}, param, indices, values,
-       {&exp_avg, &exp_avg_sq}, count);
+  step(cpu::SparseAdam{.step_size = step_size,
+                       .beta1 = beta1,
+                       .beta2 = beta2,
+                       .eps = eps,
+                       .maximize = maximize,
+                       .grad_scale = grad_scale},
+       param, indices, values, {&exp_avg, &exp_avg_sq}, count);
 }
 
 void rowwise_adagrad_step(Tensor param, Tensor indices, Tensor values, Tensor sum, double lr, double eps, bool maximize,
                           double grad_scale) {
-  step(cpu::RowWiseAdagrad{lr, eps, maximize, grad_scale}, param, indices, values, {&sum}, 1);
+  step(cpu::RowWiseAdagrad{.lr = lr, .eps = eps, .maximize = maximize, .grad_scale = grad_scale}, param, indices,
+       values, {&sum}, 1);
 }
 
 Tensor sparse_grad_norm(Tensor indices, Tensor values, int64_t num_rows) {

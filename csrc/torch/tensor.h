@@ -58,7 +58,22 @@ inline void require_contiguous(const Tensor& t, const char* name) {
   if (n > 0 && (t.storage_offset() + n) * static_cast<int64_t>(t.element_size()) > bytes) throw_storage_error(t, bytes);
 }
 
+// Of elements that sums over `dtype` are kept in.
+inline ScalarType accum_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+// Null where there is no tensor.
+inline const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
 // Uninitialised, like `self` but of these sizes; large ones lie in kept memory (core/memory.h).
 Tensor empty(const Tensor& self, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = std::nullopt);
+
+// A result that may not be wanted: then it has no elements, and its pointer is null.
+inline Tensor empty_if(bool wanted, const Tensor& self, const std::vector<int64_t>& sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return empty(self, wanted ? sizes : std::vector<int64_t>{0}, dtype);
+}
+inline void* data_if(bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 }  // namespace llmkern

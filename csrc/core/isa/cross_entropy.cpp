@@ -6,26 +6,6 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Calls f(v, n) for every vector of [0, size); n = lanes in use.
-template <class A, class F>
-inline void for_vectors(int64_t size, const F& f) {
-  constexpr int L = kLanes<A>;
-  int64_t v = 0;
-  for (; v + L <= size; v += L) f(v, L);
-  if (v < size) f(v, static_cast<int>(size - v));
-}
-
-template <class A, class T>
-inline Vec<A> load_n(const T* p, int n, A fill = {}) {
-  return n == kLanes<A> ? load<A>(p) : load<A>(p, n, fill);
-}
-
-template <class A>
-inline Vec<A> pad(Vec<A> v, int n, A fill) {
-  for (int i = n; i < kLanes<A>; ++i) v[i] = fill;
-  return v;
-}
-
 // The logit as the softmax sees it, and its derivative by the raw one.
 template <class A, bool kCap>
 struct Logit {
@@ -134,19 +114,19 @@ void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double u
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) top[i] = max(top[i], logit.z(load<A>(x + v + i * L)));
   for_vectors<A>(n - v,
-                 [&](int64_t i, int m) { top[0] = max(top[0], pad(logit.z(load_n<A>(x + v + i, m)), m, -inf)); });
+                 [&](int64_t i, int m) { top[0] = max(top[0], filled(logit.z(load_n<A>(x + v + i, m)), m, -inf)); });
   const A most = reduce_max<A>(max(max(top[0], top[1]), max(top[2], top[3]))), base = most == -inf ? A{0} : most;
   Vec<A> sum{}, total{}, weighted{}, moment{};
   for_vectors<A>(n, [&](int64_t i, int m) {
     const Vec<A> below = logit.z(load_n<A>(x + i, m)) - base;
-    const Vec<A> p = exp_negative(pad(below, m, -inf));
+    const Vec<A> p = exp_negative(filled(below, m, -inf));
     sum += p;
-    if (e) m == L ? store(e + i, p) : store(e + i, p, m);
+    if (e) store_n(e + i, p, m);
     // The next slab, whose maximum is looked for at once, at the speed of memory.
     __builtin_prefetch(x + i + kCrossEntropySlab);
     meanwhile(i, m);
     if constexpr (kMore) {
-      const Vec<A> known = pad(below, m, A{0});
+      const Vec<A> known = filled(below, m, A{0});
       if (u) {
         const Vec<A> share = load_n<A>(u + i, m);
         total += share;
@@ -174,7 +154,7 @@ void target_gradient(const CrossEntropy& op, const CrossEntropyFactors& k, const
     for_vectors<A>(n, [&](int64_t v, int lanes) {
       Vec<A> g = factor * (lse - (logit.z(load_n<A>(x + v, lanes)) - m));
       if (w) g *= load_n<A>(w + v, lanes);
-      lanes == kLanes<A> ? store(dt + v, g) : store(dt + v, g, lanes);
+      store_n(dt + v, g, lanes);
     });
   };
   op.softcap != 0 ? run(Logit<A, true>(op)) : run(Logit<A, false>(op));
@@ -197,7 +177,7 @@ void targets(const void* t, DType dtype, const void* w, double keep, double unif
     for_vectors<A>(n, [&](int64_t v, int lanes) {
       Vec<A> value = from ? load_n<A>(from + v, lanes) * share + rest : splat(rest);
       if (weights) value *= load_n<A>(weights + v, lanes);
-      lanes == kLanes<A> ? store(to + v, value) : store(to + v, value, lanes);
+      store_n(to + v, value, lanes);
     });
   });
 }
@@ -320,6 +300,11 @@ void transpose(const void* from, DType from_dtype, int64_t ld, int64_t rows, int
 
 }  // namespace
 
-extern const CrossEntropyKernels cross_entropy{&targets, &reduce, &gradient, &find, &logit, &transpose};
+extern const CrossEntropyKernels cross_entropy{.targets = &targets,
+                                               .reduce = &reduce,
+                                               .gradient = &gradient,
+                                               .find = &find,
+                                               .logit = &logit,
+                                               .transpose = &transpose};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

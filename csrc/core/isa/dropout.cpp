@@ -13,10 +13,10 @@ void dropout_of(const T* x, int64_t begin, int64_t end, double p, uint64_t seed,
   const S scale = p < 1 ? static_cast<S>(1 / (1 - p)) : S{0};
   for (int64_t i = begin; i < end; i += L) {
     const int n = end - i < L ? static_cast<int>(end - i) : L;
-    const Vec<S> v = n == L ? load<S>(x + i) : load<S>(x + i, n, S{0});
+    const Vec<S> v = load_n<S>(x + i, n);
     // A product with the mask, as torch's: what is dropped and not finite is NaN, so that guards see it.
     const Vec<S> kept = v * (drawn<S>(p, seed, static_cast<uint64_t>(i), 0) != 0 ? Vec<S>{} : splat(scale));
-    n == L ? store(y + i, kept) : store(y + i, kept, n);
+    store_n(y + i, kept, n);
   }
 }
 

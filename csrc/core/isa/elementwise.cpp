@@ -8,23 +8,28 @@ namespace {
 
 template <class V>
 static inline V value(Unary f, V x) {
-  return f == Unary::exp            ? exp(x)
-         : f == Unary::exp_negative ? exp_negative(x)
-         : f == Unary::sigmoid      ? sigmoid(x)
-         : f == Unary::tanh         ? tanh(x)
-                                    : x;
+  switch (f) {
+    case Unary::exp:
+      return exp(x);
+    case Unary::exp_negative:
+      return exp_negative(x);
+    case Unary::sigmoid:
+      return sigmoid(x);
+    case Unary::tanh:
+      return tanh(x);
+    case Unary::copy:
+      break;
+  }
+  return x;
 }
 
 void apply(Unary f, const void* from, int64_t n, DType dtype, void* to) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
-    constexpr int L = kLanes<A>;
-    const T* x = static_cast<const T*>(from);
-    T* y = static_cast<T*>(to);
-    int64_t i = 0;
-    for (; i + L <= n; i += L) store(y + i, value(f, load<A>(x + i)));
-    if (i < n) store(y + i, value(f, load<A>(x + i, static_cast<int>(n - i), A{})), static_cast<int>(n - i));
+    const T* const x = static_cast<const T*>(from);
+    T* const y = static_cast<T*>(to);
+    for_vectors<A>(n, [&](int64_t i, int lanes) { store_n(y + i, value(f, load_n<A>(x + i, lanes)), lanes); });
   });
 }
 

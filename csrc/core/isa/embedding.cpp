@@ -60,7 +60,10 @@ double norm(const void* x, DType dtype, int64_t D, double p) {
     // The usual norms in vectors; max and min let NaN through, as torch's do.
     if (p == 2 || p == 1) {
       Vec<A> s[4]{};
-      const auto add = [&](Vec<A>& sum, Vec<A> v) { sum += p == 2 ? v * v : (v < 0 ? -v : v); };
+      const auto add = [&](Vec<A>& sum, Vec<A> v) {
+        const Vec<A> size = v < 0 ? -v : v;
+        sum += p == 2 ? v * v : size;
+      };
       int64_t d = 0;
       for (; d + 4 * L <= D; d += 4 * L)
         for (int k = 0; k < 4; ++k) add(s[k], load<A>(row + d + k * L));
@@ -86,17 +89,14 @@ void scale(void* x, DType dtype, int64_t D, double factor) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
-    constexpr int L = kLanes<A>;
     T* const row = static_cast<T*>(x);
     const A a = static_cast<A>(factor);
-    int64_t d = 0;
-    for (; d + L <= D; d += L) store(row + d, load<A>(row + d) * a);
-    if (const int n = static_cast<int>(D - d); n > 0) store(row + d, load<A>(row + d, n, A{}) * a, n);
+    for_vectors<A>(D, [&](int64_t d, int n) { store_n(row + d, load_n<A>(row + d, n) * a, n); });
   });
 }
 
 }  // namespace
 
-extern const EmbeddingKernels embedding{&copy_rows_any, &norm, &scale};
+extern const EmbeddingKernels embedding{.copy_rows = &copy_rows_any, .norm = &norm, .scale = &scale};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

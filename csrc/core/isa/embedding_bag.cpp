@@ -99,14 +99,14 @@ void max_columns(const Table& table, const Rows& rows, int64_t begin, int64_t en
     if (!rows.has(j)) continue;
     for (int k = 0; k < K; ++k) {
       const T* const p = columns + rows.row(j) * table.D + k * L;
-      const Vec<A> x = n == L ? load<A>(p) : load<A>(p, n, A{});
+      const Vec<A> x = load_n<A>(p, n);
       const Positions larger = j == begin ? Positions{} - 1 : x > best[k];
       best[k] = larger ? x : best[k];
       where[k] = larger ? Positions{} + static_cast<Lane>(j) : where[k];
     }
   }
   for (int k = 0; k < K; ++k) {
-    n == L ? store(out + d + k * L, best[k]) : store(out + d + k * L, best[k], n);
+    store_n(out + d + k * L, best[k], n);
     for (int i = 0; i < n; ++i) largest[d + k * L + i] = static_cast<int32_t>(where[k][i]);
   }
 }
@@ -197,6 +197,6 @@ void factors(const Table& table, const Bags& bags, bool mean, int64_t begin, int
 
 }  // namespace
 
-extern const EmbeddingBagKernels embedding_bag{&sum, &max, &dot, &factors};
+extern const EmbeddingBagKernels embedding_bag{.sum = &sum, .max = &max, .dot = &dot, .factors = &factors};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -6,32 +6,6 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// Calls f(d, n) for every vector of [0, D); n = lanes in use.
-template <class A, class F>
-inline void for_vectors(int64_t D, const F& f) {
-  constexpr int L = kLanes<A>;
-  int64_t d = 0;
-  for (; d + L <= D; d += L) f(d, L);
-  if (d < D) f(d, static_cast<int>(D - d));
-}
-
-template <class A, class T>
-inline Vec<A> load_n(const T* p, int n) {
-  return n == kLanes<A> ? load<A>(p) : load<A>(p, n, A{});
-}
-
-template <class T>
-inline void store_n(T* p, Vec<Accum<T>> v, int n) {
-  n == kLanes<Accum<T>> ? store(p, v) : store(p, v, n);
-}
-
-// Lanes past n count for nothing in a sum.
-template <class A>
-inline Vec<A> cut(Vec<A> v, int n) {
-  for (int i = n; i < kLanes<A>; ++i) v[i] = A{};
-  return v;
-}
-
 // What one token's row is made of, vector by vector. All that the loops need is copied here: through a reference it
 // would be read again after every store.
 template <class T>
@@ -91,11 +65,12 @@ void forward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, T* out,
   });
   const A mean = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{};
   for_vectors<A>(D, [&](int64_t d, int lanes) {
-    const Vec<A> v = cut<A>(load_n<A>(s + d, lanes) - mean, lanes);
+    const Vec<A> v = filled<A>(load_n<A>(s + d, lanes) - mean, lanes);
     squares += v * v;
   });
   const A rstd = 1 / sqrt(splat(reduce_add<A>(squares) / count + static_cast<A>(op.eps)))[0];
-  stats[0] = mean, stats[1] = rstd;
+  stats[0] = mean;
+  stats[1] = rstd;
   for_vectors<A>(D, [&](int64_t d, int lanes) {
     const Vec<A> v = (load_n<A>(s + d, lanes) - mean) * rstd * row.weight(d, lanes) + row.bias(d, lanes);
     store_n(out + d, row.dropped(v, d), lanes);
@@ -123,8 +98,10 @@ void backward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, const 
       store_n(sums + D + d, load_n<A>(sums + D + d, lanes) + dy, lanes);
     }
     const Vec<A> dx = dy * row.weight(d, lanes);
-    total += dx, product += dx * normal;
-    store_n(x + d, normal, lanes), store_n(g + d, dx, lanes);
+    total += dx;
+    product += dx * normal;
+    store_n(x + d, normal, lanes);
+    store_n(g + d, dx, lanes);
   });
   if (!dsum) return;
   const A shift = op.norm == Norm::layer ? reduce_add<A>(total) / count : A{}, slope = reduce_add<A>(product) / count;
@@ -166,6 +143,7 @@ void add_up(const void* sums, int64_t count, int64_t stride, int64_t D, DType dt
 
 }  // namespace
 
-extern const FusedEmbeddingKernels fused_embedding{&forward_any, &backward_any, &add_up};
+extern const FusedEmbeddingKernels fused_embedding{
+    .forward = &forward_any, .backward = &backward_any, .add_up = &add_up};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

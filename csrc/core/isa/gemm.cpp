@@ -8,9 +8,14 @@ namespace {
 // A tile's sums fill the register file but for the row of b and one broadcast; rows <= lanes, so that a panel
 // of a is packed with one vector per k.
 template <class S>
-inline constexpr int kRows = kVectorBytes == 64   ? (sizeof(S) == 4 ? 14 : 8)
-                             : kVectorBytes == 32 ? (sizeof(S) == 4 ? 6 : 4)
-                                                  : kLanes<S>;
+constexpr int tile_rows() {
+  constexpr bool narrow = sizeof(S) == 4;
+  if (kVectorBytes == 64) return narrow ? 14 : 8;
+  if (kVectorBytes == 32) return narrow ? 6 : 4;
+  return kLanes<S>;
+}
+template <class S>
+inline constexpr int kRows = tile_rows<S>();
 template <class S>
 inline constexpr int kVectors = kVectorBytes == 16 || sizeof(S) == 4 ? 2 : 3;
 // Of the only row of a: reads as much of each row of b as it can.
@@ -94,8 +99,12 @@ void any_tile(int rows, int cols, int64_t depth, const S* a, const S* b, int64_t
 template <class V, class I, int L>
 static inline void interleave(V a, V b, V& low, V& high) {
 #if defined(__clang__)
-  for (int i = 0; i < L / 2; ++i)
-    low[2 * i] = a[i], low[2 * i + 1] = b[i], high[2 * i] = a[L / 2 + i], high[2 * i + 1] = b[L / 2 + i];
+  for (int i = 0; i < L / 2; ++i) {
+    low[2 * i] = a[i];
+    low[2 * i + 1] = b[i];
+    high[2 * i] = a[L / 2 + i];
+    high[2 * i + 1] = b[L / 2 + i];
+  }
 #else
   I low_of, high_of;
   for (int i = 0; i < L; ++i) low_of[i] = i / 2 + i % 2 * L, high_of[i] = low_of[i] + L / 2;
@@ -228,9 +237,8 @@ void pack_pairs(Matrix X, int64_t extent, int64_t first, int n, int64_t k0, int6
   for (int64_t k = 0; k < depth; k += 2, x += 2 * X.ld, to += stride)
     for (int i = 0; i < stride; i += L) {
       const auto row = [&](const bf16* p) {
-        return bits_as<vu32>(inside || n - i >= L ? load<float>(p + i)
-                             : n > i              ? load<float>(p + i, n - i, 0.f)
-                                                  : vf32{});
+        if (inside || n - i >= L) return bits_as<vu32>(load<float>(p + i));
+        return n > i ? bits_as<vu32>(load<float>(p + i, n - i, 0.f)) : vu32{};
       };
       const vu32 high = k + 1 < depth ? row(x + X.ld) : vu32{};
       store(to + i, bits_as<vf32>(row(x) >> 16 | high));
@@ -255,7 +263,8 @@ static inline Vec<S> dot(Vec<S> sum, const A* a, const T* b, int n) {
   if constexpr (sizeof(A) == 2) {
     A x[2 * kLanes<S>] = {};
     T y[2 * kLanes<S>] = {};
-    memcpy(x, a, n * sizeof(A)), memcpy(y, b, n * sizeof(T));
+    memcpy(x, a, n * sizeof(A));
+    memcpy(y, b, n * sizeof(T));
     return dot<S>(sum, x, y);
   }
   return sum + load<S>(a, n, S{}) * load<S>(b, n, S{});
@@ -288,6 +297,13 @@ void dots_of(const T* const* line, int64_t depth, const A* a, int64_t lda, Vec<S
 }
 
 template <class S, class A, class T>
+auto find_dots(int rows) {
+  if (rows == 1) return &dots_of<S, 1, A, T>;
+  if (rows == 2) return &dots_of<S, 2, A, T>;
+  return rows == 3 ? &dots_of<S, 3, A, T> : &dots_of<S, 4, A, T>;
+}
+
+template <class S, class A, class T>
 void dots_with(int rows, int64_t lines, int64_t depth, const A* a, int64_t lda, const T* x, int64_t ldb, S* c,
                int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>;
@@ -296,12 +312,8 @@ void dots_with(int rows, int64_t lines, int64_t depth, const A* a, int64_t lda, 
     const T* line[L];
     for (int l = 0; l < L; ++l) line[l] = x + (j + (l < n ? l : n - 1)) * ldb;
     for (int i = 0; i < rows; i += 4) {
-      const auto product = rows - i == 1   ? &dots_of<S, 1, A, T>
-                           : rows - i == 2 ? &dots_of<S, 2, A, T>
-                           : rows - i == 3 ? &dots_of<S, 3, A, T>
-                                           : &dots_of<S, 4, A, T>;
       Vec<S> y[4];
-      product(line, depth, a + i * lda, lda, y);
+      find_dots<S, A, T>(rows - i)(line, depth, a + i * lda, lda, y);
       for (int r = 0; r < 4 && i + r < rows; ++r) {
         S* to = c + (i + r) * ldc + j;
         store(to, accumulate ? load<S>(to, n, S{}) + y[r] : y[r], n);
@@ -336,42 +348,45 @@ void dots_of_pairs(int rows, int64_t lines, int64_t depth, const void* a, int64_
 
 template <class S>
 void convert(const S* from, int64_t n, void* out, DType dtype, bool accumulate) {
-  constexpr int L = kLanes<S>;
   visit(dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (sizeof(Accum<T>) == sizeof(S)) {
-      T* to = static_cast<T*>(out);
-      int64_t i = 0;
-      for (; i + L <= n; i += L) store(to + i, accumulate ? load<S>(to + i) + load<S>(from + i) : load<S>(from + i));
-      const int rest = static_cast<int>(n - i);
-      if (rest == 0) return;
-      const Vec<S> x = load<S>(from + i, rest, S{});
-      store(to + i, accumulate ? load<S>(to + i, rest, S{}) + x : x, rest);
+      T* const to = static_cast<T*>(out);
+      for_vectors<S>(n, [&](int64_t i, int lanes) {
+        const Vec<S> x = load_n<S>(from + i, lanes);
+        store_n(to + i, accumulate ? load_n<S>(to + i, lanes) + x : x, lanes);
+      });
     }
   });
 }
 
 template <class S>
-inline constexpr GemmKernels<S> kKernels{
-    1,        kRows<S>,   kVectors<S>* kLanes<S>, kWide* kLanes<S>, &pack<S>, &any_tile<S, false>, &line<S>,
-    &dots<S>, &convert<S>};
+inline constexpr GemmKernels<S> kKernels{.step = 1,
+                                         .rows = kRows<S>,
+                                         .cols = kVectors<S> * kLanes<S>,
+                                         .wide = kWide * kLanes<S>,
+                                         .pack = &pack<S>,
+                                         .tile = &any_tile<S, false>,
+                                         .line = &line<S>,
+                                         .dots = &dots<S>,
+                                         .convert = &convert<S>};
 
 #if defined(__AVX512F__)
-inline constexpr GemmKernels<float> kPairKernels{2,
-                                                 kRows<float>,
-                                                 kVectors<float>* kLanes<float>,
-                                                 kWide* kLanes<float>,
-                                                 &pack_pairs,
-                                                 &any_tile<float, true>,
-                                                 &line_of_pairs,
-                                                 &dots_of_pairs,
-                                                 &convert<float>};
+inline constexpr GemmKernels<float> kPairKernels{.step = 2,
+                                                 .rows = kRows<float>,
+                                                 .cols = kVectors<float> * kLanes<float>,
+                                                 .wide = kWide * kLanes<float>,
+                                                 .pack = &pack_pairs,
+                                                 .tile = &any_tile<float, true>,
+                                                 .line = &line_of_pairs,
+                                                 .dots = &dots_of_pairs,
+                                                 .convert = &convert<float>};
 #else
 inline constexpr GemmKernels<float> kPairKernels{};
 #endif
 
 }  // namespace
 
-extern const GemmTable gemm{kKernels<float>, kKernels<double>, kPairKernels};
+extern const GemmTable gemm{.f32 = kKernels<float>, .f64 = kKernels<double>, .pairs = kPairKernels};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -25,8 +25,7 @@ double sum_of_squares(const T* x, int64_t n) {
   for (; i + 4 * L <= n; i += 4 * L)
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) s[k] = squares(s[k], load<S>(x + i + k * L));
-  for (; i < n; i += L)
-    s[0] = squares(s[0], n - i < L ? load<S>(x + i, static_cast<int>(n - i), S{0}) : load<S>(x + i));
+  for (; i < n; i += L) s[0] = squares(s[0], load_n<S>(x + i, n - i < L ? static_cast<int>(n - i) : L));
   return reduce_add<double>((s[0] + s[1]) + (s[2] + s[3]));
 }
 
@@ -37,11 +36,8 @@ double sum_any(const void* x, int64_t n, DType dtype) {
 template <class T>
 void scale(T* x, int64_t n, double factor) {
   using S = Accum<T>;
-  constexpr int L = kLanes<S>;
   const S by = static_cast<S>(factor);
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store(x + i, by * load<S>(x + i));
-  if (const int m = static_cast<int>(n - i); m > 0) store(x + i, by * load<S>(x + i, m, S{0}), m);
+  for_vectors<S>(n, [&](int64_t i, int lanes) { store_n(x + i, by * load_n<S>(x + i, lanes), lanes); });
 }
 
 void scale_any(void* x, int64_t n, DType dtype, double factor) {
@@ -50,6 +46,6 @@ void scale_any(void* x, int64_t n, DType dtype, double factor) {
 
 }  // namespace
 
-extern const GradNormKernels grad_norm{&sum_any, &scale_any};
+extern const GradNormKernels grad_norm{.sum_of_squares = &sum_any, .scale = &scale_any};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 Vec<Accum<T>> difference(const T* x, const T* t, int n) {
   using A = Accum<T>;
-  return n == kLanes<A> ? load<A>(x) - load<A>(t) : load<A>(x, n, A{}) - load<A>(t, n, A{});
+  return load_n<A>(x, n) - load_n<A>(t, n);
 }
 
 // Where gradients go: dx, and dt = -dx; either may be null.
@@ -62,32 +62,19 @@ double sum(const T* x, const T* t, int64_t n, const F& each) {
 
 template <class T>
 void forward(const T* x, const T* t, int64_t n, T* out) {
-  constexpr int L = kLanes<Accum<T>>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    const auto d = difference(x + i, t + i, L);
-    store(out + i, d * d);
-  }
-  if (const int m = static_cast<int>(n - i); m > 0) {
-    const auto d = difference(x + i, t + i, m);
-    store(out + i, d * d, m);
-  }
+  for_vectors<Accum<T>>(n, [&](int64_t i, int lanes) {
+    const auto d = difference(x + i, t + i, lanes);
+    store_n(out + i, d * d, lanes);
+  });
 }
 
 template <class T>
 void backward(const T* g, Accum<T> dsum, const T* x, const T* t, int64_t n, const Gradients<T>& to) {
   using A = Accum<T>;
-  constexpr int L = kLanes<A>;
-  Vec<A> twice = splat<A>(2 * dsum);
-  int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    if (g) twice = 2 * load<A>(g + i);
-    to.put(i, difference(x + i, t + i, L) * twice, L);
-  }
-  if (const int m = static_cast<int>(n - i); m > 0) {
-    if (g) twice = 2 * load<A>(g + i, m, A{});
-    to.put(i, difference(x + i, t + i, m) * twice, m);
-  }
+  for_vectors<A>(n, [&](int64_t i, int lanes) {
+    const Vec<A> twice = g ? 2 * load_n<A>(g + i, lanes) : splat<A>(2 * dsum);
+    to.put(i, difference(x + i, t + i, lanes) * twice, lanes);
+  });
 }
 
 double sum_any(const void* input, const void* target, DType dtype, int64_t n, double dsum, void* dinput, void* dtarget,
@@ -121,6 +108,6 @@ void backward_any(const void* dloss, double dsum, const void* input, const void*
 
 }  // namespace
 
-extern const MseLossKernels mse_loss{&sum_any, &forward_any, &backward_any};
+extern const MseLossKernels mse_loss{.sum = &sum_any, .forward = &forward_any, .backward = &backward_any};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -62,6 +62,6 @@ void adagrad(const Adagrad& op, const OptimTensor& tensor, int64_t begin, int64_
 
 }  // namespace
 
-extern const OptimKernels optim{&adam, &sgd, &adagrad};
+extern const OptimKernels optim{.adam = &adam, .sgd = &sgd, .adagrad = &adagrad};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

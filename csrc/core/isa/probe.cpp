@@ -79,6 +79,7 @@ void stream(char* to, int64_t n) {
 
 }  // namespace
 
-extern const ProbeKernels probe{&fma<float>, &fma<double>, dot_bf16, &read, &stream};
+extern const ProbeKernels probe{
+    .fma_f32 = &fma<float>, .fma_f64 = &fma<double>, .dot_bf16 = dot_bf16, .read = &read, .stream = &stream};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

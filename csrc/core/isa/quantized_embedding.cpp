@@ -29,7 +29,11 @@ Extremes<Accum<T>> extremes(const T* x, int64_t D) {
   const A first = load_one(x);
   // x - x is 0, or NaN for NaN and infinities.
   Vec<A> low = splat(first), high = low, poison{};
-  const auto take = [&](Vec<A> v) { low = v < low ? v : low, high = v > high ? v : high, poison += v - v; };
+  const auto take = [&](Vec<A> v) {
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    poison += v - v;
+  };
   int64_t d = 0;
   for (; d + L <= D; d += L) take(load<A>(x + d));
   if (d < D) take(load<A>(x + d, static_cast<int>(D - d), first));
@@ -48,7 +52,8 @@ void quantize(const T* x, int64_t D, int bits, uint8_t* data, float* scale, floa
   const double step = *scale;
   const auto level = [&](int64_t d) -> uint8_t {
     const double q = step > 0 ? (to_double(x[d]) - first) / step + 0.5 : 0;
-    return static_cast<uint8_t>(q < 0 ? 0 : q < levels ? q : levels);
+    if (q < 0) return 0;
+    return static_cast<uint8_t>(q < levels ? q : levels);
   };
   const int64_t half = (D + 1) / 2;
   if (bits == 8)
@@ -115,11 +120,13 @@ void dequantize(const uint8_t* row, const uint8_t* ahead, int64_t D, int bits, f
   }
   for (; j + L <= D - bytes; j += L) {
     const auto q = widen<A>(row + j);
-    put(j, q & 15), put(bytes + j, q >> 4);
+    put(j, q & 15);
+    put(bytes + j, q >> 4);
   }
   if (const int n = static_cast<int>(bytes - j); n > 0) {
     const auto q = widen<A>(row + j, n);
-    store(out + j, value(q & 15), n), store(out + bytes + j, value(q >> 4), static_cast<int>(D - bytes - j));
+    store(out + j, value(q & 15), n);
+    store(out + bytes + j, value(q >> 4), static_cast<int>(D - bytes - j));
   }
 }
 
@@ -130,6 +137,6 @@ void dequantize_any(const uint8_t* row, const uint8_t* ahead, int64_t D, int bit
 
 }  // namespace
 
-extern const QuantizedEmbeddingKernels quantized_embedding{&quantize_any, &dequantize_any};
+extern const QuantizedEmbeddingKernels quantized_embedding{.quantize = &quantize_any, .dequantize = &dequantize_any};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -98,9 +98,15 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
   pre += i;
   for (int row = 0; row < block.rows; ++row) {
     put_h<T>(a, at, Cell::template forward<T>(a, at, Plain<S, At<S, kWhole>>{at, pre, gx, H}), next);
-    pre += per_row, gx += a.gx_ld, next += a.next_ld;
-    at.state += H, at.c += C, ++at.b;
-    at.token += block.stride * H, at.cells += block.stride * C, at.gates += block.stride * G;
+    pre += per_row;
+    gx += a.gx_ld;
+    next += a.next_ld;
+    at.state += H;
+    at.c += C;
+    ++at.b;
+    at.token += block.stride * H;
+    at.cells += block.stride * C;
+    at.gates += block.stride * G;
   }
 }
 
@@ -125,13 +131,16 @@ LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& b
   const int64_t unit = block.u + i;
   auto at = at_of<Cell, S, kWhole>(op, block, row, unit, tail);
   A* dgates = static_cast<A*>(a.dgates) + (block.token + row * block.stride) * dgates_of(op) + unit;
-  Past past{row * a.h_stride + unit, row * a.c_stride + unit};
+  Past past{.h = row * a.h_stride + unit, .c = row * a.c_stride + unit};
   for (int64_t v = 0; v < n; ++v) {
     V passed;
     const V dout = take_dh<T>(a, at, passed);
     passed += Cell::template backward<T>(a, at, past, dout, dgates, PlainOutput{});
     at.store(static_cast<S*>(a.dh) + at.state, passed);
-    at.next_units(L), dgates += L, past.h += L, past.c += L;
+    at.next_units(L);
+    dgates += L;
+    past.h += L;
+    past.c += L;
   }
 }
 
@@ -175,7 +184,7 @@ void copy_rows(int64_t rows, int64_t n, const From* from, int64_t from_ld, To* t
       for (int64_t i = 0; i < n; i += kLanes<S>) {
         const int w = n - i < kLanes<S> ? static_cast<int>(n - i) : kLanes<S>;
         const Vec<S> x = load_n<S>(from + i, w);
-        store_n<S>(to + i, accumulate ? load_n<S>(to + i, w) + x : x, w);
+        store_n(to + i, accumulate ? load_n<S>(to + i, w) + x : x, w);
       }
 }
 
@@ -205,7 +214,7 @@ void sum_columns(const From* from, int64_t rows, int64_t ld, int64_t begin, int6
           for (int v = 0; v < some; ++v) part[v] += load_n<S>(from + r * ld + i + v * L, width(v));
         for (int v = 0; v < some; ++v) sum[v] += part[v];
       }
-      for (int v = 0; v < some; ++v) store_n<S>(to + i + v * L, sum[v], width(v));
+      for (int v = 0; v < some; ++v) store_n(to + i + v * L, sum[v], width(v));
     }
 }
 
@@ -220,7 +229,14 @@ void sum_rows(const void* from, DType from_dtype, int64_t rows, int64_t ld, int6
 
 }  // namespace
 
-extern const RnnKernels rnn{kLanes<float>, kLanes<double>, kRows, &product<float>, &product<double>,
-                            &forward,      &backward,      &copy, &sum_rows};
+extern const RnnKernels rnn{.lanes_f32 = kLanes<float>,
+                            .lanes_f64 = kLanes<double>,
+                            .rows = kRows,
+                            .product_f32 = &product<float>,
+                            .product_f64 = &product<double>,
+                            .forward = &forward,
+                            .backward = &backward,
+                            .copy = &copy,
+                            .sum_rows = &sum_rows};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

@@ -41,9 +41,22 @@ struct At {
     else
       LLMKERN_ISA::store(p, v, tail);
   }
+  // The vectors of several gates or states, `apart` elements from one to the next.
+  template <class T, int N>
+  void store_apart(T* p, int64_t apart, const Vec<S> (&v)[N]) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) store(p + k * apart, v[k]);
+  }
   // Of the elements of a state that zoneout draws.
   uint64_t drawn() const { return static_cast<uint64_t>(step * op.B + b) * op.H + unit; }
-  void next_units(int n) { unit += n, state += n, c += n, token += n, cells += n, gates += n; }
+  void next_units(int n) {
+    unit += n;
+    state += n;
+    c += n;
+    token += n;
+    cells += n;
+    gates += n;
+  }
 };
 
 // The vector of a block's units from `unit` on, of sequence `row` of the block.
@@ -80,15 +93,6 @@ inline V where_within(V x, S bound, V d) {
   return (x >= -bound && x <= bound) ? d : V{};
 }
 
-template <class S, class T>
-inline Vec<S> load_n(const T* p, int n) {
-  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
-}
-template <class S, class T>
-inline void store_n(T* p, Vec<S> v, int n) {
-  n == kLanes<S> ? store(p, v) : store(p, v, n);
-}
-
 // What follows from h, whichever cell it is of: clip, zoneout, and where it goes.
 template <class T, class A, class P, class V = Vec<Accum<T>>>
 LLMKERN_INLINE void put_h(const RnnForwardArgs& a, const P& at, V h, A* next) {
@@ -116,7 +120,8 @@ LLMKERN_INLINE V take_dh(const RnnBackwardArgs& a, const P& at, V& passed) {
   passed = V{};
   if (op.zoneout_h != 0) {
     const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
-    passed = kept * dout, dout = (1 - kept) * dout;
+    passed = kept * dout;
+    dout = (1 - kept) * dout;
   }
   return dout;
 }
@@ -155,8 +160,12 @@ struct LstmCell {
     S* const c = static_cast<S*>(a.c) + at.c;
     const V before = at.load(c);
     V i = gate(0), f = gate(1), o = gate(3);
-    if (op.peephole) i += peep(0) * before, f += peep(1) * before;
-    i = sigmoid(i), f = sigmoid(f);
+    if (op.peephole) {
+      i += peep(0) * before;
+      f += peep(1) * before;
+    }
+    i = sigmoid(i);
+    f = sigmoid(f);
     const V g = tanh(gate(2));
     V cell = f * before + i * g;
     if (op.peephole) o += peep(2) * cell;
@@ -169,7 +178,7 @@ struct LstmCell {
     at.store(c, cell);
     if (a.gates) {
       T* const to = static_cast<T*>(a.gates) + at.gates;
-      at.store(to, i), at.store(to + H, f), at.store(to + 2 * H, g), at.store(to + 3 * H, o);
+      at.store_apart(to, H, {i, f, g, o});
     }
     if (a.cells) at.store(static_cast<S*>(a.cells) + at.cells, cell);
     return out;
@@ -200,7 +209,8 @@ struct LstmCell {
     if (a.dcells) dcell += at.load(static_cast<const S*>(a.dcells) + at.cells);
     if (op.zoneout_c != 0) {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
-      passed = kept * dcell, dcell = (1 - kept) * dcell;
+      passed = kept * dcell;
+      dcell = (1 - kept) * dcell;
     }
     const V squashed = x.squashed(cell);
     dout = where_within(o * squashed, static_cast<S>(op.clip), dout);
@@ -212,8 +222,7 @@ struct LstmCell {
     passed += dcell * f;
     if (op.peephole) passed += di * peep(0) + df * peep(1);
     at.store(dc, passed);
-    at.store(dgates, di), at.store(dgates + H, df);
-    at.store(dgates + 2 * H, dg), at.store(dgates + 3 * H, d_o);
+    at.store_apart(dgates, H, {di, df, dg, d_o});
     if (a.unprojected) at.store(static_cast<T*>(a.unprojected) + at.token, o * squashed);
     if (a.dpeephole) {
       S* const to = static_cast<S*>(a.dpeephole) + at.b * 3 * H + at.unit;
@@ -236,7 +245,7 @@ struct GruCell {
     const V new_ = tanh(x.input(2) + r * hidden);
     if (a.gates) {
       T* const to = static_cast<T*>(a.gates) + at.gates;
-      at.store(to, r), at.store(to + H, z), at.store(to + 2 * H, new_), at.store(to + 3 * H, hidden);
+      at.store_apart(to, H, {r, z, new_, hidden});
     }
     return new_ + z * (at.load(static_cast<const S*>(a.h) + at.state) - new_);
   }
@@ -251,8 +260,7 @@ struct GruCell {
     dout = where_within(new_ + z * (before - new_), static_cast<S>(a.op->clip), dout);
     const V dn = dout * (1 - z) * (1 - new_ * new_), dr = dn * hidden * r * (1 - r);
     const V dz = dout * (before - new_) * z * (1 - z);
-    at.store(dgates, dn * r), at.store(dgates + H, dr);
-    at.store(dgates + 2 * H, dz), at.store(dgates + 3 * H, dn);
+    at.store_apart(dgates, H, {dn * r, dr, dz, dn});
     return dout * z;
   }
 };
@@ -313,17 +321,13 @@ struct SlstmCell {
     const V carried = log_f + m, larger = carried > i ? carried : i, m_new = n == 0 ? i : larger;
     const V i_new = exp_negative(i - m_new), f_new = n == 0 ? V{} : exp_negative(carried - m_new);
     const V c_new = f_new * c + i_new * z, n_new = f_new * n + i_new;
-    at.store(states, c_new), at.store(states + H, n_new), at.store(states + 2 * H, m_new);
+    at.store_apart(states, H, {c_new, n_new, m_new});
     if (a.gates) {
       T* const to = static_cast<T*>(a.gates) + at.gates;
       // With a minus where m follows it, which a backward must know better than rounding tells.
-      at.store(to, i_new), at.store(to + H, m_new == i ? f_new : -f_new);
-      at.store(to + 2 * H, z), at.store(to + 3 * H, o), at.store(to + 4 * H, sigmoid(f));
+      at.store_apart(to, H, {i_new, m_new == i ? f_new : -f_new, z, o, sigmoid(f)});
     }
-    if (a.cells) {
-      S* const to = static_cast<S*>(a.cells) + at.cells;
-      at.store(to, c_new), at.store(to + H, n_new), at.store(to + 2 * H, m_new);
-    }
+    if (a.cells) at.store_apart(static_cast<S*>(a.cells) + at.cells, H, {c_new, n_new, m_new});
     return o * c_new / n_new;
   }
 
@@ -341,20 +345,23 @@ struct SlstmCell {
     V dc = at.load(states), dn = at.load(states + H), dm = at.load(states + 2 * H);
     if (a.dcells) {
       const S* const given = static_cast<const S*>(a.dcells) + at.cells;
-      dc += at.load(given), dn += at.load(given + H), dm += at.load(given + 2 * H);
+      dc += at.load(given);
+      dn += at.load(given + H);
+      dm += at.load(given + 2 * H);
     }
     const V ratio = c / n;
     dout = where_within(o * ratio, static_cast<S>(a.op->clip), dout);
     const V dratio = dout * o / n;
-    dc += dratio, dn -= dratio * ratio;
+    dc += dratio;
+    dn -= dratio * ratio;
     V di = (dc * z + dn) * i, df = (dc * c_old + dn * n_old) * f;
     // m is the larger of two numbers.
     dm -= di + df;
     const V of_i = signed_f < 0 ? V{} : dm;
-    di += of_i, df += dm - of_i;
-    at.store(states, dc * f), at.store(states + H, dn * f), at.store(states + 2 * H, df);
-    at.store(dgates, di), at.store(dgates + H, df * (1 - open));
-    at.store(dgates + 2 * H, dc * i * (1 - z * z)), at.store(dgates + 3 * H, dout * ratio * o * (1 - o));
+    di += of_i;
+    df += dm - of_i;
+    at.store_apart(states, H, {dc * f, dn * f, df});
+    at.store_apart(dgates, H, {di, df * (1 - open), dc * i * (1 - z * z), dout * ratio * o * (1 - o)});
     return V{};
   }
 };

@@ -7,15 +7,6 @@ namespace {
 
 constexpr double kEpsilon = 1e-5;  // of torch's layer_norm
 
-// f(i, n) for the vectors of [0, size), the last of which may be a tail.
-template <class S, class F>
-LLMKERN_INLINE void each(int64_t size, const F& f) {
-  constexpr int L = kLanes<S>;
-  int64_t i = 0;
-  for (; i + L <= size; i += L) f(i, L);
-  if (i < size) f(i, static_cast<int>(size - i));
-}
-
 // The sum of f(i, n), which is 0 past a tail. Four at a time, because additions wait for each other.
 template <class S, class F>
 LLMKERN_INLINE S sum_of(int64_t size, const F& f) {
@@ -33,11 +24,11 @@ template <class S>
 S normalise_row(S* x, int64_t size) {
   const S mean = sum_of<S>(size, [&](int64_t i, int n) { return load_n<S>(x + i, n); }) / static_cast<S>(size);
   const S squares = sum_of<S>(size, [&](int64_t i, int n) {
-    const Vec<S> d = (n == kLanes<S> ? load<S>(x + i) : load<S>(x + i, n, mean)) - mean;
+    const Vec<S> d = load_n<S>(x + i, n, mean) - mean;
     return d * d;
   });
   const S factor = 1 / sqrt(splat<S>(squares / static_cast<S>(size) + static_cast<S>(kEpsilon)))[0];
-  each<S>(size, [&](int64_t i, int n) { store_n<S>(x + i, (load_n<S>(x + i, n) - mean) * factor, n); });
+  for_vectors<S>(size, [&](int64_t i, int n) { store_n(x + i, (load_n<S>(x + i, n) - mean) * factor, n); });
   return factor;
 }
 
@@ -82,7 +73,8 @@ struct Normalised {
     return at.load(x + k) * at.load(w_x + k) + at.load(bias + k);
   }
   Vec<S> output(Vec<S> o, Vec<S> c) const {
-    at.store(o_ + at.unit, o), at.store(c_ + at.unit, c);
+    at.store(o_ + at.unit, o);
+    at.store(c_ + at.unit, c);
     return o;
   }
 };
@@ -121,7 +113,8 @@ template <class F>
 LLMKERN_INLINE void each_hidden(const Rnn& op, const F& f) {
   const int64_t H = op.H;
   if (op.mode != RnnMode::gru) return f(int64_t{0}, gates_of(op.mode) * H, int64_t{0});
-  f(2 * H, H, int64_t{0}), f(int64_t{0}, 2 * H, H);
+  f(2 * H, H, int64_t{0});
+  f(int64_t{0}, 2 * H, H);
 }
 
 // What an lstm's backward needs of a normalised c, computed for all units before.
@@ -142,7 +135,7 @@ void through_c(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const Rnn
   const int64_t H = op.H;
   const S *const w_c = static_cast<const S*>(n.norms) + 8 * H, *const b_c = w_c + H;
   each_unit<LstmCell, S>(op, block, row, [&](const auto& at, int64_t u) {
-    at.store(c + u, LstmCell::cell_of<T>(a, at, Past{0, row * a.c_stride + u}));
+    at.store(c + u, LstmCell::cell_of<T>(a, at, Past{.h = 0, .c = row * a.c_stride + u}));
   });
   const S deviation = normalise_row(c, H);
   V sums[2] = {};
@@ -153,14 +146,17 @@ void through_c(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const Rnn
     const V dout = where_within(o * shown, static_cast<S>(op.clip), take_dh<T>(a, at, passed));
     const V d = dout * o * (1 - shown * shown);
     S* const to = static_cast<S*>(n.dnorm_c) + at.b * 2 * H + u;
-    at.store(to, at.load(to) + d * x), at.store(to + H, at.load(to + H) + d);
-    at.store(squashed + u, shown), at.store(dcell + u, d * w);
-    sums[0] += d * w, sums[1] += d * w * x;
+    at.store(to, at.load(to) + d * x);
+    at.store(to + H, at.load(to + H) + d);
+    at.store(squashed + u, shown);
+    at.store(dcell + u, d * w);
+    sums[0] += d * w;
+    sums[1] += d * w * x;
   });
   const S size = static_cast<S>(H);
   const Through<S> through{reduce_add<S>(sums[0]) / size, reduce_add<S>(sums[1]) / size, deviation};
-  each<S>(H,
-          [&](int64_t i, int k) { store_n<S>(dcell + i, through(load_n<S>(dcell + i, k), load_n<S>(c + i, k)), k); });
+  for_vectors<S>(
+      H, [&](int64_t i, int k) { store_n(dcell + i, through(load_n<S>(dcell + i, k), load_n<S>(c + i, k)), k); });
 }
 
 // dhidden (G H) from dgates (D) of one token.
@@ -177,9 +173,9 @@ void through_hidden(const Rnn& op, const S* dgates, const S* normed, const S* w,
   });
   const Through<S> through{sums[0] / static_cast<S>(size), sums[1] / static_cast<S>(size), deviation};
   each_hidden(op, [&](int64_t row, int64_t count, int64_t column) {
-    each<S>(count, [&](int64_t i, int k) {
+    for_vectors<S>(count, [&](int64_t i, int k) {
       const Vec<S> d = load_n<S>(dgates + column + i, k) * load_n<S>(w + row + i, k);
-      store_n<S>(dhidden + row + i, through(d, load_n<S>(x + row + i, k)), k);
+      store_n(dhidden + row + i, through(d, load_n<S>(x + row + i, k)), k);
     });
   });
 }
@@ -197,12 +193,12 @@ void backward_of(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const R
     each_unit<Cell, S>(op, block, row, [&]<class P>(const P& at, int64_t u) {
       Vec<S> passed;
       const Vec<S> dout = take_dh<T>(a, at, passed);
-      passed += Cell::template backward<T>(a, at, Past{row * a.h_stride + u, row * a.c_stride + u}, dout, dgates + u,
-                                           NormalisedOutput<S, P>{at, squashed, dcell});
+      passed += Cell::template backward<T>(a, at, Past{.h = row * a.h_stride + u, .c = row * a.c_stride + u}, dout,
+                                           dgates + u, NormalisedOutput<S, P>{at, squashed, dcell});
       at.store(static_cast<S*>(a.dh) + at.state, passed);
     });
     A* const to = static_cast<A*>(a.dgates) + token * D;
-    each<S>(dgates_used(op), [&](int64_t i, int k) { store_n<S>(to + i, load_n<S>(dgates + i, k), k); });
+    for_vectors<S>(dgates_used(op), [&](int64_t i, int k) { store_n(to + i, load_n<S>(dgates + i, k), k); });
     through_hidden(op, dgates, static_cast<const S*>(n.normed) + token * normed_of(op), static_cast<const S*>(n.norms),
                    static_cast<A*>(n.dhidden) + token * dhidden_of(op));
   }
@@ -211,16 +207,16 @@ void backward_of(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const R
 template <class A, class S>
 void input_of(const Rnn& op, int64_t rows, A* dgates, const S* normed, const S* w, S* sums) {
   const int64_t H = op.H, size = gates_of(op.mode) * H, D = dgates_of(op);
-  const auto add = [&](S* to, Vec<S> x, int k) { store_n<S>(to, load_n<S>(to, k) + x, k); };
+  const auto add = [&](S* to, Vec<S> x, int k) { store_n(to, load_n<S>(to, k) + x, k); };
   for (int64_t r = 0; r < rows; ++r, dgates += D, normed += normed_of(op)) {
     if (sums) {
       each_hidden(op, [&](int64_t row, int64_t count, int64_t column) {
-        each<S>(count, [&](int64_t i, int k) {
+        for_vectors<S>(count, [&](int64_t i, int k) {
           const Vec<S> d = load_n<S>(dgates + column + i, k);
           add(sums + size + row + i, d * load_n<S>(normed + size + row + i, k), k);
         });
       });
-      each<S>(dgates_used(op), [&](int64_t i, int k) { add(sums + 2 * size + i, load_n<S>(dgates + i, k), k); });
+      for_vectors<S>(dgates_used(op), [&](int64_t i, int k) { add(sums + 2 * size + i, load_n<S>(dgates + i, k), k); });
     }
     A* const own = dgates + (op.mode == RnnMode::gru ? H : 0);
     S total[2] = {};
@@ -231,8 +227,8 @@ void input_of(const Rnn& op, int64_t rows, A* dgates, const S* normed, const S* 
       return d * load_n<S>(w + i, k);
     });
     const Through<S> through{total[0] / static_cast<S>(size), total[1] / static_cast<S>(size), normed[2 * size]};
-    each<S>(size, [&](int64_t i, int k) {
-      store_n<S>(own + i, through(load_n<S>(own + i, k) * load_n<S>(w + i, k), load_n<S>(normed + i, k)), k);
+    for_vectors<S>(size, [&](int64_t i, int k) {
+      store_n(own + i, through(load_n<S>(own + i, k) * load_n<S>(w + i, k), load_n<S>(normed + i, k)), k);
     });
   }
 }
@@ -271,6 +267,7 @@ void input(const Rnn& op, DType operand, int64_t rows, void* dgates, const void*
 
 }  // namespace
 
-extern const RnnNormKernels rnn_norm{&normalise, &forward, &backward, &input};
+extern const RnnNormKernels rnn_norm{
+    .normalise = &normalise, .forward = &forward, .backward = &backward, .input = &input};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

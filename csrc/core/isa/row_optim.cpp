@@ -53,7 +53,10 @@ class Row {
     if (!closed_) return;
     const RowRecord& r = table.history[applied];
     for (int i = 0; i < 4; ++i) keep_[i] = static_cast<S>(r.keep[i]);
-    for (int i = 0; i < 2; ++i) weight_[i] = static_cast<S>(r.weight[i]), eps_[i] = static_cast<S>(r.eps[i]);
+    for (int i = 0; i < 2; ++i) {
+      weight_[i] = static_cast<S>(r.weight[i]);
+      eps_[i] = static_cast<S>(r.eps[i]);
+    }
     least_ = static_cast<S>(r.least);
   }
 
@@ -154,7 +157,9 @@ class Row {
       const V near = root + eps_[0], far = root + eps_[1];
       const V change = m * (weight_[0] * far + weight_[1] * near) / (near * far);
       // Without a past, nothing; 0 / 0 where eps is 0, as in the dense step.
-      p = fma(p, splat(keep_[0]), -change), m *= keep_[1], v *= keep_[2];
+      p = fma(p, splat(keep_[0]), -change);
+      m *= keep_[1];
+      v *= keep_[2];
       return true;
     }
     if constexpr (kIsSgd<Rule>) {
@@ -239,16 +244,38 @@ void make_rule(const RowTable& table, const RowStep& u, double scale, unsigned c
     static_assert(sizeof(Rule) <= sizeof RowRecord::rule);
     const auto write = [&](const Rule& rule) { memcpy(bytes, &rule, sizeof rule); };
     if constexpr (kIsAdam<Rule>)
-      write(Rule(Adam{u.lr, u.first, u.second, u.eps, u.weight_decay, r.decoupled, r.maximize, scale}, u.step));
+      write(Rule(Adam{.lr = u.lr,
+                      .beta1 = u.first,
+                      .beta2 = u.second,
+                      .eps = u.eps,
+                      .weight_decay = u.weight_decay,
+                      .decoupled = r.decoupled,
+                      .maximize = r.maximize,
+                      .grad_scale = scale},
+                 u.step));
     else if constexpr (kIsSgd<Rule>)
-      write(Rule(Sgd{u.lr, u.first, u.second, u.weight_decay, r.nesterov, r.maximize, scale}, u.step));
+      write(Rule(Sgd{.lr = u.lr,
+                     .momentum = u.first,
+                     .dampening = u.second,
+                     .weight_decay = u.weight_decay,
+                     .nesterov = r.nesterov,
+                     .maximize = r.maximize,
+                     .grad_scale = scale},
+                 u.step));
     else
-      write(Rule(Adagrad{u.lr, u.first, u.weight_decay, u.eps, r.maximize, scale}, u.step));
+      write(Rule(Adagrad{.lr = u.lr,
+                         .lr_decay = u.first,
+                         .weight_decay = u.weight_decay,
+                         .eps = u.eps,
+                         .maximize = r.maximize,
+                         .grad_scale = scale},
+                 u.step));
   });
 }
 
 }  // namespace
 
-extern const RowOptimKernels row_optim{&lookup, &catch_up, &step, &make_rule};
+extern const RowOptimKernels row_optim{
+    .lookup = &lookup, .catch_up = &catch_up, .step = &step, .make_rule = &make_rule};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

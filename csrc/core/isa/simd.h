@@ -203,6 +203,35 @@ static inline void store(T* p, Vec<Accum<T>> v, int n) {
 #endif
 }
 
+// Whole vectors and tails alike: n <= kLanes.
+template <class A, class T>
+static inline Vec<A> load_n(const T* p, int n, A fill = {}) {
+  return n == kLanes<A> ? load<A>(p) : load<A>(p, n, fill);
+}
+template <class T>
+static inline void store_n(T* p, Vec<Accum<T>> v, int n) {
+  if (n == kLanes<Accum<T>>)
+    store(p, v);
+  else
+    store(p, v, n);
+}
+
+// Calls f(i, n) for every vector of [0, size); n lanes are in use, which are all but in the last.
+template <class A, class F>
+static inline __attribute__((always_inline)) void for_vectors(int64_t size, const F& f) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= size; i += L) f(i, L);
+  if (i < size) f(i, static_cast<int>(size - i));
+}
+
+// v, but `fill` from lane n on.
+template <class A>
+static inline Vec<A> filled(Vec<A> v, int n, A fill = {}) {
+  for (int i = n; i < kLanes<A>; ++i) v[i] = fill;
+  return v;
+}
+
 // Scalars, by the same rounding.
 template <class T>
 static inline Accum<T> load_one(const T* p) {

@@ -5,28 +5,6 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-// f(i, n) for all vectors of D elements: n < kLanes for the last.
-template <class S, class F>
-void each_vector(int64_t D, const F& f) {
-  constexpr int L = kLanes<S>;
-  int64_t i = 0;
-  for (; i + L <= D; i += L) f(i, L);
-  if (i < D) f(i, static_cast<int>(D - i));
-}
-
-template <class S, class T>
-Vec<S> get(const T* p, int n) {
-  return n == kLanes<S> ? load<S>(p) : load<S>(p, n, S{0});
-}
-
-template <class T>
-void put(T* p, Vec<Accum<T>> v, int n) {
-  if (n == kLanes<Accum<T>>)
-    store(p, v);
-  else
-    store(p, v, n);
-}
-
 void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, int64_t next, void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
@@ -34,12 +12,13 @@ void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, int6
     const T* const values = static_cast<const T*>(grad.values);
     S* const out = static_cast<S*>(sum);
     const auto row = [&](int64_t j) { return values + positions[j] * grad.D; };
-    each_vector<S>(grad.D, [&](int64_t i, int n) {
+    for_vectors<S>(grad.D, [&](int64_t i, int n) {
       __builtin_prefetch(values + next * grad.D + i);
-      put(out + i, get<S>(row(0) + i, n), n);
+      store_n(out + i, load_n<S>(row(0) + i, n), n);
     });
     for (int64_t j = 1; j < count; ++j)
-      each_vector<S>(grad.D, [&](int64_t i, int n) { put(out + i, get<S>(out + i, n) + get<S>(row(j) + i, n), n); });
+      for_vectors<S>(grad.D,
+                     [&](int64_t i, int n) { store_n(out + i, load_n<S>(out + i, n) + load_n<S>(row(j) + i, n), n); });
   });
 }
 
@@ -50,17 +29,17 @@ void sweep(const Op& op, const Table& table, int64_t row, int64_t next, const Ac
   constexpr int n_states = Rule::kStates;
   const Rule rule(op, table.step);
   T *const param = static_cast<T*>(table.param) + row * D, *const ahead = static_cast<T*>(table.param) + next * D;
-  each_vector<S>(D, [&](int64_t i, int n) {
-    Vec<S> p = get<S>(param + i, n), states[n_states + 1];
+  for_vectors<S>(D, [&](int64_t i, int n) {
+    Vec<S> p = load_n<S>(param + i, n), states[n_states + 1];
     __builtin_prefetch(ahead + i, 1);
     for (int k = 0; k < n_states; ++k) {
       const Q* const state = static_cast<const Q*>(table.states[k]) + i;
-      states[k] = get<S>(state + row * D, n);
+      states[k] = load_n<S>(state + row * D, n);
       __builtin_prefetch(state + next * D, 1);
     }
-    rule.update(p, get<S>(grad + i, n), states);
-    for (int k = 0; k < n_states; ++k) put(static_cast<Q*>(table.states[k]) + row * D + i, states[k], n);
-    put(param + i, p, n);
+    rule.update(p, load_n<S>(grad + i, n), states);
+    for (int k = 0; k < n_states; ++k) store_n(static_cast<Q*>(table.states[k]) + row * D + i, states[k], n);
+    store_n(param + i, p, n);
   });
 }
 
@@ -85,23 +64,27 @@ void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const Ta
     T *const rows = static_cast<T*>(table.param), *const param = rows + row * grad.D;
     const S scale = static_cast<S>(op.grad_scale);
     Vec<S> squares{};
-    each_vector<S>(grad.D, [&](int64_t i, int n) {
+    for_vectors<S>(grad.D, [&](int64_t i, int n) {
       __builtin_prefetch(rows + next * grad.D + i, 1);
-      const Vec<S> x = scale * get<S>(g + i, n);
+      const Vec<S> x = scale * load_n<S>(g + i, n);
       squares = fma(x, x, squares);
     });
     S& total = static_cast<S*>(table.states[0])[row];
     total += reduce_add<S>(squares) / static_cast<S>(grad.D);
     const double factor = op.lr / (::sqrt(static_cast<double>(total)) + op.eps) * op.grad_scale;
     const S by = static_cast<S>(op.maximize ? factor : -factor);
-    each_vector<S>(
-        grad.D, [&](int64_t i, int n) { put(param + i, fma(splat(by), get<S>(g + i, n), get<S>(param + i, n)), n); });
+    for_vectors<S>(grad.D, [&](int64_t i, int n) {
+      store_n(param + i, fma(splat(by), load_n<S>(g + i, n), load_n<S>(param + i, n)), n);
+    });
   });
 }
 
 }  // namespace
 
-extern const SparseOptimKernels sparse_optim{&sum, &step<SgdRule, Sgd>, &step<AdagradRule, Adagrad>,
-                                             &step<SparseAdamRule, SparseAdam>, &rowwise_adagrad};
+extern const SparseOptimKernels sparse_optim{.sum = &sum,
+                                             .sgd = &step<SgdRule, Sgd>,
+                                             .adagrad = &step<AdagradRule, Adagrad>,
+                                             .sparse_adam = &step<SparseAdamRule, SparseAdam>,
+                                             .rowwise_adagrad = &rowwise_adagrad};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA

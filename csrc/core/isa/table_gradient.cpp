@@ -68,7 +68,7 @@ void sum_as(const Terms& t, int64_t begin, int64_t end, Accum<T> scale, bool str
         static_cast<const T*>(t.rows), t.D, rows, begin, end, scale, stream, out}
         .run();
   };
-  const Plain plain{t.source, t.N - 1};
+  const Plain plain{.source = t.source, .last = t.N - 1};
   t.scale ? run(Scaled<A>{plain, static_cast<const A*>(t.scale)}) : run(plain);
 }
 
@@ -98,6 +98,6 @@ void zero(void* p, size_t bytes) {
 
 }  // namespace
 
-extern const TableGradientKernels table_gradient_kernels{&sum, &zero};
+extern const TableGradientKernels table_gradient_kernels{.sum = &sum, .zero = &zero};
 
 }  // namespace llmkern::cpu::LLMKERN_ISA
