@@ -79,7 +79,7 @@ void gemm(const py::array& a, const py::array& b, py::array out, bool accumulate
   const DType dtype = dtype_of(out);
   void* const data = out.mutable_data();
   const py::gil_scoped_release release;
-  cpu::gemm(M, N, K, A, B, data, dtype, N, accumulate);
+  cpu::gemm(M, N, K, A, B, {.data = data, .dtype = dtype, .ld = N}, accumulate);
 }
 
 // --- embedding ---

@@ -272,10 +272,12 @@ void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropy
       const int64_t n = item / groups, d = item % groups * kGroup, width = std::min(kGroup, op.D - d);
       const int64_t origin = n * op.V * op.D + d;
       const auto gather = [&](const void* from, DType dtype, A* to) {
-        call.kernels.transpose(at(from, origin, dtype), dtype, op.D, op.V, width, to, wide.dtype, op.V);
+        call.kernels.transpose({.data = at(from, origin, dtype), .dtype = dtype, .ld = op.D}, op.V, width,
+                               {.data = to, .dtype = wide.dtype, .ld = op.V});
       };
       const auto scatter = [&](const A* from, void* to, DType dtype) {
-        call.kernels.transpose(from, wide.dtype, op.V, width, op.V, at(to, origin, dtype), dtype, op.D);
+        call.kernels.transpose({.data = from, .dtype = wide.dtype, .ld = op.V}, width, op.V,
+                               {.data = at(to, origin, dtype), .dtype = dtype, .ld = op.D});
       };
       gather(logits, op.dtype, x.get());
       if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/dtype.h"
 #include "core/isa.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 
@@ -90,9 +91,8 @@ struct CrossEntropyKernels {
   int64_t (*find)(const CrossEntropy& op, const void* x, int64_t n, double value);
   // z[0], in double.
   double (*logit)(const CrossEntropy& op, const void* x);
-  // to (cols, *) = from (rows, cols)^T, converted; leading dimensions to_ld and ld.
-  void (*transpose)(const void* from, DType from_dtype, int64_t ld, int64_t rows, int64_t cols, void* to,
-                    DType to_dtype, int64_t to_ld);
+  // to (cols, rows) = from (rows, cols)^T, converted.
+  void (*transpose)(View from, int64_t rows, int64_t cols, MutableView to);
 };
 
 // Elements of a row that are taken together: the logits and their exponentials stay in the first-level cache.

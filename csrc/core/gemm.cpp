@@ -81,9 +81,7 @@ struct Problem {
   const GemmKernels<S>& kernels;
   int64_t M, N, K;
   Matrix A, B;  // B as (N, K): its transpose
-  char* C;
-  DType c_dtype;
-  int64_t ldc;
+  MutableView C;
   bool accumulate;
   const S* bias;
   int64_t d0 = 0, d1 = depths().count;  // the blocks of k of this pass
@@ -98,8 +96,8 @@ struct Problem {
   Depth pass() const { return depth(d0, d1); }
   int64_t longest() const { return std::clamp<int64_t>(ceil_div(K, kernels.step), 1, kDepth); }  // steps of a block
   DType own() const { return sizeof(S) == 4 ? DType::f32 : DType::f64; }
-  bool narrow() const { return c_dtype != own(); }
-  char* c_at(int64_t i, int64_t j) const { return at(C, i * ldc + j, c_dtype); }
+  bool narrow() const { return C.dtype != own(); }
+  char* c_at(int64_t i, int64_t j) const { return at(C.data, i * C.ld + j, C.dtype); }
 };
 
 // Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
@@ -112,7 +110,7 @@ struct Sums {
 
   Sums(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, S* scratch)
       : p(p), i0(i0), i1(i1), j0(j0), j1(j1), direct(!p.narrow()) {
-    ld = direct ? p.ldc : j1 - j0;
+    ld = direct ? p.C.ld : j1 - j0;
     at = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : scratch;
     accumulate = direct && p.accumulate;
   }
@@ -120,7 +118,7 @@ struct Sums {
   const S* start(int64_t j, int64_t d) const { return p.bias && d == 0 ? p.bias + j : nullptr; }
   void finish() const {
     for (int64_t i = i0; !direct && i < i1; ++i)
-      p.kernels.convert(at + (i - i0) * ld, j1 - j0, p.c_at(i, j0), p.c_dtype, p.accumulate);
+      p.kernels.convert(at + (i - i0) * ld, j1 - j0, p.c_at(i, j0), p.C.dtype, p.accumulate);
   }
 };
 
@@ -258,8 +256,8 @@ void run_dots(const Problem<S>& p) {
     for (int64_t d = 0; d < depths.count; ++d) {
       const int64_t k = depths[d];
       kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k * size, pitch,
-                   at(p.B.data, j0 * p.B.ld + k, p.B.dtype), p.B.dtype, p.B.ld, sums.at, sums.ld,
-                   d > 0 || sums.accumulate);
+                   {.data = at(p.B.data, j0 * p.B.ld + k, p.B.dtype), .dtype = p.B.dtype, .ld = p.B.ld}, sums.at,
+                   sums.ld, d > 0 || sums.accumulate);
     }
     for (int64_t i = 0; p.bias && i < p.M; ++i)
       kernels.convert(p.bias + j0, j1 - j0, sums.at + i * sums.ld, p.own(), true);
@@ -302,9 +300,17 @@ void run_flat(const Problem<S>& p) {
 }
 
 template <class S>
-void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype,
-             int64_t ldc, bool accumulate, const void* bias) {
-  Problem<S> p{kernels, M, N, K, A, B, static_cast<char*>(C), c_dtype, ldc, accumulate, static_cast<const S*>(bias)};
+void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, MutableView C,
+             bool accumulate, const void* bias) {
+  Problem<S> p{.kernels = kernels,
+               .M = M,
+               .N = N,
+               .K = K,
+               .A = A,
+               .B = B,
+               .C = C,
+               .accumulate = accumulate,
+               .bias = static_cast<const S*>(bias)};
   p.B.transposed = !B.transposed;
   if (is_short(p)) return run_dots(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.
@@ -314,10 +320,8 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   const bool narrow = p.narrow() && passes.count > 1;
   const Buffer<S> wide(narrow ? M * N : 0);
   if (narrow) {
-    p.C = reinterpret_cast<char*>(wide.get());
-    p.ldc = N;
+    p.C = {.data = wide.get(), .dtype = p.own(), .ld = N};
     p.accumulate = false;
-    p.c_dtype = p.own();
   }
   for (int64_t pass = 0; pass < passes.count; ++pass) {
     p.d0 = passes[pass];
@@ -326,7 +330,7 @@ void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Mat
   }
   if (narrow)
     for (int64_t i = 0; i < M; ++i)
-      kernels.convert(wide.get() + i * N, N, at(C, i * ldc, c_dtype), c_dtype, accumulate);
+      kernels.convert(wide.get() + i * N, N, at(C.data, i * C.ld, C.dtype), C.dtype, accumulate);
 }
 
 }  // namespace
@@ -350,27 +354,26 @@ void convert(const void* from, int64_t n, void* to, DType dtype) {
   });
 }
 
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
-          const void* bias) {
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, MutableView C, bool accumulate, const void* bias) {
   const bool wide = A.dtype == DType::f64;
-  if (wide != (B.dtype == DType::f64) || wide != (c_dtype == DType::f64))
+  if (wide != (B.dtype == DType::f64) || wide != (C.dtype == DType::f64))
     throw std::invalid_argument("gemm: float64 cannot be mixed with other dtypes; convert the operands first");
   if (M <= 0 || N <= 0) return;
-  if (N == 1 && ldc == 1 && !bias) {
+  if (N == 1 && C.ld == 1 && !bias) {
     // A column is a row of the transposed product.
     std::swap(M, N);
     std::swap(A, B);
     A.transposed = !A.transposed;
     B.transposed = !B.transposed;
-    ldc = N;
+    C.ld = N;
   }
   const auto& table = LLMKERN_SELECT(gemm);
   if (wide)
-    gemm_in(table.f64, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
+    gemm_in(table.f64, M, N, K, A, B, C, accumulate, bias);
   else if (A.dtype == DType::bf16 && B.dtype == DType::bf16 && gemm_multiplies_bf16())
-    gemm_in(table.pairs, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
+    gemm_in(table.pairs, M, N, K, A, B, C, accumulate, bias);
   else
-    gemm_in(table.f32, M, N, K, A, B, C, c_dtype, ldc, accumulate, bias);
+    gemm_in(table.f32, M, N, K, A, B, C, accumulate, bias);
 }
 
 }  // namespace llmkern::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/dtype.h"
 #include "core/isa.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 
@@ -10,14 +11,14 @@ struct Matrix {
   const void* data;
   DType dtype;
   int64_t ld;
-  bool transposed;
+  bool transposed = false;
 };
 
-// C (M, N) = A (M, K) B (K, N), or += if accumulate. C is row-major (ldc). Sums are taken in fp32 (fp64 for
+// C (M, N) = A (M, K) B (K, N), or += if accumulate. Sums are taken in fp32 (fp64 for
 // f64), in an order that depends on the sizes alone: the same bits for any number of threads. They start from `bias`
 // (N), fp32 (fp64), where there is one, and then C is not accumulated. Opens its own parallel region; inside another
 // one it runs on the calling thread. Throws std::invalid_argument if f64 meets another dtype.
-void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, void* C, DType c_dtype, int64_t ldc, bool accumulate,
+void gemm(int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, MutableView C, bool accumulate,
           const void* bias = nullptr);
 
 // Whether products of two bf16 matrices are taken by the CPU's own instruction, twice as fast as in fp32.
@@ -47,10 +48,10 @@ struct GemmKernels {
   // to[k] = X[i][k], k < depth, in S, or in bf16 where panels hold pairs; writes up to a vector past the end.
   void (*line)(Matrix X, int64_t i, int64_t depth, void* to);
 
-  // c (rows, lines) = inner products of rows of a, in the type of `line`, with lines of b (lines, depth), of dtype, or
-  // +=. Pairs: of bf16.
-  void (*dots)(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType dtype,
-               int64_t ldb, S* c, int64_t ldc, bool accumulate);
+  // c (rows, lines) = inner products of rows of a, in the type of `line`, with lines of b (lines, depth), or +=. Pairs:
+  // of bf16.
+  void (*dots)(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, View b, S* c, int64_t ldc,
+               bool accumulate);
 
   // to (n) = from (n) in another dtype, or +=.
   void (*convert)(const S* from, int64_t n, void* to, DType dtype, bool accumulate);

@@ -21,18 +21,18 @@ WideBias::WideBias(const void* bias, DType dtype, int64_t n)
 void linear_forward(const void* x, const void* weight, const void* bias, DType dtype, int64_t N, int64_t I, int64_t O,
                     void* y) {
   const WideBias wide(bias, dtype, O);
-  gemm(N, O, I, {.data = x, .dtype = dtype, .ld = I, .transposed = false},
-       {.data = weight, .dtype = dtype, .ld = I, .transposed = true}, y, dtype, O, false, wide.get());
+  gemm(N, O, I, {.data = x, .dtype = dtype, .ld = I}, {.data = weight, .dtype = dtype, .ld = I, .transposed = true},
+       {.data = y, .dtype = dtype, .ld = O}, false, wide.get());
 }
 
 void linear_backward(const void* dy, const void* x, const void* weight, DType dtype, int64_t N, int64_t I, int64_t O,
                      void* dx, void* dweight) {
   if (dx)
-    gemm(N, I, O, {.data = dy, .dtype = dtype, .ld = O, .transposed = false},
-         {.data = weight, .dtype = dtype, .ld = I, .transposed = false}, dx, dtype, I, false);
+    gemm(N, I, O, {.data = dy, .dtype = dtype, .ld = O}, {.data = weight, .dtype = dtype, .ld = I},
+         {.data = dx, .dtype = dtype, .ld = I}, false);
   if (dweight)
-    gemm(O, I, N, {.data = dy, .dtype = dtype, .ld = O, .transposed = true},
-         {.data = x, .dtype = dtype, .ld = I, .transposed = false}, dweight, dtype, I, false);
+    gemm(O, I, N, {.data = dy, .dtype = dtype, .ld = O, .transposed = true}, {.data = x, .dtype = dtype, .ld = I},
+         {.data = dweight, .dtype = dtype, .ld = I}, false);
 }
 
 }  // namespace llmkern::cpu

@@ -46,79 +46,82 @@ class Gather {
   const char* data_;
 };
 
-class Chunks {
+// The loss chunk by chunk, with the scratch that chunks share.
+class ChunkedLoss {
  public:
-  Chunks(const LinearCrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
-         const LinearCrossEntropyGradients& gradients)
-      : op_(op), outputs_(outputs), cotangents_(cotangents), gradients_(gradients) {
-    for (int64_t i = 0; i < op.loss.N; ++i)
-      if (!op.loss.target || op.loss.target[i] != op.loss.ignore_index) rows_.push_back(i);
-    needs_dlogits_ = gradients.dx || gradients.dlinear_weight || gradients.dlinear_bias;
-    // Where products of bf16 are faster, dlogits are rounded to it, as torch's are; else they stay where the logits
-    // were.
-    grad_dtype_ = op.dtype == DType::bf16 && gemm_multiplies_bf16() ? DType::bf16 : op.loss.dtype;
-    const int64_t row = std::max<int64_t>(1, op.loss.V * itemsize(op.loss.dtype));
-    const int64_t N = static_cast<int64_t>(rows_.size()), most = std::max<int64_t>(1, op.workspace / row);
-    count_ = ceil_div(N, most);
-    longest_ = count_ ? ceil_div(N, count_) : 0;
-  }
+  ChunkedLoss(const LinearCrossEntropy& op, const CrossEntropyOutputs& outputs,
+              const CrossEntropyCotangents& cotangents, const LinearCrossEntropyGradients& gradients)
+      : op_(op),
+        outputs_(outputs),
+        cotangents_(cotangents),
+        gradients_(gradients),
+        rows_(counting_rows(op.loss)),
+        chunks_(ceil_div(count(), rows_in(op.workspace, op.loss.V * itemsize(op.loss.dtype)))),
+        sums_in_scratch_(gradients.dlinear_weight && chunks_ > 1 && op.dtype != op.loss.dtype),
+        bias_(op.linear_bias, op.dtype, op.loss.V),
+        logits_((chunks_ ? ceil_div(count(), chunks_) : 0) * op.loss.V * itemsize(op.loss.dtype)),
+        dweight_(sums_in_scratch_ ? op.loss.V * op.H * itemsize(op.loss.dtype) : 0),
+        dbias_(gradients.dlinear_bias ? op.loss.V * itemsize(op.loss.dtype) : 0) {}
 
   void run() {
-    const int64_t V = op_.loss.V, H = op_.H, N = static_cast<int64_t>(rows_.size());
+    const int64_t V = op_.loss.V, N = count();
     skip_ignored();
-    const Buffer<char> logits(longest_ * V * itemsize(op_.loss.dtype));
-    const bool wide = gradients_.dlinear_weight && count_ > 1 && op_.dtype != op_.loss.dtype;
-    const Buffer<char> dweight(wide ? V * H * itemsize(op_.loss.dtype) : 0);
-    const Buffer<char> dbias(gradients_.dlinear_bias ? V * itemsize(op_.loss.dtype) : 0);
-    const WideBias bias(op_.linear_bias, op_.dtype, V);
-    logits_ = logits.get();
-    dweight_ = wide ? dweight.get() : gradients_.dlinear_weight;
-    dweight_dtype_ = wide ? op_.loss.dtype : op_.dtype;
-    dbias_ = dbias.get();
-    bias_ = bias.get();
-    for (int64_t c = 0; c < count_; ++c) chunk(N * c / count_, N * (c + 1) / count_, c > 0);
-    if (count_ == 0) return nothing();
-    if (wide) convert(dweight.get(), V * H, gradients_.dlinear_weight, op_.dtype);
-    if (gradients_.dlinear_bias) convert(dbias.get(), V, gradients_.dlinear_bias, op_.dtype);
+    for (int64_t c = 0; c < chunks_; ++c) chunk(N * c / chunks_, N * (c + 1) / chunks_, c > 0);
+    if (chunks_ == 0) return nothing();
+    if (sums_in_scratch_) convert(dweight_.get(), V * op_.H, gradients_.dlinear_weight, op_.dtype);
+    if (gradients_.dlinear_bias) convert(dbias_.get(), V, gradients_.dlinear_bias, op_.dtype);
   }
 
  private:
-  void skip_ignored() {
-    const int64_t accum = itemsize(op_.loss.dtype);
-    if (static_cast<int64_t>(rows_.size()) == op_.loss.N) return;
+  static std::vector<int64_t> counting_rows(const CrossEntropy& loss) {
+    std::vector<int64_t> rows;
+    for (int64_t i = 0; i < loss.N; ++i)
+      if (!loss.target || loss.target[i] != loss.ignore_index) rows.push_back(i);
+    return rows;
+  }
+  int64_t count() const { return static_cast<int64_t>(rows_.size()); }
+
+  void skip_ignored() const {
+    if (count() == op_.loss.N) return;
     for (void* p : {outputs_.loss, outputs_.lse, outputs_.entropy})
-      if (p) std::memset(p, 0, op_.loss.N * accum);
+      if (p) std::memset(p, 0, op_.loss.N * itemsize(op_.loss.dtype));
     if (outputs_.argmax) std::fill_n(outputs_.argmax, op_.loss.N, -1);
     if (gradients_.dx) std::memset(gradients_.dx, 0, op_.loss.N * op_.H * itemsize(op_.dtype));
   }
 
-  void nothing() {
+  void nothing() const {
     const int64_t bytes = op_.loss.V * itemsize(op_.dtype);
     if (gradients_.dlinear_weight) std::memset(gradients_.dlinear_weight, 0, bytes * op_.H);
     if (gradients_.dlinear_bias) std::memset(gradients_.dlinear_bias, 0, bytes);
   }
 
   // Rows [begin, end) of those that count.
-  void chunk(int64_t begin, int64_t end, bool accumulate) {
+  void chunk(int64_t begin, int64_t end, bool accumulate) const {
     const int64_t R = end - begin, V = op_.loss.V, H = op_.H;
-    const Gather x(op_.x, rows_, begin, end, H * itemsize(op_.dtype));
-    const Matrix X{.data = x.get(), .dtype = op_.dtype, .ld = H, .transposed = false},
-        W{.data = op_.linear_weight, .dtype = op_.dtype, .ld = H, .transposed = false},
-        Wt{.data = W.data, .dtype = W.dtype, .ld = H, .transposed = true};
-    gemm(R, V, H, X, Wt, logits_, op_.loss.dtype, V, false, bias_);
+    const DType wide = op_.loss.dtype;
+    const Gather rows(op_.x, rows_, begin, end, H * itemsize(op_.dtype));
+    const Matrix x{.data = rows.get(), .dtype = op_.dtype, .ld = H};
+    const Matrix weight{.data = op_.linear_weight, .dtype = op_.dtype, .ld = H};
+    gemm(R, V, H, x, transposed(weight), {.data = logits_.get(), .dtype = wide, .ld = V}, false, bias_.get());
     losses(begin, end);
-    const int64_t ld = V * itemsize(op_.loss.dtype) / itemsize(grad_dtype_);
-    const Matrix G{.data = logits_, .dtype = grad_dtype_, .ld = ld, .transposed = false},
-        Gt{.data = logits_, .dtype = grad_dtype_, .ld = ld, .transposed = true};
+    const Matrix dlogits{.data = logits_.get(), .dtype = grad_dtype_, .ld = V * itemsize(wide) / itemsize(grad_dtype_)};
     if (gradients_.dx) {
       const int64_t bytes = H * itemsize(op_.dtype);
       const Buffer<char> apart(scattered(begin, end) ? R * bytes : 0);
-      gemm(R, H, V, G, W, scattered(begin, end) ? apart.get() : at(gradients_.dx, rows_[begin] * bytes), op_.dtype, H,
-           false);
+      void* const dx = scattered(begin, end) ? apart.get() : at(gradients_.dx, rows_[begin] * bytes);
+      gemm(R, H, V, dlogits, weight, {.data = dx, .dtype = op_.dtype, .ld = H}, false);
       if (scattered(begin, end)) scatter(apart.get(), gradients_.dx, begin, end, bytes);
     }
-    if (gradients_.dlinear_weight) gemm(V, H, R, Gt, X, dweight_, dweight_dtype_, H, accumulate);
-    if (gradients_.dlinear_bias) sum_rows(G, R, accumulate);
+    if (gradients_.dlinear_weight) gemm(V, H, R, transposed(dlogits), x, dweight(), accumulate);
+    if (gradients_.dlinear_bias) sum_rows(dlogits, R, accumulate);
+  }
+  static Matrix transposed(Matrix x) {
+    x.transposed = !x.transposed;
+    return x;
+  }
+  MutableView dweight() const {
+    if (sums_in_scratch_) return {.data = dweight_.get(), .dtype = op_.loss.dtype, .ld = op_.H};
+    return {.data = gradients_.dlinear_weight, .dtype = op_.dtype, .ld = op_.H};
   }
 
   void losses(int64_t begin, int64_t end) const {
@@ -128,23 +131,23 @@ class Chunks {
     const Gather target = gather(op_.loss.target, 8), dloss = gather(cotangents_.loss, accum),
                  dlse = gather(cotangents_.lse, accum), dentropy = gather(cotangents_.entropy, accum);
     const Buffer<char> results(apart ? R * (8 + 3 * accum) : 0);
-    const auto part = [&](void* p, int64_t offset, int64_t bytes) -> void* {
+    const auto place = [&](void* p, int64_t offset, int64_t bytes) -> void* {
       return apart && p ? results.get() + R * offset : at(p, rows_[begin] * bytes);
     };
-    const CrossEntropyOutputs outputs{.loss = part(outputs_.loss, 8, accum),
-                                      .lse = part(outputs_.lse, 8 + accum, accum),
-                                      .entropy = part(outputs_.entropy, 8 + 2 * accum, accum),
-                                      .argmax = static_cast<int64_t*>(part(outputs_.argmax, 0, 8))};
+    const CrossEntropyOutputs outputs{.loss = place(outputs_.loss, 8, accum),
+                                      .lse = place(outputs_.lse, 8 + accum, accum),
+                                      .entropy = place(outputs_.entropy, 8 + 2 * accum, accum),
+                                      .argmax = static_cast<int64_t*>(place(outputs_.argmax, 0, 8))};
     CrossEntropy loss = op_.loss;
     // Probabilities ignore no row: theirs are never gathered.
     const int64_t of_target = begin * loss.V * itemsize(loss.target_dtype);
     loss.N = R;
     loss.target = static_cast<const int64_t*>(target.get());
     loss.probabilities = at(loss.probabilities, of_target);
-    cross_entropy(loss, logits_, outputs, {.loss = dloss.get(), .lse = dlse.get(), .entropy = dentropy.get()},
-                  {.dlogits = needs_dlogits_ ? logits_ : nullptr,
-                   .dtype = grad_dtype_,
-                   .dtarget = at(gradients_.dtarget, of_target)});
+    const bool any = gradients_.dx || gradients_.dlinear_weight || gradients_.dlinear_bias;
+    cross_entropy(
+        loss, logits_.get(), outputs, {.loss = dloss.get(), .lse = dlse.get(), .entropy = dentropy.get()},
+        {.dlogits = any ? logits_.get() : nullptr, .dtype = grad_dtype_, .dtarget = at(gradients_.dtarget, of_target)});
     if (!apart) return;
     scatter(outputs.loss, outputs_.loss, begin, end, accum);
     scatter(outputs.lse, outputs_.lse, begin, end, accum);
@@ -152,11 +155,11 @@ class Chunks {
     scatter(outputs.argmax, outputs_.argmax, begin, end, 8);
   }
 
-  void sum_rows(const Matrix& G, int64_t R, bool accumulate) const {
+  void sum_rows(const Matrix& dlogits, int64_t R, bool accumulate) const {
     visit(op_.loss.dtype, [&](auto t) {
       const std::vector<Accum<decltype(t)>> ones(R, 1);
-      gemm(1, op_.loss.V, R, {ones.data(), op_.loss.dtype, R, false}, G, dbias_, op_.loss.dtype, op_.loss.V,
-           accumulate);
+      gemm(1, op_.loss.V, R, {.data = ones.data(), .dtype = op_.loss.dtype, .ld = R}, dlogits,
+           {.data = dbias_.get(), .dtype = op_.loss.dtype, .ld = op_.loss.V}, accumulate);
     });
   }
 
@@ -170,13 +173,13 @@ class Chunks {
   const CrossEntropyOutputs& outputs_;
   const CrossEntropyCotangents& cotangents_;
   const LinearCrossEntropyGradients& gradients_;
-  std::vector<int64_t> rows_;  // those that count
-  bool needs_dlogits_;
-  DType grad_dtype_;
-  int64_t count_, longest_;  // chunks, and rows of the longest
-  void *logits_, *dweight_, *dbias_;
-  DType dweight_dtype_;
-  const void* bias_;
+  // Where products of bf16 are faster, dlogits are rounded to it, as torch's are; else they stay where the logits were.
+  const DType grad_dtype_ = op_.dtype == DType::bf16 && gemm_multiplies_bf16() ? DType::bf16 : op_.loss.dtype;
+  const std::vector<int64_t> rows_;  // those that count
+  const int64_t chunks_;
+  const bool sums_in_scratch_;  // of dweight
+  const WideBias bias_;
+  const Buffer<char> logits_, dweight_, dbias_;
 };
 
 }  // namespace
@@ -184,7 +187,7 @@ class Chunks {
 void linear_cross_entropy(const LinearCrossEntropy& op, const CrossEntropyOutputs& outputs,
                           const CrossEntropyCotangents& cotangents, const LinearCrossEntropyGradients& gradients) {
   check_targets(op.loss);
-  Chunks(op, outputs, cotangents, gradients).run();
+  ChunkedLoss(op, outputs, cotangents, gradients).run();
 }
 
 }  // namespace llmkern::cpu

@@ -14,268 +14,274 @@
 // most 16 MB of steps at a time.
 #include "core/rnn.h"
 
-#include "core/rnn_loop.h"
+#include "core/rnn_states.h"
 
 namespace llmkern::cpu {
 namespace rnn {
 namespace {
 
-constexpr int64_t kScratchBytes = 16 << 20;  // of x W_ih^T
-constexpr int64_t kNormedRows = 64;          // that share what a panel's load costs, and whose sums lie in L2
+constexpr int64_t kNormedRows = 64;  // that share what a panel's load costs, and whose sums lie in L2
 
+// The projection of an lstm's h by W_hr, and where it goes.
 template <class S>
-class Forward {
+class Projection {
  public:
-  Forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed)
-      : op_(op),
-        tokens_(op),
-        pairs_(in_pairs(op)),
-        operand_(pairs_ ? DType::bf16 : wide_),
-        weights_(kernels_, op.dtype, pairs_),
-        projection_(kernels_, op.dtype, pairs_),
-        y_(y),
-        hy_(hy),
-        cy_(cy),
-        gates_(gates),
-        cells_(cells),
-        normed_(normed) {}
+  Projection(const Problem<S>& p, const RnnOutputs& out, const States<S>& states)
+      : p_(p), out_(out), states_(states), panels_(p) {
+    if (!p.op.weight_hr) return;
+    panels_.add({.w = p.op.weight_hr, .ld = p.op.H, .count = p.op.P}, {{.k = 0, .depth = p.op.H, .column = 0}});
+    panels_.pack();
+  }
+  int64_t panels() const { return panels_.count(); }
 
-  void run() {
-    const int64_t H = op_.H, P = op_.P, B = op_.B, G = gates_of(op_.mode);
-    const Buffer<S> h(B * P), c(B * cells_of(op_)), bias(G * H + H), norms(op_.norms ? norms_of(op_) : 0);
-    const int64_t ld = even(P), ld_m = even(H);
-    const Buffer<char> operands(2 * B * ld * itemsize(operand_)), m(op_.weight_hr ? B * ld_m * itemsize(operand_) : 0);
-    h_ = h.get();
-    c_ = c.get();
-    m_ = op_.weight_hr ? m.get() : nullptr;
-    ld_ = ld;
-    ld_m_ = ld_m;
-    operands_[0] = operands.get();
-    operands_[1] = at(operands.get(), B * ld, operand_);
-    begin();
-    if (!in_place_weights_) cut();
-    if (op_.weight_hr) cut_projection();
-    merge_biases(op_, kernels_, bias.get());
-    if (op_.bias_ih || op_.bias_hh || op_.norms) bias_ = bias.get();
-    if (op_.norms) {
-      kernels_.copy(norms_of(op_), op_.norms, op_.dtype, norms.get(), wide_);
-      norms_ = norms.get();
-    }
-    if (op_.bias_hh && op_.mode == RnnMode::gru) hidden_bias_ = bias.get() + G * H;
-    const Plan plan(op_);
-    const int64_t gx_size = G * H, chunk = steps_per_chunk(gx_size);
-    const Buffer<char> scratch(in_place() ? 0 : most_rows(chunk) * gx_size * itemsize(wide_));
-    const Buffer<S> norm_scratch(op_.norms ? plan.threads * norm_scratch_size() : 0);
-    norm_scratch_ = norm_scratch.get();
-    for (int64_t s = 0; s < op_.T; s += chunk) steps(plan, s, std::min(op_.T, s + chunk), scratch.get());
-    kernels_.copy(B * P, h.get(), wide_, hy_, op_.state_dtype);
-    if (op_.cx) kernels_.copy(B * cells_of(op_), c.get(), wide_, cy_, op_.state_dtype);
+  // Of sequences [begin, end) of step s, by some of the panels.
+  void run(Range panels, int64_t s, int64_t begin, int64_t end, S* sums) const {
+    const int64_t first = p_.tokens.first(p_.tokens.time(s));
+    for (int64_t i = panels.begin; i < panels.end; ++i)
+      panels_.multiply(i, begin, end, states_.unprojected(), states_.unprojected_ld, sums,
+                       [&](int64_t b, int rows, const S* block) {
+                         put(panels_[i], b, rows, first + b * p_.tokens.stride(), block, states_.operand(s + 1));
+                       });
   }
 
  private:
-  // The states before the first step. Both operands, because sequences may begin at any step.
-  void begin() {
-    kernels_.copy(op_.B * op_.P, op_.hx, op_.state_dtype, h_, wide_);
-    if (op_.cx) kernels_.copy(op_.B * cells_of(op_), op_.cx, op_.state_dtype, c_, wide_);
-    for (void* operand : operands_) {
-      std::fill_n(static_cast<char*>(operand), op_.B * ld_ * itemsize(operand_), 0);
-      kernels_.rnn.copy(op_.B, op_.P, h_, wide_, op_.P, operand, operand_, ld_, false);
-    }
-    if (m_) std::fill_n(static_cast<char*>(m_), op_.B * ld_m_ * itemsize(operand_), 0);
+  void put(const typename Panels<S>::Panel& panel, int64_t b, int64_t rows, int64_t token, const S* sums,
+           void* next) const {
+    const int64_t P = p_.op.P, u = panel.unit;
+    const auto& [wide, pairs, operand] = p_.types;
+    const View from{.data = sums, .dtype = wide, .ld = panel.vectors * p_.kernels.lanes()};
+    const auto copy = [&](const MutableView& to) { p_.kernels.rnn.copy(rows, panel.units, from, to, false); };
+    copy({.data = states_.h.get() + b * P + u, .dtype = wide, .ld = P});
+    copy({.data = at(next, b * states_.ld + u, operand), .dtype = operand, .ld = states_.ld});
+    copy({.data = at(out_.y, token * P + u, p_.op.dtype), .dtype = p_.op.dtype, .ld = p_.tokens.stride() * P});
   }
 
-  // Panels of all gates of a few units; for norms, which take gate by gate, of rows of W_hh.
-  void cut() {
-    const int64_t G = gates_of(op_.mode), H = op_.H, K = op_.P / op_.heads, units = H / op_.heads;
-    for (int64_t head = 0; head < op_.heads; ++head)
-      if (!op_.norms)
-        weights_.add(op_.weight_hh, K, false, head * units, units, static_cast<int>(G), H, {{0, K, head * K}});
-      else
-        for (int64_t g = 0; g < G; ++g)
-          weights_.add(op_.weight_hh, K, false, g * H + head * units, units, 1, 0, {{0, K, head * K}});
+  const Problem<S>& p_;
+  const RnnOutputs& out_;
+  const States<S>& states_;
+  Panels<S> panels_;
+};
+
+// What both loops hand to a cell, but for the step's own.
+template <class S>
+RnnForwardArgs arguments_of(const Problem<S>& p, const RnnOutputs& out, const States<S>& states,
+                            const Biases<S>& biases, const InputSums<S>& input) {
+  const bool projected = p.op.weight_hr;
+  return {.op = &p.op,
+          .operand = p.types.operand,
+          .gx = nullptr,
+          .gx_ld = p.tokens.stride() * input.ld(),
+          .hidden_bias = biases.hidden,
+          .h = states.h.get(),
+          .c = states.c.get(),
+          .next = projected ? states.unprojected() : nullptr,
+          .next_ld = projected ? states.unprojected_ld : states.ld,
+          .y = out.y,
+          .gates = out.gates,
+          .cells = out.cells};
+}
+
+// The time loop: a cell follows the product of a panel, all gates of a few units.
+template <class S>
+class CellLoop {
+ public:
+  CellLoop(const Problem<S>& p, const States<S>& states, const InputSums<S>& input, const Projection<S>& projection,
+           const RnnForwardArgs& args)
+      : p_(p), states_(states), input_(input), projection_(projection), args_(args), weights_(p) {
+    const Rnn& op = p.op;
+    const int64_t K = op.P / op.heads, units = op.H / op.heads;
+    for (int64_t head = 0; head < op.heads; ++head)
+      weights_.add({.w = op.weight_hh,
+                    .ld = K,
+                    .first = head * units,
+                    .count = units,
+                    .gates = static_cast<int>(gates_of(op.mode)),
+                    .apart = op.H},
+                   {{.k = 0, .depth = K, .column = head * K}});
     weights_.pack();
   }
-  void cut_projection() {
-    projection_.add(op_.weight_hr, op_.H, false, 0, op_.P, 1, 0, {{0, op_.H, 0}});
-    projection_.pack();
-  }
+  int64_t panels() const { return weights_.count(); }
 
-  // Where x W_ih^T may lie until the cell takes it: a row's own place, because the cell reads before it writes.
-  bool in_place() const {
-    return op_.norms ? normed_ != nullptr : op_.dtype == wide_ && (gates_ || gates_of(op_.mode) == 1);
-  }
-  int64_t steps_per_chunk(int64_t gx_size) const {
-    const int64_t bytes = op_.B * gx_size * itemsize(wide_);
-    return in_place() || op_.batch_first ? op_.T : std::clamp<int64_t>(kScratchBytes / bytes, 1, op_.T);
-  }
-  int64_t most_rows(int64_t chunk) const {
-    return op_.batch_first ? tokens_.total() : std::min(tokens_.total(), chunk * op_.B);
-  }
-
-  // Steps [s0, s1).
-  void steps(const Plan& plan, int64_t s0, int64_t s1, void* scratch) {
-    const int64_t G = gates_of(op_.mode), t0 = std::min(tokens_.time(s0), tokens_.time(s1 - 1)), all = op_.batch_first;
-    const int64_t first = all ? 0 : tokens_.first(t0), last = all ? tokens_.total() : end_of(t0 + s1 - s0);
-    gx_ = !in_place() ? scratch : op_.norms ? normed_ : gates_ ? gates_ : y_;
-    gx_ld_ = !in_place() || !(normed_ || gates_) ? G * op_.H : op_.norms ? normed_of(op_) : saved_of(op_) * op_.H;
-    gx_first_ = in_place() ? 0 : first;
-    gemm(last - first, G * op_.H, op_.I, {at(op_.x, first * op_.I, op_.dtype), op_.dtype, op_.I, false},
-         {op_.weight_ih, op_.dtype, op_.I, true}, at(gx_, (first - gx_first_) * gx_ld_, wide_), wide_, gx_ld_, false,
-         op_.norms ? nullptr : bias_);
-    if (op_.norms) normalise(first, last);
-    share_out(plan, tokens_, weights_.count(), projection_.count(), [&](const Share& share, Barrier& barrier) {
-      if (op_.norms)
-        normalised_loop(s0, s1, share.sequences, norm_scratch_ + share.thread * norm_scratch_size());
-      else
-        loop(s0, s1, share, barrier);
-    });
-  }
-  int64_t end_of(int64_t t) const { return t == op_.T ? tokens_.total() : tokens_.first(t); }
-
-  // One thread's share of steps [s0, s1).
-  void loop(int64_t s0, int64_t s1, const Share& share, Barrier& barrier) {
+  // One thread's part of steps [s0, s1).
+  void run(int64_t s0, int64_t s1, const Partition& own, Barrier& barrier) const {
     alignas(64) S sums[kTile];
-    const auto& [thread, sequences, panels, projected] = share;
-    RnnForwardArgs args = arguments();
+    RnnForwardArgs args = args_;
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t t = tokens_.time(s), first = tokens_.first(t), stride = tokens_.stride();
-      const int64_t end = std::min(sequences.end, tokens_.rows(t));
-      if (!op_.weight_hr) args.next = operands_[(s + 1) % 2];
-      for (int64_t p = panels.begin; p < panels.end; ++p) {
-        const auto& panel = weights_[p];
-        fetch(panel, first + sequences.begin * stride, end - sequences.begin);
-        weights_.multiply(p, sequences.begin, end, operands_[s % 2], operand_, ld_, sums,
-                          [&](int64_t b, int rows, S* block) {
-                            const int64_t token = first + b * stride;
-                            args.gx = at(gx_, (token - gx_first_) * gx_ld_, wide_);
-                            kernels_.rnn.forward(args, {rows, b, panel.unit, panel.units, s, token, stride}, block);
-                          });
+      const int64_t t = p_.tokens.time(s), first = p_.tokens.first(t), stride = p_.tokens.stride();
+      const int64_t begin = own.sequences.begin, end = std::min(own.sequences.end, p_.tokens.rows(t));
+      if (!p_.op.weight_hr) args.next = states_.operand(s + 1);
+      for (int64_t i = own.panels.begin; i < own.panels.end; ++i) {
+        const auto& panel = weights_[i];
+        input_.fetch(panel, first + begin * stride, end - begin);
+        weights_.multiply(i, begin, end, states_.operand(s), states_.ld, sums, [&](int64_t b, int rows, S* block) {
+          const int64_t token = first + b * stride;
+          args.gx = input_.row(token);
+          p_.kernels.rnn.forward(args,
+                                 {.rows = rows,
+                                  .b = b,
+                                  .u = panel.unit,
+                                  .units = panel.units,
+                                  .step = s,
+                                  .token = token,
+                                  .stride = stride},
+                                 block);
+        });
       }
-      if (op_.weight_hr) {
+      if (p_.op.weight_hr) {
         barrier.wait();
-        project(projected, s, sequences.begin, end, sums);
+        projection_.run(own.projected, s, begin, end, sums);
       }
       barrier.wait();
     }
   }
-  RnnForwardArgs arguments() const {
-    return {&op_, operand_, nullptr, tokens_.stride() * gx_ld_, hidden_bias_, h_, c_, m_, op_.weight_hr ? ld_m_ : ld_,
-            y_,   gates_,   cells_};
+
+ private:
+  const Problem<S>& p_;
+  const States<S>& states_;
+  const InputSums<S>& input_;
+  const Projection<S>& projection_;
+  const RnnForwardArgs args_;
+  Panels<S> weights_;
+};
+
+// The time loop of layer-normalised cells: the products of all gates of some sequences go to memory, the cell follows.
+template <class S>
+class NormedLoop {
+ public:
+  NormedLoop(const Problem<S>& p, const States<S>& states, const InputSums<S>& input, const Projection<S>& projection,
+             const RnnForwardArgs& args, const S* bias, void* normed, int threads)
+      : p_(p),
+        states_(states),
+        input_(input),
+        projection_(projection),
+        args_(args),
+        bias_(bias),
+        normed_(normed),
+        weights_(p),
+        norms_(norms_of(p.op)),
+        // Two vectors of units, and the products of a block of rows, where those are not kept.
+        scratch_size_(2 * p.op.H + (normed ? 0 : kNormedRows * gates_of(p.op.mode) * p.op.H)),
+        scratch_(threads * scratch_size_) {
+    const Rnn& op = p.op;
+    p.kernels.copy(norms_of(op), op.norms, op.dtype, norms_.get(), p.types.wide);
+    if (in_place_) return;
+    const int64_t K = op.P / op.heads, units = op.H / op.heads;
+    for (int64_t head = 0; head < op.heads; ++head)
+      for (int64_t g = 0; g < gates_of(op.mode); ++g)
+        weights_.add({.w = op.weight_hh, .ld = K, .first = g * op.H + head * units, .count = units},
+                     {{.k = 0, .depth = K, .column = head * K}});
+    weights_.pack();
   }
+  int64_t panels() const { return weights_.count(); }
 
-  // Of x W_ih^T of tokens [first, last).
-  void normalise(int64_t first, int64_t last) const {
-    const int64_t n = gates_of(op_.mode) * op_.H;
-    parallel_for(last - first, std::max<int64_t>(1, (1 << 14) / n), [&](int64_t begin, int64_t end) {
-      void* const x = at(gx_, (first + begin - gx_first_) * gx_ld_, wide_);
-      kernels_.norm.normalise(wide_, end - begin, n, x, gx_ld_, normed_ ? at(x, 2 * n, wide_) : nullptr, gx_ld_);
-    });
-  }
-
-  // A thread's: two vectors of units, and the products of a block of rows, where those are not kept.
-  int64_t norm_scratch_size() const { return 2 * op_.H + (normed_ ? 0 : kNormedRows * gates_of(op_.mode) * op_.H); }
-
-  // One thread's sequences of steps [s0, s1) of layer-normalised cells.
-  void normalised_loop(int64_t s0, int64_t s1, Range sequences, S* scratch) {
+  // One thread's sequences of steps [s0, s1).
+  void run(int64_t s0, int64_t s1, const Partition& own, Barrier&) const {
     alignas(64) S sums[kTile];
-    const int64_t n = gates_of(op_.mode) * op_.H, stride = tokens_.stride(), ld = normed_of(op_);
-    RnnForwardArgs args = arguments();
-    RnnNormArgs norm{norms_,  bias_,       nullptr, stride * gx_ld_, scratch + 2 * op_.H, normed_ ? stride * ld : n,
-                     nullptr, stride * ld, scratch};
+    S* const scratch = scratch_.get() + own.thread * scratch_size_;
+    const DType wide = p_.types.wide;
+    const int64_t n = gates_of(p_.op.mode) * p_.op.H, stride = p_.tokens.stride(), ld = normed_of(p_.op);
+    RnnForwardArgs args = args_;
+    RnnNormArgs norm{.norms = norms_.get(),
+                     .bias = bias_,
+                     .input = nullptr,
+                     .input_ld = stride * input_.ld(),
+                     .hidden = scratch + 2 * p_.op.H,
+                     .hidden_ld = normed_ ? stride * ld : n,
+                     .deviation = nullptr,
+                     .deviation_ld = stride * ld,
+                     .scratch = scratch};
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t t = tokens_.time(s), first = tokens_.first(t), end = std::min(sequences.end, tokens_.rows(t));
-      if (!op_.weight_hr) args.next = operands_[(s + 1) % 2];
-      blocks(sequences.begin, end, kNormedRows, [&](int64_t b, int rows) {
+      const int64_t t = p_.tokens.time(s), first = p_.tokens.first(t);
+      const int64_t end = std::min(own.sequences.end, p_.tokens.rows(t));
+      if (!p_.op.weight_hr) args.next = states_.operand(s + 1);
+      blocks(own.sequences.begin, end, kNormedRows, [&](int64_t b, int rows) {
         const int64_t token = first + b * stride;
-        norm.input = at(gx_, (token - gx_first_) * gx_ld_, wide_);
+        norm.input = input_.row(token);
         if (normed_) {
-          norm.hidden = at(normed_, token * ld + n, wide_);
-          norm.deviation = at(norm.hidden, n + 1, wide_);
+          norm.hidden = at(normed_, token * ld + n, wide);
+          norm.deviation = at(norm.hidden, n + 1, wide);
         }
-        multiply(operands_[s % 2], b, rows, static_cast<S*>(norm.hidden), norm.hidden_ld, sums);
-        kernels_.norm.forward(args, norm, {rows, b, 0, op_.H, s, token, stride});
+        multiply(states_.operand(s), b, rows, static_cast<S*>(norm.hidden), norm.hidden_ld, sums);
+        p_.kernels.norm.forward(
+            args, norm, {.rows = rows, .b = b, .u = 0, .units = p_.op.H, .step = s, .token = token, .stride = stride});
       });
-      if (op_.weight_hr) project({0, projection_.count()}, s, sequences.begin, end, sums);
+      if (p_.op.weight_hr)
+        projection_.run({.begin = 0, .end = projection_.panels()}, s, own.sequences.begin, end, sums);
     }
   }
 
-  // to (rows, G H) = h W_hh^T of sequences from b on. A few tokens read the weights where they lie.
+ private:
+  // to (rows, G H) = h W_hh^T of sequences from b on.
   void multiply(const void* h, int64_t b, int rows, S* to, int64_t to_ld, S* sums) const {
-    if (!in_place_weights_) {
-      for (int64_t p = 0; p < weights_.count(); ++p)
-        weights_.multiply(p, b, b + rows, h, operand_, ld_, sums, [&](int64_t row, int some, const S* block) {
-          kernels_.rnn.copy(some, weights_[p].units, block, wide_, weights_[p].vectors * kernels_.lanes(),
-                            to + (row - b) * to_ld + weights_[p].unit, wide_, to_ld, false);
+    const Rnn& op = p_.op;
+    const DType wide = p_.types.wide;
+    if (!in_place_) {
+      for (int64_t i = 0; i < weights_.count(); ++i)
+        weights_.multiply(i, b, b + rows, h, states_.ld, sums, [&](int64_t row, int some, const S* block) {
+          const auto& panel = weights_[i];
+          p_.kernels.rnn.copy(some, panel.units,
+                              {.data = block, .dtype = wide, .ld = panel.vectors * p_.kernels.lanes()},
+                              {.data = to + (row - b) * to_ld + panel.unit, .dtype = wide, .ld = to_ld}, false);
         });
       return;
     }
-    const int64_t K = op_.P / op_.heads, units = op_.H / op_.heads;
-    parallel_for(gates_of(op_.mode) * op_.heads, std::max<int64_t>(1, (1 << 17) / (K * units)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i)
-                     kernels_.packing(pairs_).dots(rows, units, K, at(h, b * ld_ + i % op_.heads * K, operand_), ld_,
-                                                   at(op_.weight_hh, i * units * K, op_.dtype), op_.dtype, K,
-                                                   to + i * units, to_ld, false);
-                 });
+    const int64_t K = op.P / op.heads, units = op.H / op.heads;
+    parallel_for(gates_of(op.mode) * op.heads, rows_in(1 << 17, K * units), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        p_.kernels.packing(p_.types.pairs)
+            .dots(rows, units, K, at(h, b * states_.ld + i % op.heads * K, p_.types.operand), states_.ld,
+                  {.data = at(op.weight_hh, i * units * K, op.dtype), .dtype = op.dtype, .ld = K}, to + i * units,
+                  to_ld, false);
+    });
   }
 
-  // What the cell will read of x W_ih^T is on its way from memory while the product runs.
-  void fetch(const typename Panels<S>::Panel& panel, int64_t token, int64_t rows) const {
-    const int64_t G = gates_of(op_.mode), lines = G > 1 ? G : panel.vectors, apart = G > 1 ? op_.H : kernels_.lanes();
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < lines; ++i)
-        __builtin_prefetch(
-            at(gx_, (token + row * tokens_.stride() - gx_first_) * gx_ld_ + panel.unit + i * apart, wide_));
-  }
-
-  // The projection of h of sequences [begin, end) of step s, from and for the panels `projected`.
-  void project(Range projected, int64_t s, int64_t begin, int64_t end, S* sums) const {
-    const int64_t first = tokens_.first(tokens_.time(s));
-    for (int64_t p = projected.begin; p < projected.end; ++p)
-      projection_.multiply(p, begin, end, m_, operand_, ld_m_, sums, [&](int64_t b, int rows, const S* block) {
-        put(projection_[p], b, rows, first + b * tokens_.stride(), block, operands_[(s + 1) % 2]);
-      });
-  }
-
-  // The projected h of a few sequences to wherever it goes.
-  void put(const typename Panels<S>::Panel& panel, int64_t b, int64_t rows, int64_t token, const S* sums,
-           void* next) const {
-    const int64_t ld = panel.vectors * kernels_.lanes(), P = op_.P, u = panel.unit, n = panel.units;
-    kernels_.rnn.copy(rows, n, sums, wide_, ld, h_ + b * P + u, wide_, P, false);
-    kernels_.rnn.copy(rows, n, sums, wide_, ld, at(next, b * ld_ + u, operand_), operand_, ld_, false);
-    kernels_.rnn.copy(rows, n, sums, wide_, ld, at(y_, token * P + u, op_.dtype), op_.dtype, tokens_.stride() * P,
-                      false);
-  }
-
-  const Rnn& op_;
-  const DType wide_ = accum_of(op_.dtype);
-  const Kernels<S> kernels_{};
-  const Tokens tokens_;
-  const bool pairs_;
-  const DType operand_;  // of the loop's products
-  const bool in_place_weights_ = op_.norms && few_tokens(op_);
-  Panels<S> weights_, projection_;
-  void *y_, *hy_, *cy_, *gates_, *cells_, *normed_;
-  S *h_ = nullptr, *c_ = nullptr;
-  const S *bias_ = nullptr, *hidden_bias_ = nullptr, *norms_ = nullptr;
-  S* norm_scratch_ = nullptr;  // of every thread
-  void *operands_[2], *m_ = nullptr;
-  int64_t ld_ = 0, ld_m_ = 0;
-  void* gx_ = nullptr;
-  int64_t gx_ld_ = 0, gx_first_ = 0;
+  const Problem<S>& p_;
+  const States<S>& states_;
+  const InputSums<S>& input_;
+  const Projection<S>& projection_;
+  const RnnForwardArgs args_;
+  const S* const bias_;
+  void* const normed_;
+  const bool in_place_ = few_tokens(p_.op);  // weights are read where they lie
+  Panels<S> weights_;
+  const Buffer<S> norms_;
+  const int64_t scratch_size_;
+  const Buffer<S> scratch_;  // of all threads
 };
+
+template <class S>
+void forward(const Rnn& op, const RnnOutputs& out) {
+  const Problem<S> p(op);
+  const States<S> states(p);
+  const Biases<S> biases(p);
+  const Projection<S> projection(p, out, states);
+  const Plan plan(op);
+  InputSums<S> input(p, out);
+  const RnnForwardArgs args = arguments_of(p, out, states, biases, input);
+  const auto run = [&](const auto& loop) {
+    for (int64_t s = 0; s < op.T; s += input.steps()) {
+      const int64_t end = std::min(op.T, s + input.steps());
+      input.compute(s, end, biases);
+      for_partitions(plan, p.tokens, loop.panels(), projection.panels(),
+                     [&](const Partition& own, Barrier& barrier) { loop.run(s, end, own, barrier); });
+    }
+  };
+  if (op.norms)
+    run(NormedLoop<S>(p, states, input, projection, args, biases.gates, out.normed, plan.threads));
+  else
+    run(CellLoop<S>(p, states, input, projection, args));
+  p.kernels.copy(op.B * op.P, states.h.get(), p.types.wide, out.hy, op.state_dtype);
+  if (op.cx) p.kernels.copy(op.B * cells_of(op), states.c.get(), p.types.wide, out.cy, op.state_dtype);
+}
 
 }  // namespace
 }  // namespace rnn
 
 int64_t tokens_of(const Rnn& op) { return rnn::Tokens(op).total(); }
 
-void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed) {
-  if (rnn::few_steps(op)) return rnn::run_steps(op, y, hy, cy, gates, cells);
-  if (op.dtype == DType::f64)
-    rnn::Forward<double>(op, y, hy, cy, gates, cells, normed).run();
-  else
-    rnn::Forward<float>(op, y, hy, cy, gates, cells, normed).run();
+void rnn_forward(const Rnn& op, const RnnOutputs& out) {
+  if (rnn::few_steps(op)) return rnn::run_steps(op, out);
+  op.dtype == DType::f64 ? rnn::forward<double>(op, out) : rnn::forward<float>(op, out);
 }
 
 }  // namespace llmkern::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/dtype.h"
 #include "core/isa.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 
@@ -24,7 +25,7 @@ struct Rnn {
   const void* peephole;               // (3, H): of c to i, f, o; may be null. lstm only
   const void* norms;                  // weights of layer-normalised cells, see rnn_norm.h; may be null
   double clip;                        // h is held within [-clip, clip]; 0: it is not. Not with weight_hr
-  // The share of h and of c that keeps its former value. In training each element is drawn, by `seed` and its place;
+  // How much of h and of c keeps its former value. In training each element is drawn, by `seed` and its place;
   // else the states are mixed in this proportion. Not with weight_hr.
   double zoneout_h, zoneout_c;
   bool draws;
@@ -49,12 +50,22 @@ static inline int64_t saved_of(const Rnn& op) {
 }
 int64_t tokens_of(const Rnn& op);
 
-// y (tokens, P), hy (B, P) and cy (B, C). For a backward: gates (tokens, saved H); cells (tokens, C) and normed
+// What the cells of a forward leave in memory. For a backward: gates (tokens, saved H); cells (tokens, C) and normed
 // (tokens, see rnn_norm.h) in Accum; null if there will be none. cells may be wanted alone.
-void rnn_forward(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells, void* normed);
+struct RnnOutputs {
+  void *y, *hy, *cy;  // (tokens, P), (B, P), (B, C)
+  void *gates = nullptr, *cells = nullptr, *normed = nullptr;
+};
+void rnn_forward(const Rnn& op, const RnnOutputs& out);
 
-// Gradients from dy (tokens, P), dcells (tokens, H) in Accum or null, dhy (B, P), dcy (B, H) and what the forward
-// saved. Null outputs are not computed.
+// The gradients that came for the outputs, and what the forward saved.
+struct RnnCotangents {
+  const void *dy, *dcells;  // (tokens, P), (tokens, C) in Accum; dcells may be null
+  const void *dhy, *dcy;    // (B, P), (B, C)
+  const void *y, *gates, *cells, *normed;
+};
+
+// Null where not wanted.
 struct RnnGradients {
   void *dx, *dhx, *dcx;           // (tokens, I), (B, P), (B, C)
   void *dweight_ih, *dweight_hh;  // (G H, I), (G H, P / heads)
@@ -62,8 +73,7 @@ struct RnnGradients {
   void *dweight_hr, *dpeephole;   // (P, H), (3, H)
   void* dnorms;                   // as norms
 };
-void rnn_backward(const Rnn& op, const void* dy, const void* dcells, const void* dhy, const void* dcy, const void* y,
-                  const void* gates, const void* cells, const void* normed, const RnnGradients& out);
+void rnn_backward(const Rnn& op, const RnnCotangents& given, const RnnGradients& out);
 
 // A block of one step's work on units [u, u + units) of sequences [b, b + rows). The first is token `token`; from one
 // sequence to the next are `stride` tokens, in every tensor of tokens.
@@ -92,8 +102,8 @@ struct RnnBackwardArgs {
   const void *dy, *dcells;  // null if there is none
   const void *y, *gates, *cells;
   // The states before the step, of the block's first sequence, and from one sequence to the next; in dtype and in S.
-  const void *h_before, *c_before;
-  int64_t h_stride, c_stride;
+  const void *h_before = nullptr, *c_before = nullptr;
+  int64_t h_stride = 0, c_stride = 0;
   void* dgates;       // (tokens, D) in A; see dgates_of
   void* unprojected;  // (tokens, H) in dtype: h before its projection; null if not wanted
   void* dpeephole;    // (rows, 3, H) in S, added up, row by row; null if not wanted
@@ -120,12 +130,10 @@ struct RnnKernels {
   // Any number of units, and all that follows from their gates: dgates, dc, and the rest of dh.
   void (*backward)(const RnnBackwardArgs& args, const RnnBlock& block);
 
-  // to (rows, n) of dtype `to_dtype` = from of `from_dtype`, or +=; both with rows of their own length.
-  void (*copy)(int64_t rows, int64_t n, const void* from, DType from_dtype, int64_t from_ld, void* to, DType to_dtype,
-               int64_t to_ld, bool accumulate);
-  // to (n) = sum of rows of from (rows, n) of dtype `from_dtype`, added in order; ld numbers from row to row.
-  void (*sum_rows)(const void* from, DType from_dtype, int64_t rows, int64_t ld, int64_t begin, int64_t end, void* to,
-                   DType to_dtype);
+  // to (rows, n) = from, or +=, converted.
+  void (*copy)(int64_t rows, int64_t n, View from, MutableView to, bool accumulate);
+  // to (one row) = the sum of the rows of from, added in order: columns [begin, end).
+  void (*sum_rows)(View from, int64_t rows, int64_t begin, int64_t end, MutableView to);
 };
 
 }  // namespace llmkern::cpu

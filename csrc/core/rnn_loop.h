@@ -37,11 +37,11 @@ class Tokens {
   // How many sequences have a step before the s-th; a packed sequence in reverse begins at its own end.
   int64_t rows_before(int64_t s) const { return s == 0 ? 0 : std::min(rows(time(s - 1)), rows(time(s))); }
   Range all() const { return {.begin = 0, .end = op_.B}; }
-  // The number of the first sequences that have about the share `part` of all tokens.
-  int64_t sequences(double part) const {
-    if (!op_.batch_sizes) return static_cast<int64_t>(static_cast<double>(op_.B) * part + 0.5);
+  // How many of the first sequences have about this fraction of all tokens.
+  int64_t sequences(double fraction) const {
+    if (!op_.batch_sizes) return static_cast<int64_t>(static_cast<double>(op_.B) * fraction + 0.5);
     int64_t b = 0, sum = 0, t = op_.T;
-    for (; b < op_.B && static_cast<double>(sum) < part * static_cast<double>(total()) - 0.5; ++b) {
+    for (; b < op_.B && static_cast<double>(sum) < fraction * static_cast<double>(total()) - 0.5; ++b) {
       while (t > 0 && rows(t - 1) <= b) --t;
       sum += t;
     }
@@ -60,13 +60,13 @@ class Barrier {
   explicit Barrier(int threads) : threads_(threads) {}
   void wait() {
     if (threads_ == 1) return;
-    const int turn = turn_.load(std::memory_order_acquire);
+    const int round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
       arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
+      round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
       if (spins > 1 << 12) std::this_thread::yield();
 #if defined(__x86_64__)
       else
@@ -77,7 +77,7 @@ class Barrier {
 
  private:
   int threads_;
-  std::atomic<int> arrived_{0}, turn_{0};
+  std::atomic<int> arrived_{0}, round_{0};
 };
 
 // A step's work is dealt out by sequences, which never meet, or by units, and then all threads meet after each product.
@@ -107,28 +107,29 @@ struct Plan {
   static constexpr int64_t kRowsPerThread = 48, kLeastRows = 8, kOwnBytes = 1 << 20;
 };
 
-inline Range part(int64_t n, int64_t index, int64_t count) {
+// The index-th of `count` ranges of nearly equal length that make up [0, n).
+inline Range nth_range(int64_t n, int64_t index, int64_t count) {
   return {.begin = n * index / count, .end = n * (index + 1) / count};
 }
 
-// One thread's: all panels of both products for some sequences, or some panels for all. `thread` counts from 0.
-struct Share {
+// What one thread does: all panels of both products for some sequences, or some panels for all. `thread` counts from 0.
+struct Partition {
   int thread;
   Range sequences, panels, projected;
 };
 
-// Calls f(share, barrier), which may not throw, once for each thread of the plan.
+// Calls f(partition, barrier), which may not throw, once for each thread of the plan.
 template <class F>
-void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t projected, const F& f) {
+void for_partitions(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t projected, const F& f) {
   Barrier barrier(plan.by_units ? plan.threads : 1);
   const auto alone = [&](int index, int count) {
     Barrier none(1);
     const Range sequences{.begin = tokens.sequences(1.0 * index / count),
                           .end = tokens.sequences(1.0 * (index + 1) / count)};
-    f(Share{.thread = index,
-            .sequences = sequences,
-            .panels = {.begin = 0, .end = panels},
-            .projected = {.begin = 0, .end = projected}},
+    f(Partition{.thread = index,
+                .sequences = sequences,
+                .panels = {.begin = 0, .end = panels},
+                .projected = {.begin = 0, .end = projected}},
       none);
   };
   if (plan.threads == 1) return alone(0, 1);
@@ -138,10 +139,10 @@ void share_out(const Plan& plan, const Tokens& tokens, int64_t panels, int64_t p
     if (!plan.by_units)
       alone(index, count);
     else if (count == plan.threads)
-      f(Share{.thread = index,
-              .sequences = tokens.all(),
-              .panels = part(panels, index, count),
-              .projected = part(projected, index, count)},
+      f(Partition{.thread = index,
+                  .sequences = tokens.all(),
+                  .panels = nth_range(panels, index, count),
+                  .projected = nth_range(projected, index, count)},
         barrier);
     else if (index == 0)
       // A smaller team than was asked for, which the barrier would wait for: right, if not fast.
@@ -156,7 +157,7 @@ void blocks(int64_t begin, int64_t end, int64_t longest, const F& f) {
   if (n <= 0) return;
   const int64_t count = ceil_div(n, longest);
   for (int64_t i = 0; i < count; ++i) {
-    const Range range = part(n, i, count);
+    const Range range = nth_range(n, i, count);
     f(begin + range.begin, static_cast<int>(range.end - range.begin));
   }
 }
@@ -174,8 +175,9 @@ struct Kernels {
     else
       return gemm.f64;
   }
+  // n elements that lie side by side.
   void copy(int64_t n, const void* from, DType from_dtype, void* to, DType to_dtype, bool accumulate = false) const {
-    rnn.copy(1, n, from, from_dtype, 0, to, to_dtype, 0, accumulate);
+    rnn.copy(1, n, {.data = from, .dtype = from_dtype}, {.data = to, .dtype = to_dtype}, accumulate);
   }
   void product(int rows, int vectors, int64_t K, const void* a, int64_t lda, const void* panel, bool pairs,
                bool accumulate, S* to) const {
@@ -184,54 +186,80 @@ struct Kernels {
   }
 };
 
+// What numbers are in: sums and states, and the operands of the loop's products. Those are taken from pairs of bf16
+// where the CPU multiplies them; a pair may not lie across two heads.
+struct Types {
+  explicit Types(const Rnn& op)
+      : wide(accum_of(op.dtype)),
+        pairs(op.dtype == DType::bf16 && gemm_multiplies_bf16() && (op.heads == 1 || op.H / op.heads % 2 == 0)),
+        operand(pairs ? DType::bf16 : wide) {}
+  DType wide;
+  bool pairs;
+  DType operand;
+};
+
+// A layer, and what follows from it alone.
+template <class S>
+struct Problem {
+  explicit Problem(const Rnn& op) : op(op), types(op), tokens(op) {}
+  const Rnn& op;
+  const Types types;
+  const Kernels<S> kernels{};
+  const Tokens tokens;
+};
+
 // What x W_ih^T starts from (G H), then gru's bias of h (H); zeros where there is none.
 template <class S>
-void merge_biases(const Rnn& op, const Kernels<S>& kernels, S* bias) {
-  const DType wide = accum_of(op.dtype);
+void merge_biases(const Problem<S>& p, S* bias) {
+  const Rnn& op = p.op;
+  const DType wide = p.types.wide;
   const int64_t H = op.H, rows = gates_of(op.mode) * H, merged = op.mode == RnnMode::gru ? 2 * H : rows;
   std::fill_n(bias, rows + H, S{0});
-  if (op.bias_ih) kernels.copy(rows, op.bias_ih, op.dtype, bias, wide, true);
-  if (op.bias_hh) kernels.copy(merged, op.bias_hh, op.dtype, bias, wide, true);
-  if (op.bias_hh && merged < rows) kernels.copy(H, at(op.bias_hh, merged, op.dtype), op.dtype, bias + rows, wide);
-}
-
-// Whether the products of the loop are taken from pairs of bf16: a pair may not lie across two heads.
-inline bool in_pairs(const Rnn& op) {
-  return op.dtype == DType::bf16 && gemm_multiplies_bf16() && (op.heads == 1 || op.H / op.heads % 2 == 0);
+  if (op.bias_ih) p.kernels.copy(rows, op.bias_ih, op.dtype, bias, wide, true);
+  if (op.bias_hh) p.kernels.copy(merged, op.bias_hh, op.dtype, bias, wide, true);
+  if (op.bias_hh && merged < rows) p.kernels.copy(H, at(op.bias_hh, merged, op.dtype), op.dtype, bias + rows, wide);
 }
 
 // Most numbers of one product's result: rows by vectors by lanes.
 constexpr int64_t kTile = 6 * 4 * 16;
 
-// A matrix (K, N) for the loop's products, cut into panels of a few vectors of columns ("units"). What it is multiplied
-// with may be cut along k: a piece takes the operand's columns from `column` on.
+// A matrix (K, N) for the loop's products, packed into panels of a few vectors of columns ("units"). k may come in
+// chunks: each takes the operand's columns from `column` on.
 template <class S>
 class Panels {
  public:
-  struct Piece {
+  struct Chunk {
     int64_t k, depth, column;
+  };
+  // Units [first, first + count) of a matrix: element (k, unit) lies at w[k + unit * ld] or, `by_rows`, at
+  // w[k * ld + unit - first]. With several gates a panel is a vector of units of each, `apart` units from one another.
+  struct Source {
+    const void* w;
+    int64_t ld;
+    bool by_rows = false;
+    int64_t first = 0, count;
+    int gates = 1;
+    int64_t apart = 0;
   };
   struct Panel {
     int64_t unit, units;
     int vectors;
-    std::vector<Piece> pieces;
+    Source source;
+    std::vector<Chunk> chunks;
     const char* data = nullptr;
   };
 
-  Panels(const Kernels<S>& kernels, DType dtype, bool pairs)
-      : kernels_(kernels), dtype_(dtype), pairs_(pairs), data_(0) {}
+  explicit Panels(const Problem<S>& p) : kernels_(p.kernels), dtype_(p.op.dtype), types_(p.types), data_(0) {}
 
-  // Units [first, first + count) of a matrix, element (k, unit) at w[k + unit * ld] or, `by_rows`, at w[k * ld + unit]
-  // (unit counted from `first`, then). Several gates: a panel is a vector of units of each, `apart` units from one
-  // another.
-  void add(const void* w, int64_t ld, bool by_rows, int64_t first, int64_t count, int gates, int64_t apart,
-           const std::vector<Piece>& pieces) {
-    const int64_t L = kernels_.lanes(), width = gates > 1 ? L : 4 * L;
-    for (int64_t u = 0; u < count; u += width) {
-      const int64_t units = std::min(width, count - u);
-      const int vectors = gates > 1 ? gates : static_cast<int>(ceil_div(units, L));
-      panels_.push_back({first + u, units, vectors, pieces, nullptr});
-      sources_.push_back({w, ld, by_rows, by_rows ? u : first + u, gates, apart, count});
+  void add(const Source& source, const std::vector<Chunk>& chunks) {
+    const int64_t L = kernels_.lanes(), width = source.gates > 1 ? L : 4 * L;
+    for (int64_t u = 0; u < source.count; u += width) {
+      const int64_t units = std::min(width, source.count - u);
+      panels_.push_back({.unit = source.first + u,
+                         .units = units,
+                         .vectors = source.gates > 1 ? source.gates : static_cast<int>(ceil_div(units, L)),
+                         .source = source,
+                         .chunks = chunks});
     }
   }
 
@@ -239,7 +267,7 @@ class Panels {
     std::vector<int64_t> offset{0};
     for (const Panel& panel : panels_) {
       int64_t steps = 0;
-      for (const Piece& piece : panel.pieces) steps += steps_of(piece);
+      for (const Chunk& chunk : panel.chunks) steps += steps_of(chunk);
       offset.push_back(offset.back() + steps * panel.vectors * kernels_.lanes());
     }
     data_ = Buffer<S>(offset.back());
@@ -247,7 +275,7 @@ class Panels {
       for (int64_t p = begin; p < end; ++p) {
         S* to = data_.get() + offset[p];
         panels_[p].data = reinterpret_cast<const char*>(to);
-        for (const Piece& piece : panels_[p].pieces) to = pack_piece(panels_[p], sources_[p], piece, to);
+        for (const Chunk& chunk : panels_[p].chunks) to = pack_chunk(panels_[p], chunk, to);
       }
     });
   }
@@ -257,21 +285,21 @@ class Panels {
   // The units of panels [begin, end).
   Range units(const Range& range) const {
     if (range.begin == range.end) return {.begin = 0, .end = 0};
-    return {panels_[range.begin].unit, panels_[range.end - 1].unit + panels_[range.end - 1].units};
+    const Panel& last = panels_[range.end - 1];
+    return {.begin = panels_[range.begin].unit, .end = last.unit + last.units};
   }
 
   // The operand's rows [begin, end), `lda` apart, times the panel: done(row, rows, sums) with the sums (rows, vectors,
   // lanes) of each block of rows.
   template <class F>
-  void multiply(int64_t p, int64_t begin, int64_t end, const void* a, DType operand, int64_t lda, S* sums,
-                const F& done) const {
+  void multiply(int64_t p, int64_t begin, int64_t end, const void* a, int64_t lda, S* sums, const F& done) const {
     const Panel& panel = panels_[p];
     blocks(begin, end, kernels_.rnn.rows, [&](int64_t row, int rows) {
       const char* data = panel.data;
-      for (const Piece& piece : panel.pieces) {
-        const int64_t steps = steps_of(piece);
-        kernels_.product(rows, panel.vectors, steps, at(a, row * lda + piece.column, operand), lda, data, pairs_,
-                         &piece != &panel.pieces[0], sums);
+      for (const Chunk& chunk : panel.chunks) {
+        const int64_t steps = steps_of(chunk);
+        kernels_.product(rows, panel.vectors, steps, at(a, row * lda + chunk.column, types_.operand), lda, data,
+                         types_.pairs, &chunk != &panel.chunks[0], sums);
         data += steps * panel.vectors * kernels_.lanes() * static_cast<int64_t>(sizeof(S));
       }
       done(row, rows, sums);
@@ -279,40 +307,34 @@ class Panels {
   }
 
  private:
-  struct Source {
-    const void* w;
-    int64_t ld;
-    bool by_rows;
-    int64_t unit;
-    int gates;
-    int64_t apart, extent;
-  };
+  int64_t steps_of(const Chunk& chunk) const { return types_.pairs ? ceil_div(chunk.depth, 2) : chunk.depth; }
 
-  int64_t steps_of(const Piece& piece) const { return pairs_ ? ceil_div(piece.depth, 2) : piece.depth; }
-
-  S* pack_piece(const Panel& panel, const Source& from, const Piece& piece, S* to) const {
+  S* pack_chunk(const Panel& panel, const Chunk& chunk, S* to) const {
     const int64_t L = kernels_.lanes();
-    for (int v = 0; v < panel.vectors; ++v, to += steps_of(piece) * L) {
-      const int64_t unit = from.gates > 1 ? from.unit + v * from.apart : from.unit + v * L;
-      const int64_t n = std::min<int64_t>(L, panel.units - (from.gates > 1 ? 0 : v * L));
+    const Source& from = panel.source;
+    const bool gates = from.gates > 1;
+    const Matrix matrix{.data = from.w, .dtype = dtype_, .ld = from.ld, .transposed = from.by_rows};
+    for (int v = 0; v < panel.vectors; ++v, to += steps_of(chunk) * L) {
+      const int64_t unit = panel.unit - (from.by_rows ? from.first : 0) + v * (gates ? from.apart : L);
+      const int64_t n = std::min<int64_t>(L, panel.units - (gates ? 0 : v * L));
       // Reading on past the last unit stays inside the matrix for none but the last of its columns.
-      kernels_.packing(pairs_).pack({from.w, dtype_, from.ld, from.by_rows}, from.by_rows ? from.ld : unit + n, unit,
-                                    static_cast<int>(n), piece.k, piece.depth, static_cast<int>(L), to);
+      kernels_.packing(types_.pairs)
+          .pack(matrix, from.by_rows ? from.ld : unit + n, unit, static_cast<int>(n), chunk.k, chunk.depth,
+                static_cast<int>(L), to);
     }
     return to;
   }
 
   const Kernels<S>& kernels_;
   DType dtype_;
-  bool pairs_;
+  const Types types_;
   std::vector<Panel> panels_;
-  std::vector<Source> sources_;
   Buffer<S> data_;
 };
 
 // Whether weights are better read where they lie than packed, and the forward that does so; see rnn_step.cpp.
 bool few_tokens(const Rnn& op);
 bool few_steps(const Rnn& op);
-void run_steps(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells);
+void run_steps(const Rnn& op, const RnnOutputs& out);
 
 }  // namespace llmkern::cpu::rnn

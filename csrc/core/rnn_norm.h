@@ -30,10 +30,10 @@ struct RnnNormArgs {
 
 struct RnnNormBackwardArgs {
   const void* norms;
-  const void* normed;  // (tokens, normed_of)
-  void* dhidden;       // (tokens, dhidden_of) in A: the gradients of U h
-  void* dnorm_c;       // (B, 2, H) in S, added up, row by row: of w_c and b_c
-  void* scratch;       // (dgates_of + 3 H) in S
+  const void* normed;       // (tokens, normed_of)
+  void* dhidden;            // (tokens, dhidden_of) in A: the gradients of U h
+  void* dnorm_c;            // (B, 2, H) in S, added up, row by row: of w_c and b_c
+  void* scratch = nullptr;  // (dgates_of + 3 H) in S
 };
 
 static inline int64_t dhidden_of(const Rnn& op) {
@@ -42,8 +42,9 @@ static inline int64_t dhidden_of(const Rnn& op) {
 }
 
 struct RnnNormKernels {
-  // Rows of x (n) in S, normalised in place; and the reciprocals of their deviations, unless null.
-  void (*normalise)(DType wide, int64_t rows, int64_t n, void* x, int64_t ld, void* deviation, int64_t deviation_ld);
+  // Rows of x (rows, n) in S, normalised in place. The reciprocals of their deviations go to `deviation`, unless that
+  // is null; they are as far apart as the rows.
+  void (*normalise)(int64_t rows, int64_t n, MutableView x, void* deviation);
   // A step of all units of the block's sequences. `args.gx` is not read.
   void (*forward)(const RnnForwardArgs& args, const RnnNormArgs& norm, const RnnBlock& block);
   // The same backward, with dgates those of the sums.

@@ -16,76 +16,92 @@ constexpr int64_t kWorkPerThread = 1 << 17;  // multiply-adds that are worth a t
 template <class S>
 class Steps {
  public:
-  Steps(const Rnn& op, void* y, void* gates, void* cells) : op_(op), y_(y), gates_(gates), cells_(cells) {}
+  Steps(const Rnn& op, const RnnOutputs& out)
+      : p_(op),
+        out_(out),
+        h_(op.B * op.H),
+        c_(op.B * cells_of(op)),
+        gx_(op.B * gates_of(op.mode) * op.H),
+        bias_((gates_of(op.mode) + 1) * op.H),
+        bytes_(op.B * op.H * itemsize(p_.types.operand)),
+        operands_(2 * bytes_),
+        wide_x_(widens() ? p_.tokens.total() * op.I * itemsize(p_.types.operand) : 0) {}
 
-  void run(void* hy, void* cy) {
-    const int64_t B = op_.B, H = op_.H, C = cells_of(op_), G = gates_of(op_.mode), n = tokens_.total();
-    const bool widens = op_.dtype != operand_;
-    const Buffer<S> h(B * H), c(B * C), gx(B * G * H), bias(G * H + H);
-    const Buffer<char> operands(2 * B * H * itemsize(operand_)), x(widens ? n * op_.I * itemsize(operand_) : 0);
-    h_ = h.get();
-    c_ = c.get();
-    gx_ = gx.get();
-    bias_ = bias.get();
-    operands_[0] = operands.get();
-    operands_[1] = at(operands.get(), B * H, operand_);
-    x_ = widens ? x.get() : op_.x;
-    if (widens) kernels_.copy(n * op_.I, op_.x, op_.dtype, x.get(), operand_);
-    kernels_.copy(B * H, op_.hx, op_.state_dtype, h_, wide_);
-    if (op_.cx) kernels_.copy(B * C, op_.cx, op_.state_dtype, c_, wide_);
-    for (void* operand : operands_) kernels_.copy(B * H, h_, wide_, operand, operand_);
-    merge_biases(op_, kernels_, bias_);
-    for (int64_t s = 0; s < op_.T; ++s) step(s);
-    kernels_.copy(B * H, h_, wide_, hy, op_.state_dtype);
-    if (op_.cx) kernels_.copy(B * C, c_, wide_, cy, op_.state_dtype);
+  void run() {
+    const Rnn& op = p_.op;
+    const auto& [wide, pairs, operand] = p_.types;
+    const int64_t states = op.B * op.H, cells = op.B * cells_of(op);
+    if (widens()) p_.kernels.copy(p_.tokens.total() * op.I, op.x, op.dtype, wide_x_.get(), operand);
+    p_.kernels.copy(states, op.hx, op.state_dtype, h_.get(), wide);
+    if (op.cx) p_.kernels.copy(cells, op.cx, op.state_dtype, c_.get(), wide);
+    for (int64_t s : {0, 1}) p_.kernels.copy(states, h_.get(), wide, h_operand(s), operand);
+    merge_biases(p_, bias_.get());
+    for (int64_t s = 0; s < op.T; ++s) step(s);
+    p_.kernels.copy(states, h_.get(), wide, out_.hy, op.state_dtype);
+    if (op.cx) p_.kernels.copy(cells, c_.get(), wide, out_.cy, op.state_dtype);
   }
 
  private:
+  bool widens() const { return p_.op.dtype != p_.types.operand; }
+  // What step s multiplies. A double buffer: a step writes the other place.
+  char* h_operand(int64_t s) const { return operands_.get() + s % 2 * bytes_; }
+  const void* x() const { return widens() ? wide_x_.get() : p_.op.x; }
+
   void step(int64_t s) {
-    const int64_t t = tokens_.time(s), n = tokens_.rows(t), L = kernels_.lanes(), G = gates_of(op_.mode);
-    const int64_t width = G > 1 ? L : 4 * L, count = ceil_div(op_.H, width);
-    const int64_t macs = n * G * op_.H * (op_.I + op_.H);
+    const Rnn& op = p_.op;
+    const int64_t t = p_.tokens.time(s), n = p_.tokens.rows(t), L = p_.kernels.lanes(), G = gates_of(op.mode);
+    const int64_t width = G > 1 ? L : 4 * L, count = ceil_div(op.H, width);
+    const int64_t macs = n * G * op.H * (op.I + op.H);
     const int64_t most = std::min<int64_t>(threads_of_region(), count);
     const int threads = static_cast<int>(std::clamp<int64_t>(macs / kWorkPerThread, 1, most));
     const auto units = [&](Range range) {
-      for (int64_t u = range.begin * width; u < std::min(op_.H, range.end * width); u += width)
-        blocks(0, n, kRows, [&](int64_t b, int rows) { block(s, t, u, std::min(width, op_.H - u), b, rows); });
+      for (int64_t u = range.begin * width; u < std::min(op.H, range.end * width); u += width)
+        blocks(0, n, kRows, [&](int64_t b, int rows) { block(s, t, u, std::min(width, op.H - u), b, rows); });
     };
-    if (threads == 1) return units({0, count});
+    if (threads == 1) return units({.begin = 0, .end = count});
 #pragma omp parallel num_threads(threads)
-    units(part(count, omp_get_thread_num(), omp_get_num_threads()));
+    units(nth_range(count, omp_get_thread_num(), omp_get_num_threads()));
   }
 
   void block(int64_t s, int64_t t, int64_t u, int64_t units, int64_t b, int rows) const {
     alignas(64) S sums[kRows * 4 * 16];
-    const int64_t G = gates_of(op_.mode), L = kernels_.lanes(), H = op_.H, I = op_.I, stride = tokens_.stride();
-    const int64_t token = tokens_.first(t) + b * stride, vectors = G > 1 ? G : ceil_div(units, L);
-    S* const gx = gx_ + b * G * H;
-    const auto& products = kernels_.packing(pairs_);
+    const Rnn& op = p_.op;
+    const DType operand = p_.types.operand;
+    const int64_t G = gates_of(op.mode), L = p_.kernels.lanes(), H = op.H, I = op.I, stride = p_.tokens.stride();
+    const int64_t token = p_.tokens.first(t) + b * stride, vectors = G > 1 ? G : ceil_div(units, L);
+    S* const gx = gx_.get() + b * G * H;
+    const auto& products = p_.kernels.packing(p_.types.pairs);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t row = G > 1 ? v * H + u : u + v * L, lines = std::min(L, units - (G > 1 ? 0 : v * L));
-      for (int64_t r = 0; r < rows; ++r) std::copy_n(bias_ + row, lines, gx + r * G * H + row);
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(bias_.get() + row, lines, gx + r * G * H + row);
       if (I > 0)
-        products.dots(rows, lines, I, at(x_, token * I, operand_), stride * I, at(op_.weight_ih, row * I, op_.dtype),
-                      op_.dtype, I, gx + row, G * H, true);
-      products.dots(rows, lines, H, at(operands_[s % 2], b * H, operand_), H, at(op_.weight_hh, row * H, op_.dtype),
-                    op_.dtype, H, sums + v * L, vectors * L, false);
+        products.dots(rows, lines, I, at(x(), token * I, operand), stride * I,
+                      {.data = at(op.weight_ih, row * I, op.dtype), .dtype = op.dtype, .ld = I}, gx + row, G * H, true);
+      products.dots(rows, lines, H, at(h_operand(s), b * H, operand), H,
+                    {.data = at(op.weight_hh, row * H, op.dtype), .dtype = op.dtype, .ld = H}, sums + v * L,
+                    vectors * L, false);
     }
-    const RnnForwardArgs args{&op_, operand_, gx,     G * H, bias_ + G * H, h_, c_, operands_[(s + 1) % 2],
-                              H,    y_,       gates_, cells_};
-    kernels_.rnn.forward(args, {rows, b, u, units, s, token, stride}, sums);
+    const RnnForwardArgs args{.op = &op,
+                              .operand = operand,
+                              .gx = gx,
+                              .gx_ld = G * H,
+                              .hidden_bias = bias_.get() + G * H,
+                              .h = h_.get(),
+                              .c = c_.get(),
+                              .next = h_operand(s + 1),
+                              .next_ld = H,
+                              .y = out_.y,
+                              .gates = out_.gates,
+                              .cells = out_.cells};
+    p_.kernels.rnn.forward(
+        args, {.rows = rows, .b = b, .u = u, .units = units, .step = s, .token = token, .stride = stride}, sums);
   }
 
-  const Rnn& op_;
-  const DType wide_ = accum_of(op_.dtype);
-  const Kernels<S> kernels_{};
-  const Tokens tokens_{op_};
-  const bool pairs_ = op_.dtype == DType::bf16 && gemm_multiplies_bf16();
-  const DType operand_ = pairs_ ? DType::bf16 : wide_;
-  void *y_, *gates_, *cells_;
-  S *h_ = nullptr, *c_ = nullptr, *gx_ = nullptr, *bias_ = nullptr;
-  void* operands_[2];
-  const void* x_ = nullptr;
+  const Problem<S> p_;
+  const RnnOutputs& out_;
+  const Buffer<S> h_, c_, gx_, bias_;
+  const int64_t bytes_;
+  const Buffer<char> operands_, wide_x_;
 };
 
 }  // namespace
@@ -93,11 +109,8 @@ class Steps {
 bool few_tokens(const Rnn& op) { return op.T == 1 || Tokens(op).total() <= kFewTokens; }
 bool few_steps(const Rnn& op) { return op.heads == 1 && !op.weight_hr && !op.norms && few_tokens(op); }
 
-void run_steps(const Rnn& op, void* y, void* hy, void* cy, void* gates, void* cells) {
-  if (op.dtype == DType::f64)
-    Steps<double>(op, y, gates, cells).run(hy, cy);
-  else
-    Steps<float>(op, y, gates, cells).run(hy, cy);
+void run_steps(const Rnn& op, const RnnOutputs& out) {
+  op.dtype == DType::f64 ? Steps<double>(op, out).run() : Steps<float>(op, out).run();
 }
 
 }  // namespace rnn

@@ -13,6 +13,18 @@ static inline constexpr int64_t rows_in(int64_t budget, int64_t size) {
   return rows > 0 ? rows : 1;
 }
 
+// A matrix in memory, row by row; rows are `ld` elements apart.
+struct View {
+  const void* data;
+  DType dtype;
+  int64_t ld = 0;
+};
+struct MutableView {
+  void* data;
+  DType dtype;
+  int64_t ld = 0;
+};
+
 // The i-th element of an array; null stays null.
 static inline const char* at(const void* p, int64_t i, DType dtype) {
   return p ? static_cast<const char*>(p) + i * itemsize(dtype) : nullptr;

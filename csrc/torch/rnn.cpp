@@ -153,8 +153,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
   Tensor gates = empty_if(saved > 0, x, layer.tokens(saved));
   Tensor cells = empty_if(save && C > 0, x, layer.tokens(C), accum_type(op.dtype));
   Tensor normed = empty_if(save && norms, x, layer.tokens(cpu::normed_of(op)), accum_type(op.dtype));
-  cpu::rnn_forward(op, y.mutable_data_ptr(), hy.mutable_data_ptr(), pointer(cy), pointer(gates), pointer(cells),
-                   pointer(normed));
+  cpu::rnn_forward(op, {.y = y.mutable_data_ptr(),
+                        .hy = hy.mutable_data_ptr(),
+                        .cy = pointer(cy),
+                        .gates = pointer(gates),
+                        .cells = pointer(cells),
+                        .normed = pointer(normed)});
   return {y, hy, cy, gates, cells, normed};
 }
 
@@ -203,9 +207,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dbias_ih = like(weights, bias_ih), dbias_hh = like(weights, bias_hh);
   Tensor dweight_hr = like(weights, weight_hr), dpeephole = like(weights, peephole);
   Tensor dnorms = like(weights, norms);
-  cpu::rnn_backward(op, dy.const_data_ptr(), data_of(dcells), dhy.const_data_ptr(), data_of(dcy), y.const_data_ptr(),
-                    saved > 0 ? gates.const_data_ptr() : nullptr, C > 0 ? cells.const_data_ptr() : nullptr,
-                    norms ? normed.const_data_ptr() : nullptr,
+  cpu::rnn_backward(op,
+                    {.dy = dy.const_data_ptr(),
+                     .dcells = data_of(dcells),
+                     .dhy = dhy.const_data_ptr(),
+                     .dcy = data_of(dcy),
+                     .y = y.const_data_ptr(),
+                     .gates = saved > 0 ? gates.const_data_ptr() : nullptr,
+                     .cells = C > 0 ? cells.const_data_ptr() : nullptr,
+                     .normed = norms ? normed.const_data_ptr() : nullptr},
                     {.dx = pointer(dx),
                      .dhx = pointer(dhx),
                      .dcx = pointer(dcx),
@@ -260,7 +270,7 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& x, const Tensor& hx, const Te
   require(same, "lstm_step: expected cx like hx");
   op.cx = cx.const_data_ptr();
   Tensor hy = torch::stable::empty_like(hx), cy = torch::stable::empty_like(cx);
-  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), cy.mutable_data_ptr(), nullptr, nullptr, nullptr);
+  cpu::rnn_forward(op, {.y = hy.mutable_data_ptr(), .hy = hy.mutable_data_ptr(), .cy = cy.mutable_data_ptr()});
   return {hy, cy};
 }
 
@@ -269,7 +279,7 @@ Tensor rnn_step(const Tensor& x, const Tensor& hx, const Tensor& weight_ih, cons
   require(mode > 0 && mode <= static_cast<int64_t>(cpu::RnnMode::rnn_relu), "rnn_step: expected a mode of one state");
   const auto op = describe_step(static_cast<cpu::RnnMode>(mode), x, hx, weight_ih, weight_hh, bias_ih, bias_hh);
   Tensor hy = torch::stable::empty_like(hx);
-  cpu::rnn_forward(op, hy.mutable_data_ptr(), hy.mutable_data_ptr(), nullptr, nullptr, nullptr, nullptr);
+  cpu::rnn_forward(op, {.y = hy.mutable_data_ptr(), .hy = hy.mutable_data_ptr(), .cy = nullptr});
   return hy;
 }
 

@@ -53,7 +53,8 @@ void gemm_case(int64_t M, int64_t N, int64_t K, Types types, bool a_transposed, 
     Array C(types.c, (M - 1) * ldc + N);
     for (int64_t i = 0; accumulate && i < M; ++i)
       for (int64_t j = 0; j < N; ++j) C.set(i * ldc + j, static_cast<double>((i + j) % 7 - 3));
-    cpu::gemm(M, N, K, A.matrix(), B.matrix(), C.data(), types.c, ldc, accumulate, biased ? bias.data() : nullptr);
+    cpu::gemm(M, N, K, A.matrix(), B.matrix(), {.data = C.data(), .dtype = types.c, .ld = ldc}, accumulate,
+              biased ? bias.data() : nullptr);
     for (int64_t i = 0; i < M; ++i)
       for (int64_t j = 0; j < ldc && i * ldc + j < C.n; ++j) {
         if (j >= N) {
@@ -82,8 +83,8 @@ void check_convert() {
 void check_empty() {
   using enum DType;
   const Array none(f32, 0), c(f32, 3);
-  cpu::gemm(0, 3, 2, {none.data(), f32, 2, false}, {c.data(), f32, 3, false}, none.data(), f32, 3, false);
-  cpu::gemm(3, 0, 2, {c.data(), f32, 2, false}, {none.data(), f32, 0, false}, none.data(), f32, 0, true);
+  cpu::gemm(0, 3, 2, {none.data(), f32, 2}, {c.data(), f32, 3}, {none.data(), f32, 3}, false);
+  cpu::gemm(3, 0, 2, {c.data(), f32, 2}, {none.data(), f32, 0}, {none.data(), f32, 0}, true);
 }
 
 }  // namespace
@@ -110,9 +111,8 @@ LLMKERN_CHECK(gemm) {
   check_convert(), check_empty();
   where = "gemm of mixed types";
   const Array x = random(f64, 1), y = random(f32, 1), z(f32, 1);
-  throws<std::invalid_argument>("f64 by f32", [&] {
-    cpu::gemm(1, 1, 1, {x.data(), f64, 1, false}, {y.data(), f32, 1, false}, z.data(), f32, 1, false);
-  });
+  throws<std::invalid_argument>(
+      "f64 by f32", [&] { cpu::gemm(1, 1, 1, {x.data(), f64, 1}, {y.data(), f32, 1}, {z.data(), f32, 1}, false); });
   untouched("C", z);
 }
 

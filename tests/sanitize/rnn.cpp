@@ -91,9 +91,12 @@ class Layer {
       if (save) arrays.emplace("gates", Array(dtype, n_ * cpu::saved_of(op_) * op_.H));
       if (save && op_.norms) arrays.emplace("normed", Array(wide, n_ * cpu::normed_of(op_)));
       const std::string prefix = save ? "saved " : "";
-      cpu::rnn_forward(op_, pointer(prefix + "y"), pointer(prefix + "hy"), pointer(prefix + "cy"),
-                       save && cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer(prefix + "cells"),
-                       save ? pointer("normed") : nullptr);
+      cpu::rnn_forward(op_, {.y = pointer(prefix + "y"),
+                             .hy = pointer(prefix + "hy"),
+                             .cy = pointer(prefix + "cy"),
+                             .gates = save && cpu::saved_of(op_) ? pointer("gates") : nullptr,
+                             .cells = pointer(prefix + "cells"),
+                             .normed = save ? pointer("normed") : nullptr});
     };
     outputs(false), outputs(true);
     for (const char* name : {"y", "hy"}) same(name, arrays.at(name), arrays.at(std::string("saved ") + name));
@@ -107,8 +110,15 @@ class Layer {
                                 grad("weight_hh"), grad("bias_ih"), grad("bias_hh"), grad("weight_hr"),
                                 grad("peephole"),  grad("norms")};
     const auto backward = [&](const cpu::RnnGradients& gradients) {
-      cpu::rnn_backward(op_, pointer("dy"), pointer("dcells"), pointer("dhy"), pointer("dcy"), pointer("saved y"),
-                        cpu::saved_of(op_) ? pointer("gates") : nullptr, pointer("saved cells"), pointer("normed"),
+      cpu::rnn_backward(op_,
+                        {.dy = pointer("dy"),
+                         .dcells = pointer("dcells"),
+                         .dhy = pointer("dhy"),
+                         .dcy = pointer("dcy"),
+                         .y = pointer("saved y"),
+                         .gates = cpu::saved_of(op_) ? pointer("gates") : nullptr,
+                         .cells = pointer("saved cells"),
+                         .normed = pointer("normed")},
                         gradients);
     };
     backward({}), backward(out);

@@ -35,8 +35,6 @@ inline const char* name_of(DType t) {
   return t == DType::f32 ? "f32" : t == DType::bf16 ? "bf16" : t == DType::f16 ? "f16" : "f64";
 }
 
-inline DType accum_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
-
 inline void put(float* p, double x) { *p = static_cast<float>(x); }
 inline void put(double* p, double x) { *p = x; }
 inline void put(f16* p, double x) { p->bits = std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }

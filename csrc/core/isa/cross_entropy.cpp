@@ -59,7 +59,7 @@ class Gradient {
     own_ = value(y_, 1, static_cast<A>(slab.k.softmax - slab.k.own))[0] +
            own * (probability - 1) * logit_.dz(load<A>(x_ + y_, 1, A{0}))[0];
   }
-  void operator()(int64_t v, int lanes) const {
+  [[gnu::always_inline]] void operator()(int64_t v, int lanes) const {
     const Vec<A> g = value(v, lanes, softmax_);
     if (lanes < kLanes<A>)
       store(dx_ + v, g, lanes);
@@ -73,7 +73,7 @@ class Gradient {
   }
 
  private:
-  Vec<A> value(int64_t v, int lanes, A coefficient) const {
+  [[gnu::always_inline]] Vec<A> value(int64_t v, int lanes, A coefficient) const {
     Vec<A> g = load_n<A>(e_ + v, lanes) * p_;
     if constexpr (kMore) {
       const Vec<A> raw = load_n<A>(x_ + v, lanes);
@@ -286,14 +286,13 @@ void transpose_as(const From* from, int64_t ld, int64_t rows, int64_t cols, To* 
         }
 }
 
-void transpose(const void* from, DType from_dtype, int64_t ld, int64_t rows, int64_t cols, void* to, DType to_dtype,
-               int64_t to_ld) {
-  visit(from_dtype, [&](auto f) {
-    visit(to_dtype, [&](auto t) {
+void transpose(View from, int64_t rows, int64_t cols, MutableView to) {
+  visit(from.dtype, [&](auto f) {
+    visit(to.dtype, [&](auto t) {
       using From = decltype(f);
       using To = decltype(t);
       if constexpr (sizeof(Accum<From>) == sizeof(Accum<To>))
-        transpose_as(static_cast<const From*>(from), ld, rows, cols, static_cast<To*>(to), to_ld);
+        transpose_as(static_cast<const From*>(from.data), from.ld, rows, cols, static_cast<To*>(to.data), to.ld);
     });
   });
 }

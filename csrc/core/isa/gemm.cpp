@@ -323,12 +323,13 @@ void dots_with(int rows, int64_t lines, int64_t depth, const A* a, int64_t lda, 
 }
 
 template <class S>
-void dots(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType dtype, int64_t ldb,
-          S* c, int64_t ldc, bool accumulate) {
-  visit(dtype, [&](auto t) {
+void dots(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, View b, S* c, int64_t ldc,
+          bool accumulate) {
+  visit(b.dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (sizeof(Accum<T>) == sizeof(S))
-      dots_with(rows, lines, depth, static_cast<const S*>(a), lda, static_cast<const T*>(b), ldb, c, ldc, accumulate);
+      dots_with(rows, lines, depth, static_cast<const S*>(a), lda, static_cast<const T*>(b.data), b.ld, c, ldc,
+                accumulate);
   });
 }
 
@@ -338,9 +339,10 @@ void line_of_pairs(Matrix X, int64_t i, int64_t depth, void* to) {
   for (int64_t k = 0; k < depth; ++k) static_cast<bf16*>(to)[k] = x[X.transposed ? k * X.ld + i : i * X.ld + k];
 }
 
-void dots_of_pairs(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, const void* b, DType,
-                   int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  dots_with(rows, lines, depth, static_cast<const bf16*>(a), lda, static_cast<const bf16*>(b), ldb, c, ldc, accumulate);
+void dots_of_pairs(int rows, int64_t lines, int64_t depth, const void* a, int64_t lda, View b, float* c, int64_t ldc,
+                   bool accumulate) {
+  dots_with(rows, lines, depth, static_cast<const bf16*>(a), lda, static_cast<const bf16*>(b.data), b.ld, c, ldc,
+            accumulate);
 }
 #endif
 

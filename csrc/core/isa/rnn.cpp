@@ -188,11 +188,10 @@ void copy_rows(int64_t rows, int64_t n, const From* from, int64_t from_ld, To* t
       }
 }
 
-void copy(int64_t rows, int64_t n, const void* from, DType from_dtype, int64_t from_ld, void* to, DType to_dtype,
-          int64_t to_ld, bool accumulate) {
-  visit(from_dtype, [&](auto f) {
-    visit(to_dtype, [&](auto t) {
-      copy_rows(rows, n, static_cast<const decltype(f)*>(from), from_ld, static_cast<decltype(t)*>(to), to_ld,
+void copy(int64_t rows, int64_t n, View from, MutableView to, bool accumulate) {
+  visit(from.dtype, [&](auto f) {
+    visit(to.dtype, [&](auto t) {
+      copy_rows(rows, n, static_cast<const decltype(f)*>(from.data), from.ld, static_cast<decltype(t)*>(to.data), to.ld,
                 accumulate);
     });
   });
@@ -218,11 +217,11 @@ void sum_columns(const From* from, int64_t rows, int64_t ld, int64_t begin, int6
     }
 }
 
-void sum_rows(const void* from, DType from_dtype, int64_t rows, int64_t ld, int64_t begin, int64_t end, void* to,
-              DType to_dtype) {
-  visit(from_dtype, [&](auto f) {
-    visit(to_dtype, [&](auto t) {
-      sum_columns(static_cast<const decltype(f)*>(from), rows, ld, begin, end, static_cast<decltype(t)*>(to));
+void sum_rows(View from, int64_t rows, int64_t begin, int64_t end, MutableView to) {
+  visit(from.dtype, [&](auto f) {
+    visit(to.dtype, [&](auto t) {
+      sum_columns(static_cast<const decltype(f)*>(from.data), rows, from.ld, begin, end,
+                  static_cast<decltype(t)*>(to.data));
     });
   });
 }

@@ -41,10 +41,10 @@ struct Through {
 };
 
 template <class S>
-void normalise_rows(int64_t rows, int64_t n, S* x, int64_t ld, S* deviation, int64_t deviation_ld) {
-  for (int64_t r = 0; r < rows; ++r, x += ld) {
-    const S factor = normalise_row(x, n);
-    if (deviation) deviation[r * deviation_ld] = factor;
+void normalise_rows(int64_t rows, int64_t n, MutableView x, void* deviation) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const S factor = normalise_row(static_cast<S*>(x.data) + r * x.ld, n);
+    if (deviation) static_cast<S*>(deviation)[r * x.ld] = factor;
   }
 }
 
@@ -90,7 +90,8 @@ void forward_of(const RnnForwardArgs& a, const RnnNormArgs& n, const RnnBlock& b
     S* const hidden = static_cast<S*>(n.hidden) + row * n.hidden_ld;
     const S* const input = static_cast<const S*>(n.input) + row * n.input_ld;
     A* const next = static_cast<A*>(a.next) + (block.b + row) * a.next_ld;
-    normalise_rows(1, size, hidden, 0, n.deviation ? static_cast<S*>(n.deviation) + row * n.deviation_ld : nullptr, 0);
+    const S deviation = normalise_row(hidden, size);
+    if (n.deviation) static_cast<S*>(n.deviation)[row * n.deviation_ld] = deviation;
     each_unit<Cell, S>(op, block, row, [&]<class P>(const P& at, int64_t u) {
       const Normalised<S, P> x{at, input, hidden, w, w + size, static_cast<const S*>(n.bias), o, c, H};
       const Vec<S> h = Cell::template forward<T>(a, at, x);
@@ -235,11 +236,11 @@ void input_of(const Rnn& op, int64_t rows, A* dgates, const S* normed, const S* 
 
 // --- by types ---
 
-void normalise(DType wide, int64_t rows, int64_t n, void* x, int64_t ld, void* deviation, int64_t deviation_ld) {
-  if (wide == DType::f64)
-    normalise_rows(rows, n, static_cast<double*>(x), ld, static_cast<double*>(deviation), deviation_ld);
+void normalise(int64_t rows, int64_t n, MutableView x, void* deviation) {
+  if (x.dtype == DType::f64)
+    normalise_rows<double>(rows, n, x, deviation);
   else
-    normalise_rows(rows, n, static_cast<float*>(x), ld, static_cast<float*>(deviation), deviation_ld);
+    normalise_rows<float>(rows, n, x, deviation);
 }
 
 void forward(const RnnForwardArgs& args, const RnnNormArgs& norm, const RnnBlock& block) {
