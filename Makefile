@@ -6,7 +6,7 @@
 #   make sanitize  the C++ core under the sanitizers, on every instruction set of this CPU (ARGS=gemm: one op's check)
 #   make bench   the benchmark suite's quick part, FULL=1 for all of it
 #   make bench-peers  the libraries to compare with, in .venv-peers; `make bench PEERS=1` measures there
-#   make lint    ruff, clang-format, mypy
+#   make lint    ruff, clang-format, mypy, clang-tidy
 #   make debug   the editable install with libraries for gdb: symbols, little optimisation
 #   make wheel   a wheel and an sdist in dist/
 #   make dev     an editable install with everything that tests and lint need
@@ -64,6 +64,14 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/sanitize -name '*.cpp' -o -name '*.h')
 	$(BIN)/mypy
+	@printf '%s\n' csrc/core/*.cpp csrc/core/isa/*.cpp csrc/torch/*.cpp | xargs -P $$(getconf _NPROCESSORS_ONLN) -n 8 \
+	  sh -c '$(BIN)/clang-tidy --quiet --experimental-custom-checks "$$@" -- $(TIDY_FLAGS) 2>/dev/null' clang-tidy
+
+# Each file once, the vector code as for AVX-512. Headers such as omp.h are the compiler's, where clang has none.
+TORCH_INCLUDE = $(wildcard $(VENV)/lib/python*/site-packages/torch/include)
+TIDY_FLAGS = -std=c++20 -Icsrc -isystem $(TORCH_INCLUDE) -DTORCH_TARGET_VERSION=0x020a000000000000 -fopenmp \
+  $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4 -DLLMKERN_ISA=avx512,-DLLMKERN_ISA=baseline) \
+  -idirafter $$($(CXX) -print-file-name=include)
 
 # Without isolation: an environment that `build` makes for itself has no torch, whose headers the build needs.
 wheel: $(VENV)/.wheel

@@ -71,15 +71,20 @@ struct Case {
         cpu::cross_entropy(c.op, logits.data(), out.pointers(), c.cotangents(kCotangents),
                            {dlogits.data(), dlogits.dtype, nullptr});
       });
-      out.compare(c, 0, x), untouched("dlogits", dlogits);
+      out.compare(c, 0, x);
+      untouched("dlogits", dlogits);
     }
   }
 
   void everything() {
     outputs_alone();
     for (int given = 0; given <= kCotangents; ++given) gradients(given, given % 2 ? kOutputs : 0, logits.dtype);
-    if (logits.dtype == DType::f32) gradients(kLoss, kLoss | kArgmax, DType::bf16), gradients(7, 0, DType::bf16);
-    in_place(kLoss), in_place(kCotangents);
+    if (logits.dtype == DType::f32) {
+      gradients(kLoss, kLoss | kArgmax, DType::bf16);
+      gradients(7, 0, DType::bf16);
+    }
+    in_place(kLoss);
+    in_place(kCotangents);
     out_of_range();
   }
 };
@@ -107,7 +112,8 @@ void check_large() {
   for (const auto& [t, N, V, skip] :
        {std::tuple{DType::f32, 140, 32000, 0}, {DType::f32, 140, 32003, 1}, {DType::bf16, 280, 32003, 0}}) {
     const Case one(t, N, V, 1, kLossOptions[skip], skip);
-    one.gradients(kLoss, kOutputs, t), one.in_place(kCotangents);
+    one.gradients(kLoss, kOutputs, t);
+    one.in_place(kCotangents);
   }
 }
 
@@ -123,16 +129,20 @@ LLMKERN_CHECK(cross_entropy) {
       for (const auto& [N, V, D] : {std::array<int64_t, 3>{1, 1, 2}, {3, 7, 17}, {4, 67, 16}, {2, 515, 33}})
         Case(t, N, V, D, options).everything();
       Case(t, 3, 2 * kSlab + 1, 2, options).everything();
-      Case(t, 1, kSlab, 1, options).everything(), Case(t, 40, kSlab + 3, 1, options, 1).everything();
+      Case(t, 1, kSlab, 1, options).everything();
+      Case(t, 40, kSlab + 3, 1, options, 1).everything();
       for (int64_t D : {1, 3}) Case(t, 0, 7, D, options).everything();
       for (Ignored ignored : {Ignored::none, Ignored::all}) {
         options.ignored = ignored;
-        Case(t, 5, 65, 1, options).everything(), Case(t, 2, 9, 18, options).everything();
+        Case(t, 5, 65, 1, options).everything();
+        Case(t, 2, 9, 18, options).everything();
       }
     }
     // Fewer rows than threads: slabs are shared out. Of index targets the second row is ignored.
     for (int index : {1, 2, 5}) Case(t, 2, 24 * kSlab + 3, 1, kLossOptions[index], 1).everything();
-    check_strange_logits(t, 67, 1), check_strange_logits(t, 2 * kSlab + 5, 1), check_strange_logits(t, 21, 18);
+    check_strange_logits(t, 67, 1);
+    check_strange_logits(t, 2 * kSlab + 5, 1);
+    check_strange_logits(t, 21, 18);
   }
   check_large();
 }

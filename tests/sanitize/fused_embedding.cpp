@@ -41,9 +41,11 @@ Truth truth(const cpu::FusedEmbedding& op, const Array tables[3], const Array& w
       x[d] = (x[d] - mean) * rstd;
       const double dy = kept[i] * dout[i], w = op.norm_weight ? weight[d] : 1;
       t.out[i] = kept[i] == 0 ? 0 : kept[i] * (x[d] * w + (op.norm_bias ? bias[d] : 0));
-      t.norm_weight[d] += dy * x[d], t.norm_bias[d] += dy;
+      t.norm_weight[d] += dy * x[d];
+      t.norm_bias[d] += dy;
       g[d] = dy * w;
-      shift += op.norm == Norm::layer ? g[d] / D : 0, slope += op.norm == Norm::none ? 0 : g[d] * x[d] / D;
+      shift += op.norm == Norm::layer ? g[d] / D : 0;
+      slope += op.norm == Norm::none ? 0 : g[d] * x[d] / D;
     }
     for (int64_t d = 0; d < D; ++d)
       for (int k = 0; k < 3; ++k)
@@ -63,7 +65,10 @@ void fused_embedding_case(DType dtype, Norm norm, double p, int64_t D, int64_t B
   const Places at[] = {{N, V}, {L, rows[1]}, {1, 2}};
   cpu::FusedEmbedding op{dtype, N, D, {}, 1.5, norm, nullptr, nullptr, 0.1, p, 5};
   for (int k = 0; k < 3; ++k) op.tables[k] = {tables[k].data(), rows[k], at[k].indices(), periods[k]};
-  if (norm != Norm::none) op.norm_weight = weight.data(), op.norm_bias = bias.data();
+  if (norm != Norm::none) {
+    op.norm_weight = weight.data();
+    op.norm_bias = bias.data();
+  }
   // The mask, by which a row of ones comes out.
   const Array ones(dtype, D), kept(accum, N * D), plain(dtype, N * D), none(accum, 0);
   for (int64_t d = 0; d < D; ++d) ones.set(d, 1);
@@ -71,7 +76,9 @@ void fused_embedding_case(DType dtype, Norm norm, double p, int64_t D, int64_t B
   std::unique_ptr<int32_t[]> zeros(new int32_t[1]());
   mask.tables[0] = {ones.data(), 1, {zeros.get(), false}, N > 0 ? 1 : 0};
   mask.tables[1] = mask.tables[2] = {};
-  mask.norm = Norm::none, mask.norm_weight = mask.norm_bias = nullptr, mask.scale = 1;
+  mask.norm = Norm::none;
+  mask.norm_weight = mask.norm_bias = nullptr;
+  mask.scale = 1;
   cpu::fused_embedding_forward(mask, plain.data(), none.data());
   for (int64_t i = 0; i < N * D; ++i) kept.set(i, plain[i] == 0 ? 0 : 1 / (1 - p));
 
@@ -91,7 +98,10 @@ void fused_embedding_case(DType dtype, Norm norm, double p, int64_t D, int64_t B
   // A bias's gradient is a sum of N terms, a token type's one of N rows.
   const double terms = static_cast<double>(N) / 4 + 8;
   for (int k = 0; k < 3; ++k) near("dtable", dtables[k], want.tables[k], terms);
-  if (normed) near("dnorm_weight", dweight, want.norm_weight, terms), near("dnorm_bias", dbias, want.norm_bias, terms);
+  if (normed) {
+    near("dnorm_weight", dweight, want.norm_weight, terms);
+    near("dnorm_bias", dbias, want.norm_bias, terms);
+  }
 
   for (int k = 0; k < 3 && N > 0; ++k)
     for (int32_t bad : {-1, static_cast<int32_t>(rows[k])}) {
@@ -102,7 +112,8 @@ void fused_embedding_case(DType dtype, Norm norm, double p, int64_t D, int64_t B
         cpu::fused_embedding_backward(op, dout.data(), stats.data(),
                                       {{after.data(), nullptr, nullptr}, nullptr, nullptr, -1, true});
       });
-      untouched("out", before), untouched("dtable", after);
+      untouched("out", before);
+      untouched("dtable", after);
       std::swap(at[k].data[0], bad);
     }
 }

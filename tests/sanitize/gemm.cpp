@@ -104,11 +104,18 @@ LLMKERN_CHECK(gemm) {
                               {343, 35, 387}, {345, 18, 9303}, {339, 17, 3103}};
   int layout = 0;
   for (const auto& [M, N, K] : large)
-    for (const Types& types : all) ++layout, gemm_case(M, N, K, types, layout & 1, layout & 2, layout % 3);
+    for (const Types& types : all) {
+      ++layout;
+      gemm_case(M, N, K, types, layout & 1, layout & 2, layout % 3);
+    }
   // The same for pairs, which take two numbers at a step.
   for (const auto& [M, N, K] : {std::array<int64_t, 3>{345, 18, 18437}, {339, 17, 6201}})
-    for (DType c : {bf16, f32}) ++layout, gemm_case(M, N, K, {bf16, bf16, c}, layout & 1, layout & 2, layout % 3);
-  check_convert(), check_empty();
+    for (DType c : {bf16, f32}) {
+      ++layout;
+      gemm_case(M, N, K, {bf16, bf16, c}, layout & 1, layout & 2, layout % 3);
+    }
+  check_convert();
+  check_empty();
   where = "gemm of mixed types";
   const Array x = random(f64, 1), y = random(f32, 1), z(f32, 1);
   throws<std::invalid_argument>(

@@ -25,7 +25,8 @@ LLMKERN_CHECK(linear) {
       cpu::linear_forward(x.data(), weight.data(), bias.data(), t, N, I, O, biased.data());
       near("y with bias", biased, y, 4);
       cpu::linear_backward(dy.data(), x.data(), weight.data(), t, N, I, O, dinput.data(), dweight.data());
-      near("dx", dinput, dx, 4), near("dweight", dweight, dw, 4);
+      near("dx", dinput, dx, 4);
+      near("dweight", dweight, dw, 4);
       cpu::linear_backward(dy.data(), x.data(), weight.data(), t, N, I, O, nullptr, nullptr);
     }
 }

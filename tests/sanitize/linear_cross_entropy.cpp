@@ -64,7 +64,8 @@ struct Case {
           if (dweight.n) dws[v * H + h] += g[n * V + v] * xs[n * H + h];
         }
       }
-    near_gradient("dx", dx, dxs, op.dtype, 0.125), near_gradient("dlinear_weight", dweight, dws, op.dtype, 0.125);
+    near_gradient("dx", dx, dxs, op.dtype, 0.125);
+    near_gradient("dlinear_weight", dweight, dws, op.dtype, 0.125);
     near_gradient("dlinear_bias", dbias, dbs, op.dtype, 0.125);
     if (dtarget.n) near_gradient("dtarget", dtarget, given & kLoss ? c.dt : Doubles(dtarget.n), dtarget.dtype, 0.125);
   }
@@ -72,7 +73,9 @@ struct Case {
   void everything() {
     for (int64_t workspace : workspaces()) {
       op.workspace = workspace;
-      run(0, kOutputs, 0), run(kLoss, kLoss | kLse, kAll), run(kCotangents, 0, kAll);
+      run(0, kOutputs, 0);
+      run(kLoss, kLoss | kLse, kAll);
+      run(kCotangents, 0, kAll);
     }
     op.workspace = workspaces()[0];
     for (int wanted = 0; wanted <= kAll; ++wanted) run(wanted % 8, wanted, wanted);
@@ -90,7 +93,9 @@ struct Case {
         cpu::linear_cross_entropy(op, out.pointers(), c.cotangents(kLoss),
                                   {dx.data(), dweight.data(), dbias.data(), nullptr});
       });
-      out.compare(c, 0, logits), untouched("dx", dx), untouched("dlinear_weight", dweight);
+      out.compare(c, 0, logits);
+      untouched("dx", dx);
+      untouched("dlinear_weight", dweight);
       untouched("dlinear_bias", dbias);
     }
     c.target.back() = before;

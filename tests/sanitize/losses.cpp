@@ -5,7 +5,10 @@ namespace llmkern::sanitize {
 namespace {
 
 // Targets and weights need not be of the logits' dtype, unless that is f64.
-DType companion(DType t) { return t == DType::f32 ? DType::bf16 : t == DType::bf16 ? DType::f32 : t; }
+DType companion(DType t) {
+  if (t == DType::f32) return DType::bf16;
+  return t == DType::bf16 ? DType::f32 : t;
+}
 
 }  // namespace
 
@@ -16,10 +19,15 @@ LossCase::LossCase(DType dtype, int64_t N, int64_t V, int64_t D, const LossOptio
       dloss(random(accum_of(dtype), N * D)),
       dlse(random(accum_of(dtype), N * D)),
       dentropy(random(accum_of(dtype), N * D)) {
-  op.N = N, op.V = V, op.D = D, op.dtype = dtype;
+  op.N = N;
+  op.V = V;
+  op.D = D;
+  op.dtype = dtype;
   op.ignore_index = V > 2 && N % 2 ? 1 : -100;
-  op.label_smoothing = options.label_smoothing, op.z_loss = options.z_loss;
-  op.softcap = options.softcap, op.logit_scale = options.logit_scale;
+  op.label_smoothing = options.label_smoothing;
+  op.z_loss = options.z_loss;
+  op.softcap = options.softcap;
+  op.logit_scale = options.logit_scale;
   op.target_dtype = op.weight_dtype = companion(dtype);
   if (options.weighted) op.weight = weight.data();
   if (options.probabilities) {
@@ -39,7 +47,9 @@ LossCase::LossCase(DType dtype, int64_t N, int64_t V, int64_t D, const LossOptio
 
 void LossCase::expect(const Doubles& logits) {
   const int64_t rows = op.N * op.D, size = rows * op.V;
-  loss.assign(rows, 0), lse.assign(rows, 0), entropy.assign(rows, 0);
+  loss.assign(rows, 0);
+  lse.assign(rows, 0);
+  entropy.assign(rows, 0);
   for (Doubles* x : {&z, &by_loss, &by_lse, &by_entropy, &dt}) x->assign(size, 0);
   for (int64_t n = 0; n < op.N; ++n)
     for (int64_t d = 0; d < op.D; ++d)
@@ -56,12 +66,16 @@ void LossCase::expect_row(int64_t row, int64_t first, const Doubles& x) {
     const int64_t i = first + v * op.D;
     const double raw = op.logit_scale * x[i], squashed = cap != 0 ? std::tanh(raw / cap) : 0;
     const double t = op.target ? (target[row] == v ? 1 : 0) : probabilities[i];
-    z[i] = cap != 0 ? cap * squashed : raw, slope[v] = op.logit_scale * (1 - squashed * squashed);
-    u[v] = (op.weight ? weight[v] : 1) * (t * (1 - e) + e / static_cast<double>(V)), total += u[v];
-    sum += std::exp(z[i]), moment += z[i] * std::exp(z[i]);
+    z[i] = cap != 0 ? cap * squashed : raw;
+    slope[v] = op.logit_scale * (1 - squashed * squashed);
+    u[v] = (op.weight ? weight[v] : 1) * (t * (1 - e) + e / static_cast<double>(V));
+    total += u[v];
+    sum += std::exp(z[i]);
+    moment += z[i] * std::exp(z[i]);
   }
   const double all = lse[row] = std::log(sum), mean = moment / sum;
-  entropy[row] = all - mean, loss[row] = op.z_loss * all * all;
+  entropy[row] = all - mean;
+  loss[row] = op.z_loss * all * all;
   for (int64_t v = 0; v < V; ++v) {
     const int64_t i = first + v * op.D;
     const double p = std::exp(z[i] - all);

@@ -29,7 +29,9 @@ std::atomic<int64_t> requests{0};
 int64_t failing = -1;
 
 int64_t requests_of(void (*check)(), int64_t fails) {
-  seed = 1, requests = 0, failing = fails;
+  seed = 1;
+  requests = 0;
+  failing = fails;
   check();
   return requests;
 }

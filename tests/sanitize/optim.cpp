@@ -72,9 +72,12 @@ void check_step(const Op& op, bool has_state, void (*run)(const Op&, const std::
   for (DType t : kDTypes)
     for (DType q : {t, accum_of(t)})
       for (int64_t n : {0, 1, 7, 33, 32 * 1024 + 5}) {
-        params.push_back(random(t, n)), grads.push_back(random(t, n)), states.push_back(positive(q, n));
+        params.push_back(random(t, n));
+        grads.push_back(random(t, n));
+        states.push_back(positive(q, n));
         const double step = 1 + n % 3;
-        expected.push_back(params.back().doubles()), expected_states.push_back(states.back().doubles());
+        expected.push_back(params.back().doubles());
+        expected_states.push_back(states.back().doubles());
         for (int64_t i = 0; i < n; ++i)
           expected.back()[i] = right(op, params.back()[i], grads.back()[i], step, expected_states.back()[i]);
         tensors.push_back({params.back().data(), grads.back().data(), {}, n, t, q, step});
@@ -82,7 +85,8 @@ void check_step(const Op& op, bool has_state, void (*run)(const Op&, const std::
       }
   run(op, tensors);
   for (size_t i = 0; i < params.size(); ++i) {
-    near("param", params[i], expected[i], 16), near("state", states[i], expected_states[i], 4);
+    near("param", params[i], expected[i], 16);
+    near("state", states[i], expected_states[i], 4);
     if (op.after == cpu::After::zero) near("grad", grads[i], Doubles(grads[i].n, 0.0));
   }
   run(op, {});
@@ -113,7 +117,8 @@ LLMKERN_CHECK(optim) {
       }
       cpu::adam_step(op, tensors);
       for (size_t i = 0; i < states.size(); ++i) {
-        near("exp_avg", states[i].avg, expected[i].avg), near("exp_avg_sq", states[i].avg_sq, expected[i].avg_sq);
+        near("exp_avg", states[i].avg, expected[i].avg);
+        near("exp_avg_sq", states[i].avg_sq, expected[i].avg_sq);
         near("max_exp_avg_sq", states[i].max_sq, expected[i].max_sq);
         near("param", states[i].param, expected[i].param, 16);
       }

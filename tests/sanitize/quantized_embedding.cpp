@@ -14,7 +14,8 @@ void quantized_case(DType t, int bits, int64_t V, int64_t D, int64_t N) {
   cpu::quantize_rows(weight.data(), t, V, D, bits, data.get(), static_cast<float*>(scale.data()),
                      static_cast<float*>(offset.data()));
   table.data = data.get();
-  table.scale = static_cast<const float*>(scale.data()), table.offset = static_cast<const float*>(offset.data());
+  table.scale = static_cast<const float*>(scale.data());
+  table.offset = static_cast<const float*>(offset.data());
   const std::unique_ptr<int32_t[]> at(new int32_t[N]);
   for (int64_t i = 0; i < N; ++i) at[i] = static_cast<int32_t>((i * i + 3) % V);
   const Array out(t, N * D, 1);

@@ -27,11 +27,21 @@ class Layer {
     // Of an even number of packed sequences the last has no step.
     const int64_t first = c.B - (c.B % 2 == 0);
     for (int64_t t = 0; t < c.T; ++t) rows_.push_back(c.shape == kPacked ? std::max<int64_t>(1, first - t) : c.B);
-    op_.mode = c.mode, op_.T = c.T, op_.B = c.B, op_.I = c.I, op_.H = c.H, op_.P = out_, op_.heads = c.heads;
-    op_.reverse = c.reverse, op_.batch_first = c.shape == kBatchFirst;
+    op_.mode = c.mode;
+    op_.T = c.T;
+    op_.B = c.B;
+    op_.I = c.I;
+    op_.H = c.H;
+    op_.P = out_;
+    op_.heads = c.heads;
+    op_.reverse = c.reverse;
+    op_.batch_first = c.shape == kBatchFirst;
     op_.batch_sizes = c.shape == kPacked ? rows_.data() : nullptr;
-    op_.clip = c.clip, op_.zoneout_h = c.zoneout_h, op_.zoneout_c = c.zoneout_c;
-    op_.draws = c.draws, op_.seed = 0x123456789abcd;
+    op_.clip = c.clip;
+    op_.zoneout_h = c.zoneout_h;
+    op_.zoneout_c = c.zoneout_c;
+    op_.draws = c.draws;
+    op_.seed = 0x123456789abcd;
     n_ = cpu::tokens_of(op_);
     const int64_t G = cpu::gates_of(c.mode), rows = G * c.H, B = c.B, H = c.H;
     sizes_ = {{"x", n_ * c.I}, {"hx", B * out_}, {"weight_ih", rows * c.I}, {"weight_hh", rows * out_ / c.heads}};
@@ -43,7 +53,10 @@ class Layer {
     if (c.peephole) sizes_["peephole"] = 3 * H;
     if (c.norms) sizes_["norms"] = cpu::norms_of(op_);
     cotangent_sizes_ = {{"y", n_ * out_}, {"hy", B * out_}};
-    if (C > 0) cotangent_sizes_["cy"] = B * C, cotangent_sizes_["cells"] = n_ * C;
+    if (C > 0) {
+      cotangent_sizes_["cy"] = B * C;
+      cotangent_sizes_["cells"] = n_ * C;
+    }
   }
 
   Values draw(const std::map<std::string, int64_t>& sizes) const {
@@ -80,11 +93,18 @@ class Layer {
       const auto found = arrays.find(key);
       return found == arrays.end() ? nullptr : found->second.data();
     };
-    op_.dtype = dtype, op_.state_dtype = states;
-    op_.x = pointer("x"), op_.hx = pointer("hx"), op_.cx = pointer("cx");
-    op_.weight_ih = pointer("weight_ih"), op_.weight_hh = pointer("weight_hh");
-    op_.bias_ih = pointer("bias_ih"), op_.bias_hh = pointer("bias_hh");
-    op_.weight_hr = pointer("weight_hr"), op_.peephole = pointer("peephole"), op_.norms = pointer("norms");
+    op_.dtype = dtype;
+    op_.state_dtype = states;
+    op_.x = pointer("x");
+    op_.hx = pointer("hx");
+    op_.cx = pointer("cx");
+    op_.weight_ih = pointer("weight_ih");
+    op_.weight_hh = pointer("weight_hh");
+    op_.bias_ih = pointer("bias_ih");
+    op_.bias_hh = pointer("bias_hh");
+    op_.weight_hr = pointer("weight_hr");
+    op_.peephole = pointer("peephole");
+    op_.norms = pointer("norms");
     const auto outputs = [&](bool save) {
       for (const auto& [name, n] : cotangent_sizes_)
         if (save || name != "cells") arrays.emplace((save ? "saved " : "") + name, Array(type_of(name), n));
@@ -98,7 +118,8 @@ class Layer {
                              .cells = pointer(prefix + "cells"),
                              .normed = save ? pointer("normed") : nullptr});
     };
-    outputs(false), outputs(true);
+    outputs(false);
+    outputs(true);
     for (const char* name : {"y", "hy"}) same(name, arrays.at(name), arrays.at(std::string("saved ") + name));
     Values results;
     for (const auto& [name, n] : cotangent_sizes_) results[name] = arrays.at("saved " + name).doubles();
@@ -121,7 +142,8 @@ class Layer {
                          .normed = pointer("normed")},
                         gradients);
     };
-    backward({}), backward(out);
+    backward({});
+    backward(out);
     for (const auto& [name, n] : sizes_) results[name] = arrays.at("grad " + name).doubles();
     return results;
   }
@@ -155,7 +177,10 @@ void run_case(const Case& c) {
   // Short: a relu that changes sides on the way would show as an error.
   const double step = 1e-7;
   for (const auto& [name, values] : directions)
-    for (size_t i = 0; i < values.size(); ++i) ahead[name][i] += step * values[i], behind[name][i] -= step * values[i];
+    for (size_t i = 0; i < values.size(); ++i) {
+      ahead[name][i] += step * values[i];
+      behind[name][i] -= step * values[i];
+    }
   const double rise = dot(layer.run(DType::f64, DType::f64, ahead, nullptr), cotangents, cotangents) -
                       dot(layer.run(DType::f64, DType::f64, behind, nullptr), cotangents, cotangents);
   const double slope = dot(right, directions, directions);
@@ -168,10 +193,12 @@ void run_case(const Case& c) {
       for (auto& [name, all] : values)
         for (double& x : all) {
           const Array one(t, 1);
-          one.set(0, x), x = one[0];
+          one.set(0, x);
+          x = one[0];
         }
     };
-    round(rounded), round(seeds);
+    round(rounded);
+    round(seeds);
     const Values want = layer.run(DType::f64, DType::f64, rounded, &seeds);
     for (DType states : {t, DType::f32}) {
       where += std::string(" ") + name_of(t);
@@ -196,10 +223,20 @@ void check_norms(cpu::RnnMode mode, Shape shape, bool reverse) {
   Case c{mode, 2, 3, 5, 7, 0, 1, shape, reverse};
   c.norms = true;
   run_case(c);
-  c.T = 4, c.B = 9, c.H = 34, c.bias_ih = false;
+  c.T = 4;
+  c.B = 9;
+  c.H = 34;
+  c.bias_ih = false;
   run_case(c);
-  c.heads = 2, c.zoneout_h = 0.25, c.draws = true, c.bias_ih = true, c.bias_hh = false;
-  if (mode == cpu::RnnMode::lstm) c.peephole = true, c.zoneout_c = 0.5;
+  c.heads = 2;
+  c.zoneout_h = 0.25;
+  c.draws = true;
+  c.bias_ih = true;
+  c.bias_hh = false;
+  if (mode == cpu::RnnMode::lstm) {
+    c.peephole = true;
+    c.zoneout_c = 0.5;
+  }
   run_case(c);
   if (mode != cpu::RnnMode::lstm) return;
   c = {mode, 4, 9, 5, 33, 18, 1, shape, reverse};

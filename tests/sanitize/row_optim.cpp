@@ -22,7 +22,8 @@ struct Dense {
         g += u.weight_decay * p[i];
       double &first = states[0][i], &second = states[1][i], &largest = states[2][i];
       if (rule.kind == cpu::RowOptim::adam) {
-        first = u.first * first + (1 - u.first) * g, second = u.second * second + (1 - u.second) * g * g;
+        first = u.first * first + (1 - u.first) * g;
+        second = u.second * second + (1 - u.second) * g * g;
         largest = std::max(largest, second);
         const double root = std::sqrt((amsgrad ? largest : second) / (1 - std::pow(u.second, u.step)));
         p[i] -= u.lr / (1 - std::pow(u.first, u.step)) * first / (root + u.eps);
@@ -68,9 +69,10 @@ void row_case(DType t, DType state_dtype, cpu::RowRule rule, bool amsgrad, doubl
       grad[rows[i / D] * D + i % D] += 0.5 * values[i];
       looked_up[i] = dense.p[rows[i / D] * D + i % D];
     }
-    if (rule.closed)
-      cpu::row_lookup(table, indices, N, out.data()), near("looked up", out, looked_up, 4);
-    else
+    if (rule.closed) {
+      cpu::row_lookup(table, indices, N, out.data());
+      near("looked up", out, looked_up, 4);
+    } else
       cpu::row_catch_up(table, cpu::RowOrder(indices, N, V));
     dense.step(step, grad);
     table.count += cpu::row_step(table, step, 0.5, cpu::RowOrder(indices, N, V), values.data());

@@ -21,7 +21,8 @@ void check_memory() {
       cpu::release(p, bytes);
     }
   cpu::Buffer<double> a(7), b(cpu::kLargeBytes);
-  a[6] = 1, b[cpu::kLargeBytes - 1] = 2;
+  a[6] = 1;
+  b[cpu::kLargeBytes - 1] = 2;
   b = std::move(a);
   const cpu::Buffer<double> c(std::move(b));
   if (c[6] != 1) fail("a moved buffer lost its elements");
@@ -92,6 +93,12 @@ void check_probe() {
 
 }  // namespace
 
-LLMKERN_CHECK(runtime) { check_memory(), check_threads(), check_row_order(), check_elementwise(), check_probe(); }
+LLMKERN_CHECK(runtime) {
+  check_memory();
+  check_threads();
+  check_row_order();
+  check_elementwise();
+  check_probe();
+}
 
 }  // namespace llmkern::sanitize

@@ -32,7 +32,8 @@ std::map<std::string, void (*)()>& checks();
 inline constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
 inline const char* name_of(DType t) {
-  return t == DType::f32 ? "f32" : t == DType::bf16 ? "bf16" : t == DType::f16 ? "f16" : "f64";
+  static constexpr const char* kNames[] = {"f32", "bf16", "f16", "f64"};  // in the order of DType
+  return kNames[static_cast<int>(t)];
 }
 
 inline void put(float* p, double x) { *p = static_cast<float>(x); }
@@ -102,7 +103,8 @@ inline std::string text(double x) {
 }
 
 inline double epsilon(DType t) {
-  return t == DType::f64 ? 0x1p-52 : t == DType::f32 ? 0x1p-23 : t == DType::f16 ? 0x1p-10 : 0x1p-7;
+  static constexpr double kEpsilons[] = {0x1p-23, 0x1p-7, 0x1p-10, 0x1p-52};  // in the order of DType
+  return kEpsilons[static_cast<int>(t)];
 }
 
 // `scale`: of the terms of a sum, whose rounding may be larger than the result.

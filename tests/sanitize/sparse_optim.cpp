@@ -14,7 +14,8 @@ void right(const cpu::Adagrad& op, double g, double, double step, const Row& x) 
   *x[0] -= op.lr / (1 + (step - 1) * op.lr_decay) * g / (std::sqrt(*x[1]) + op.eps);
 }
 void right(const cpu::SparseAdam& op, double g, double, double, const Row& x) {
-  *x[1] += (1 - op.beta1) * (g - *x[1]), *x[2] += (1 - op.beta2) * (g * g - *x[2]);
+  *x[1] += (1 - op.beta1) * (g - *x[1]);
+  *x[2] += (1 - op.beta2) * (g * g - *x[2]);
   *x[0] -= op.step_size * *x[1] / (std::sqrt(*x[2]) + op.eps);
 }
 // The state is of the row: every element adds its part, and `total` is where it will be.
