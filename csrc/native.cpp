@@ -9,7 +9,6 @@
 
 #include <atomic>
 #include <map>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -142,9 +141,9 @@ py::array elementwise(const std::string& name, const py::array& x) {
 // --- the machine ---
 
 py::dict build_info() {
-  std::vector<std::string> isas;
-  std::istringstream names(LLMKERN_BUILT_ISAS);
-  for (std::string name; names >> name;) isas.push_back(name);
+#define LLMKERN_NAME(isa, condition) #isa,
+  const std::vector<std::string> isas{LLMKERN_ISAS(LLMKERN_NAME)};
+#undef LLMKERN_NAME
   py::dict info;
   info["version"] = LLMKERN_VERSION;
   info["compiler"] = LLMKERN_COMPILER;

@@ -10,7 +10,7 @@ namespace llmkern::cpu {
 class BagGradient {
  public:
   // dout (B, D); `largest` (B, D) of a max, else null. table.weight is not read, and may be null.
-  BagGradient(const Table& table, const Bags& bags, bool mean, const void* dout, const int32_t* largest);
+  BagGradient(const BagTable& table, const Bags& bags, bool mean, const void* dout, const int32_t* largest);
   const RowOrder& order() const { return order_; }
   Terms terms() const;
 

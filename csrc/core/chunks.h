@@ -1,5 +1,5 @@
 // Many tensors as one row of chunks, dealt to the threads of one parallel region: small tensors cost no region each,
-// large ones are shared out.
+// large ones are split.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,11 +9,12 @@
 namespace llmkern::cpu {
 
 // Calls f(tensor, begin, end, chunk) for elements [begin, end) of each; `chunk` counts through all tensors. A tensor
-// has a field n. How it is cut depends on nothing else, so a sum by chunks has the same bits for any number of threads.
+// has a field n. How it is split depends on nothing else, so a sum by chunks has the same bits for any number of
+// threads.
 template <class Tensor>
-class Chunks {
+class TensorChunks {
  public:
-  explicit Chunks(const std::vector<Tensor>& tensors) : tensors_(tensors) {
+  explicit TensorChunks(const std::vector<Tensor>& tensors) : tensors_(tensors) {
     for (const Tensor& tensor : tensors) first_.push_back(first_.back() + ceil_div(tensor.n, kElements));
   }
   int64_t count() const { return first_.back(); }

@@ -1,19 +1,19 @@
 // Cross-entropy from logits.
 //
 // Traffic: outputs read the N*V logits once from memory; with the gradient N*V are written once as well. torch makes
-// 8-9 passes over memory for the same. A row is taken in slabs: one sweep finds a slab's maximum, one its exponentials
-// e = exp(z - max of the slab), kept in a scratch row in the L2 cache, and their sum. Once all slabs are known, a last
-// sweep turns e into the gradient. One exp per element.
+// 8-9 passes over memory for the same. A row is taken in blocks: one sweep finds a block's maximum, one its
+// exponentials e = exp(z - max of the block), kept in a scratch row in the L2 cache, and their sum. Once all blocks are
+// known, a last sweep turns e into the gradient. One exp per element.
 //
 // Arithmetic (about 20 instructions a vector) takes as long as the traffic, so the two must not take turns: the
-// exponentials of a slab fetch the next, and between them the gradient of the row before is written.
+// exponentials of a block fetch the next, and between them the gradient of the row before is written.
 //
-// Rows are shared out among the threads; if there are fewer rows than threads, a row's slabs are. Classes that do not
+// Rows are shared out among the threads; if there are fewer rows than threads, a row's blocks are. Classes that do not
 // lie side by side (D > 1) are transposed into scratch rows, as many as a cache line holds, and their gradients back.
 //
 // Asked for with the outputs, the gradient is precomputed for the cotangents that will come: functional knows the
 // reduction, and so the factor of each row. ops/_losses.py keeps it for the backward, and calls this function again if
-// others come: then the slabs are summed again, and the bits are the same.
+// others come: then the blocks are summed again, and the bits are the same.
 #include "core/cross_entropy.h"
 
 #include <algorithm>
@@ -37,7 +37,7 @@ constexpr int64_t kGroup = 16;         // rows that are transposed together
 
 // One call: what its rows share.
 template <class A>
-struct Call {
+struct LossCall {
   const CrossEntropy& op;
   const CrossEntropyOutputs& outputs;
   const CrossEntropyCotangents& cotangents;
@@ -48,8 +48,8 @@ struct Call {
   // u of index targets, which is one for all rows; without class weights it is the number `rest`.
   Buffer<A> shared_u{op.weight && op.label_smoothing != 0 && op.target ? static_cast<size_t>(op.V) : 0};
 
-  Call(const CrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
-       const CrossEntropyGradients& gradients)
+  LossCall(const CrossEntropy& op, const CrossEntropyOutputs& outputs, const CrossEntropyCotangents& cotangents,
+           const CrossEntropyGradients& gradients)
       : op(op), outputs(outputs), cotangents(cotangents) {
     const int64_t bytes = op.N * op.V * op.D * itemsize(gradients.dtype);
     stream = bytes > kStreamBytes && op.D == 1;
@@ -62,33 +62,33 @@ struct Call {
   const A* weights() const { return op.weight ? w.get() : nullptr; }
   bool shared_u_used() const { return op.weight && op.label_smoothing != 0 && op.target; }
   double uniform() const { return op.target ? rest : 0; }
-  int64_t slabs() const { return ceil_div(op.V, kCrossEntropySlab); }
+  int64_t blocks() const { return ceil_div(op.V, kCrossEntropyBlock); }
 };
 
 // What a thread needs for a row.
 template <class A>
-struct Scratch {
+struct RowScratch {
   Buffer<A> e, u;
   Buffer<CrossEntropyPart> parts;
 
-  explicit Scratch(const Call<A>& call)
-      : e(call.wants_gradient ? call.op.V : 0), u(call.needs_u ? call.op.V : 0), parts(call.slabs()) {}
+  explicit RowScratch(const LossCall<A>& call)
+      : e(call.wants_gradient ? call.op.V : 0), u(call.needs_u ? call.op.V : 0), parts(call.blocks()) {}
 };
 
-// One row, in phases that can be shared out by slabs: reduce, combine, gradient.
+// One row, in phases that can be shared out by blocks: reduce, combine, gradient.
 template <class A>
-struct Row {
-  const Call<A>& call;
+struct LossRow {
+  const LossCall<A>& call;
   const CrossEntropy& op;  // of the call, or with the dtypes of scratch rows
-  const Scratch<A>& scratch;
+  const RowScratch<A>& scratch;
   int64_t i;
   const void *x, *t;  // t: this row's probabilities
   void *dx, *dt;
   DType dx_dtype;
   CrossEntropyFactors k{};
 
-  int64_t begin(int64_t s) const { return s * kCrossEntropySlab; }
-  int64_t size(int64_t s) const { return std::min(kCrossEntropySlab, op.V - begin(s)); }
+  int64_t begin(int64_t s) const { return s * kCrossEntropyBlock; }
+  int64_t size(int64_t s) const { return std::min(kCrossEntropyBlock, op.V - begin(s)); }
   const void* logits(int64_t v) const { return at(x, v, op.dtype); }
   const A* u(int64_t v) const {
     if (call.needs_u) return scratch.u.get() + v;
@@ -101,7 +101,7 @@ struct Row {
   }
 
   // `last`: a row whose gradient is written meanwhile, or null.
-  void reduce(int64_t s0, int64_t s1, const Row* last = nullptr) const {
+  void reduce(int64_t s0, int64_t s1, const LossRow* last = nullptr) const {
     const bool entropy = call.outputs.entropy || call.cotangents.entropy;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t v = begin(s), n = size(s);
@@ -109,7 +109,7 @@ struct Row {
       if (call.needs_u)
         call.kernels.targets(from, op.target_dtype, call.weights() ? call.weights() + v : nullptr, call.keep, call.rest,
                              n, scratch.u.get() + v);
-      const auto job = last ? last->gradient_of(s) : CrossEntropySlabGradient{};
+      const auto job = last ? last->gradient_of(s) : CrossEntropyBlockGradient{};
       call.kernels.reduce(op, logits(v), u(v), call.uniform(), n, entropy,
                           call.wants_gradient ? scratch.e.get() + v : nullptr, &scratch.parts[s],
                           last ? &job : nullptr);
@@ -119,10 +119,10 @@ struct Row {
   void combine() {
     const double inf = std::numeric_limits<double>::infinity();
     double most = -inf, sum = 0, total = 0, weighted = 0, moment = 0;
-    for (int64_t s = 0; s < call.slabs(); ++s) most = std::max(most, scratch.parts[s].max);
+    for (int64_t s = 0; s < call.blocks(); ++s) most = std::max(most, scratch.parts[s].max);
     // A row of -inf, or with +inf, has no softmax: everything that follows is NaN, as torch has it.
     const double m = std::isinf(most) ? std::numeric_limits<double>::quiet_NaN() : most;
-    for (int64_t s = 0; s < call.slabs(); ++s) {
+    for (int64_t s = 0; s < call.blocks(); ++s) {
       const CrossEntropyPart& part = scratch.parts[s];
       const double factor = part.max == -inf ? 0 : std::exp(part.base - m);
       sum += factor * part.sum;
@@ -158,7 +158,7 @@ struct Row {
 
   // The first z that equals `value` or is NaN, or -1.
   int64_t find(double value) const {
-    for (int64_t s = 0; s < call.slabs(); ++s) {
+    for (int64_t s = 0; s < call.blocks(); ++s) {
       const CrossEntropyPart& part = scratch.parts[s];
       if (part.max != value && !std::isnan(part.sum)) continue;
       const int64_t found = call.kernels.find(op, logits(begin(s)), size(s), value);
@@ -167,12 +167,12 @@ struct Row {
     return -1;
   }
 
-  CrossEntropySlabGradient gradient_of(int64_t s) const {
+  CrossEntropyBlockGradient gradient_of(int64_t s) const {
     const int64_t v = begin(s), n = size(s), y = op.target ? op.target[i] - v : -1;
     const CrossEntropyPart& part = scratch.parts[s];
-    CrossEntropyFactors of_slab = k;
-    of_slab.p *= std::isinf(part.max) && part.max < 0 ? 0 : std::exp(part.base - k.m);
-    return {of_slab,
+    CrossEntropyFactors of_block = k;
+    of_block.p *= std::isinf(part.max) && part.max < 0 ? 0 : std::exp(part.base - k.m);
+    return {of_block,
             logits(v),
             u(v),
             call.weights() ? call.weights() + v : nullptr,
@@ -196,76 +196,76 @@ struct Row {
   }
   void run() {
     if (ignored()) return skip();
-    reduce(0, call.slabs());
+    reduce(0, call.blocks());
     combine();
-    if (call.wants_gradient) gradient(0, call.slabs());
+    if (call.wants_gradient) gradient(0, call.blocks());
   }
 };
 
 // Classes side by side.
 template <class A>
-void rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
+void rows(const LossCall<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
   const CrossEntropy& op = call.op;
-  // Gradients that are narrower than the logits whose place they take: their slabs lie over logits of other slabs.
+  // Gradients that are narrower than the logits whose place they take: their blocks lie over logits of other blocks.
   const bool inplace = gradients.dlogits == logits, narrowed = inplace && gradients.dtype != op.dtype;
-  const auto row = [&](const Scratch<A>& scratch, int64_t i) {
+  const auto row = [&](const RowScratch<A>& scratch, int64_t i) {
     const auto of = [&](auto* p, DType dtype) { return at(p, i * op.V, dtype); };
-    return Row<A>{call,
-                  op,
-                  scratch,
-                  i,
-                  of(logits, op.dtype),
-                  of(op.probabilities, op.target_dtype),
-                  of(gradients.dlogits, inplace ? op.dtype : gradients.dtype),
-                  of(gradients.dtarget, op.target_dtype),
-                  gradients.dtype};
+    return LossRow<A>{call,
+                      op,
+                      scratch,
+                      i,
+                      of(logits, op.dtype),
+                      of(op.probabilities, op.target_dtype),
+                      of(gradients.dlogits, inplace ? op.dtype : gradients.dtype),
+                      of(gradients.dtarget, op.target_dtype),
+                      gradients.dtype};
   };
-  if (op.N >= threads_of_region() || call.slabs() == 1 || narrowed)
+  if (op.N >= threads_of_region() || call.blocks() == 1 || narrowed)
     return parallel_for(op.N, rows_in(kGrain, op.V), [&](int64_t begin, int64_t end) {
       // The gradient of a row is written while the next is reduced: memory and arithmetic keep each other company.
-      const Scratch<A> scratch[2] = {Scratch<A>(call), Scratch<A>(call)};
-      std::optional<Row<A>> last;
+      const RowScratch<A> scratch[2] = {RowScratch<A>(call), RowScratch<A>(call)};
+      std::optional<LossRow<A>> last;
       int free = 0;
       for (int64_t i = begin; i < end; ++i) {
-        Row<A> next = row(scratch[free], i);
+        LossRow<A> next = row(scratch[free], i);
         if (next.ignored()) {
           next.skip();
           continue;
         }
-        next.reduce(0, call.slabs(), last ? &*last : nullptr);
+        next.reduce(0, call.blocks(), last ? &*last : nullptr);
         next.combine();
         if (call.wants_gradient) {
           last.emplace(next);
           free ^= 1;
         }
       }
-      if (last) last->gradient(0, call.slabs());
+      if (last) last->gradient(0, call.blocks());
     });
-  const Scratch<A> scratch(call);
+  const RowScratch<A> scratch(call);
   for (int64_t i = 0; i < op.N; ++i) {
-    Row<A> one = row(scratch, i);
+    LossRow<A> one = row(scratch, i);
     if (one.ignored()) {
       one.skip();
       continue;
     }
-    constexpr int64_t kSlabs = kGrain / kCrossEntropySlab;
-    parallel_for(call.slabs(), kSlabs, [&](int64_t begin, int64_t end) { one.reduce(begin, end); });
+    constexpr int64_t kBlocks = kGrain / kCrossEntropyBlock;
+    parallel_for(call.blocks(), kBlocks, [&](int64_t begin, int64_t end) { one.reduce(begin, end); });
     one.combine();
     if (call.wants_gradient)
-      parallel_for(call.slabs(), kSlabs, [&](int64_t begin, int64_t end) { one.gradient(begin, end); });
+      parallel_for(call.blocks(), kBlocks, [&](int64_t begin, int64_t end) { one.gradient(begin, end); });
   }
 }
 
 // Classes D elements apart.
 template <class A>
-void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
+void transposed_rows(const LossCall<A>& call, const void* logits, const CrossEntropyGradients& gradients) {
   const CrossEntropy& op = call.op;
   CrossEntropy wide = op;
   wide.dtype = accum_of(op.dtype);
   if (op.probabilities) wide.target_dtype = wide.dtype;
   const int64_t groups = ceil_div(op.D, kGroup);
   parallel_for(op.N * groups, rows_in(kGrain, op.V * kGroup), [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(call);
+    const RowScratch<A> scratch(call);
     const size_t size = static_cast<size_t>(kGroup * op.V);
     const Buffer<A> x(size), t(op.probabilities ? size : 0), dt(gradients.dtarget ? size : 0);
     for (int64_t item = begin; item < end; ++item) {
@@ -283,15 +283,15 @@ void transposed_rows(const Call<A>& call, const void* logits, const CrossEntropy
       if (op.probabilities) gather(op.probabilities, op.target_dtype, t.get());
       for (int64_t r = 0; r < width; ++r) {
         A* const own = x.get() + r * op.V;
-        Row<A>{call,
-               wide,
-               scratch,
-               n * op.D + d + r,
-               own,
-               op.probabilities ? t.get() + r * op.V : nullptr,
-               gradients.dlogits ? own : nullptr,
-               gradients.dtarget ? dt.get() + r * op.V : nullptr,
-               wide.dtype}
+        LossRow<A>{call,
+                   wide,
+                   scratch,
+                   n * op.D + d + r,
+                   own,
+                   op.probabilities ? t.get() + r * op.V : nullptr,
+                   gradients.dlogits ? own : nullptr,
+                   gradients.dtarget ? dt.get() + r * op.V : nullptr,
+                   wide.dtype}
             .run();
       }
       if (gradients.dlogits) scatter(x.get(), gradients.dlogits, gradients.dtype);
@@ -321,9 +321,9 @@ void cross_entropy(const CrossEntropy& op, const void* logits, const CrossEntrop
     op.D == 1 ? rows(call, logits, gradients) : transposed_rows(call, logits, gradients);
   };
   if (op.dtype == DType::f64)
-    run(Call<double>(op, outputs, cotangents, gradients));
+    run(LossCall<double>(op, outputs, cotangents, gradients));
   else
-    run(Call<float>(op, outputs, cotangents, gradients));
+    run(LossCall<float>(op, outputs, cotangents, gradients));
 }
 
 }  // namespace llmkern::cpu

@@ -52,13 +52,13 @@ void cross_entropy(const CrossEntropy& op, const void* logits, const CrossEntrop
 // Throws std::out_of_range if a target is neither ignore_index nor in [0, V).
 void check_targets(const CrossEntropy& op);
 
-// Of a slab of a row: max z; with base = max, or 0 if that is -inf: sum of e = exp(z - base), of u, of u (z - base),
+// Of a block of a row: max z; with base = max, or 0 if that is -inf: sum of e = exp(z - base), of u, of u (z - base),
 // and of e (z - base).
 struct CrossEntropyPart {
   double max, base, sum, total, weighted, entropy;
 };
 
-// What turns a slab's e into its gradients:
+// What turns a block's e into its gradients:
 //   dz = s (softmax - entropy (z - m)) - loss u, s = e p the softmax of z; at the target, own of `softmax` goes with s
 //   - 1 dt = loss keep w (m + log_sum - z)
 struct CrossEntropyFactors {
@@ -67,9 +67,9 @@ struct CrossEntropyFactors {
   double m, log_sum, own, keep;
 };
 
-// What to write for n <= kCrossEntropySlab logits x. y: the target's place among them, or -1. e: what reduce left. u
+// What to write for n <= kCrossEntropyBlock logits x. y: the target's place among them, or -1. e: what reduce left. u
 // and w as there, w null for ones. dx, or dt, or both.
-struct CrossEntropySlabGradient {
+struct CrossEntropyBlockGradient {
   CrossEntropyFactors k;
   const void *x, *u, *w, *e;
   int64_t n, y;
@@ -82,11 +82,11 @@ struct CrossEntropySlabGradient {
 struct CrossEntropyKernels {
   // u = w (t keep + uniform), n elements; t null: zeros, w null: ones. t of `dtype`, w and u in Accum.
   void (*targets)(const void* t, DType dtype, const void* w, double keep, double uniform, int64_t n, void* u);
-  // A slab of n <= kCrossEntropySlab logits; u null: `uniform`. e (n, Accum) may be null. `meanwhile`, if not null: the
-  // gradient of as many logits of another row, which is written between the exponentials.
+  // A block of n <= kCrossEntropyBlock logits; u null: `uniform`. e (n, Accum) may be null. `meanwhile`, if not null:
+  // the gradient of as many logits of another row, which is written between the exponentials.
   void (*reduce)(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
-                 CrossEntropyPart* part, const CrossEntropySlabGradient* meanwhile);
-  void (*gradient)(const CrossEntropy& op, const CrossEntropySlabGradient& slab);
+                 CrossEntropyPart* part, const CrossEntropyBlockGradient* meanwhile);
+  void (*gradient)(const CrossEntropy& op, const CrossEntropyBlockGradient& block);
   // The first z that equals `value` or is NaN, or -1.
   int64_t (*find)(const CrossEntropy& op, const void* x, int64_t n, double value);
   // z[0], in double.
@@ -96,7 +96,7 @@ struct CrossEntropyKernels {
 };
 
 // Elements of a row that are taken together: the logits and their exponentials stay in the first-level cache.
-inline constexpr int64_t kCrossEntropySlab = 2048;
+inline constexpr int64_t kCrossEntropyBlock = 2048;
 
 }  // namespace llmkern::cpu
 

@@ -21,7 +21,7 @@ constexpr int64_t kBlockBytes = 1024 * 1024;
 
 // f(begin, end) on blocks of bags; it gives -1 or the position of a bad index.
 template <class F>
-void over_bags(const Table& table, const Bags& bags, const F& f) {
+void over_bags(const BagTable& table, const Bags& bags, const F& f) {
   const int64_t bag_bytes = (1 + bags.N / std::max<int64_t>(1, bags.B)) * (1 + table.D) * itemsize(table.dtype);
   std::atomic<int64_t> bad{bags.N};
   parallel_blocks(bags.B, 1 + kBlockBytes / bag_bytes, [&](int64_t begin, int64_t end) {
@@ -58,20 +58,21 @@ void bag_starts(Indices offsets, int64_t N, int64_t B, bool include_last, int64_
                                   "; each says where a bag begins");
 }
 
-void embedding_bag_forward(const Table& table, const Bags& bags, bool mean, void* out) {
+void embedding_bag_forward(const BagTable& table, const Bags& bags, bool mean, void* out) {
   over_bags(table, bags, [&](int64_t begin, int64_t end) {
     return LLMKERN_SELECT(embedding_bag).sum(table, bags, mean, begin, end, out);
   });
 }
 
-void embedding_bag_max_forward(const Table& table, const Bags& bags, void* out, int32_t* largest) {
+void embedding_bag_max_forward(const BagTable& table, const Bags& bags, void* out, int32_t* largest) {
   if (bags.N > INT32_MAX) throw std::invalid_argument("embedding_bag: a max is taken of at most 2^31 - 1 indices");
   over_bags(table, bags, [&](int64_t begin, int64_t end) {
     return LLMKERN_SELECT(embedding_bag).max(table, bags, begin, end, out, largest);
   });
 }
 
-void embedding_bag_samples_backward(const Table& table, const Bags& bags, bool mean, const void* dout, void* dsamples) {
+void embedding_bag_samples_backward(const BagTable& table, const Bags& bags, bool mean, const void* dout,
+                                    void* dsamples) {
   const int64_t size = itemsize(table.dtype);
   if (const int64_t used = bags.starts[bags.B]; used < bags.N)
     std::fill(static_cast<char*>(dsamples) + used * size, static_cast<char*>(dsamples) + bags.N * size, char{0});
@@ -80,7 +81,7 @@ void embedding_bag_samples_backward(const Table& table, const Bags& bags, bool m
   });
 }
 
-BagGradient::BagGradient(const Table& table, const Bags& bags, bool mean, const void* dout, const int32_t* largest)
+BagGradient::BagGradient(const BagTable& table, const Bags& bags, bool mean, const void* dout, const int32_t* largest)
     : dout_(dout),
       largest_(largest),
       dtype_(table.dtype),

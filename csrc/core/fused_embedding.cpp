@@ -6,7 +6,7 @@
 //
 // Backward: one pass writes the gradient at the sum, (N, D) of scratch, because a norm's gradient needs a whole row
 // before its first element is known; then each table adds up its rows of it, by tokens, positions and types. Gradients
-// of the norm's own weights are partial sums over fixed shares of the tokens, added in order: the same bits for any
+// of the norm's own weights are partial sums over fixed chunks of the tokens, added in order: the same bits for any
 // number of threads.
 #include "core/fused_embedding.h"
 
@@ -24,8 +24,8 @@
 namespace llmkern::cpu {
 namespace {
 
-// Shares of the tokens for the norm's gradients: as many as this, of at least so many tokens.
-constexpr int64_t kShares = 128, kShareTokens = 32;
+// Chunks of the tokens for the norm's gradients: as many as this, of at least so many tokens.
+constexpr int64_t kChunks = 128, kChunkTokens = 32;
 
 int64_t row_bytes(const FusedEmbedding& op) { return op.D * itemsize(op.dtype); }
 
@@ -73,24 +73,24 @@ void normalise_backward(const FusedEmbedding& op, const void* dout, const void* 
   const auto& kernels = LLMKERN_SELECT(fused_embedding);
   const int64_t accum = itemsize(accum_of(op.dtype));
   const bool learns = to.norm_weight || to.norm_bias;
-  const int64_t tokens = std::max(kShareTokens, ceil_div(op.N, kShares)), shares = ceil_div(op.N, tokens);
-  const int64_t share_bytes = learns ? 2 * op.D * accum : 0;
-  const Buffer<char> sums(shares * share_bytes);
-  parallel_for(shares, std::max<int64_t>(1, grain_rows(op) / tokens), [&](int64_t begin, int64_t end) {
+  const int64_t tokens = std::max(kChunkTokens, ceil_div(op.N, kChunks)), chunks = ceil_div(op.N, tokens);
+  const int64_t chunk_bytes = learns ? 2 * op.D * accum : 0;
+  const Buffer<char> sums(chunks * chunk_bytes);
+  parallel_for(chunks, std::max<int64_t>(1, grain_rows(op) / tokens), [&](int64_t begin, int64_t end) {
     const Buffer<char> scratch(op.norm == Norm::none ? 0 : 2 * op.D * accum);
     for (int64_t i = begin; i < end; ++i) {
-      char* const share = sums.get() + i * share_bytes;
-      std::memset(share, 0, share_bytes);
+      char* const chunk = sums.get() + i * chunk_bytes;
+      std::memset(chunk, 0, chunk_bytes);
       for (int64_t n = i * tokens; n < std::min(op.N, (i + 1) * tokens); ++n)
         kernels.backward(op, n, rows_of(op, n), static_cast<const char*>(dout) + n * row_bytes(op),
                          static_cast<const char*>(stats) + n * 2 * accum, dsum ? dsum + n * row_bytes(op) : nullptr,
-                         learns ? share : nullptr, scratch.get());
+                         learns ? chunk : nullptr, scratch.get());
     }
   });
   char* const parts[] = {sums.get(), sums.get() + op.D * accum};
   void* const results[] = {to.norm_weight, to.norm_bias};
   for (int k = 0; k < 2; ++k)
-    if (results[k]) kernels.add_up(parts[k], shares, 2 * op.D, op.D, op.dtype, results[k]);
+    if (results[k]) kernels.add_up(parts[k], chunks, 2 * op.D, op.D, op.dtype, results[k]);
 }
 
 }  // namespace

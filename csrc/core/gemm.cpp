@@ -77,7 +77,7 @@ struct Depth {
 };
 
 template <class S>
-struct Problem {
+struct GemmProblem {
   const GemmKernels<S>& kernels;
   int64_t M, N, K;
   Matrix A, B;  // B as (N, K): its transpose
@@ -102,13 +102,13 @@ struct Problem {
 
 // Where a block of C is summed: C itself, or scratch if C's type is narrower than S.
 template <class S>
-struct Sums {
-  const Problem<S>& p;
+struct BlockSums {
+  const GemmProblem<S>& p;
   int64_t i0, i1, j0, j1, ld;
   S* at;
   bool direct, accumulate;
 
-  Sums(const Problem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, S* scratch)
+  BlockSums(const GemmProblem<S>& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, S* scratch)
       : p(p), i0(i0), i1(i1), j0(j0), j1(j1), direct(!p.narrow()) {
     ld = direct ? p.C.ld : j1 - j0;
     at = direct ? reinterpret_cast<S*>(p.c_at(i0, j0)) : scratch;
@@ -126,11 +126,11 @@ struct Sums {
 // its end.
 template <class S>
 struct RowPanels {
-  const Problem<S>& p;
+  const GemmProblem<S>& p;
   int64_t first, count, pitch;
   S* data;
 
-  RowPanels(const Problem<S>& p, int64_t first, int64_t last, S* data)
+  RowPanels(const GemmProblem<S>& p, int64_t first, int64_t last, S* data)
       : p(p), first(first), count(last - first), pitch(round_up(p.kernels.rows * p.longest() + kSlack)), data(data) {}
   int64_t row(int64_t r) const { return p.rows()[first + r] - p.rows()[first]; }
   int height(int64_t r) const { return static_cast<int>(row(r + 1) - row(r)); }
@@ -142,11 +142,11 @@ struct RowPanels {
 
 // Tiles of rows [r0, r1) of columns [j0, j1), from panels of B that begin at column `origin`.
 template <class S>
-void block(const Problem<S>& p, int64_t r0, int64_t r1, int64_t j0, int64_t j1, const S* panels, int64_t origin, S* a,
-           S* scratch) {
+void block(const GemmProblem<S>& p, int64_t r0, int64_t r1, int64_t j0, int64_t j1, const S* panels, int64_t origin,
+           S* a, S* scratch) {
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols, pitch = p.pass().steps;
-  const Sums<S> sums(p, p.rows()[r0], p.rows()[r1], j0, j1, scratch);
+  const BlockSums<S> sums(p, p.rows()[r0], p.rows()[r1], j0, j1, scratch);
   const RowPanels<S> A(p, r0, r1, a);
   for (int64_t d = p.d0; d < p.d1; ++d) {
     const Depth k = p.depth(d);
@@ -161,7 +161,7 @@ void block(const Problem<S>& p, int64_t r0, int64_t r1, int64_t j0, int64_t j1, 
 }
 
 template <class S>
-void run(const Problem<S>& p) {
+void run(const GemmProblem<S>& p) {
   const auto& kernels = p.kernels;
   const int64_t rows = kernels.rows, cols = kernels.cols, size = sizeof(S), pitch = p.pass().steps;
   const int threads = threads_for(p.M, p.N, p.K);
@@ -209,10 +209,10 @@ void run(const Problem<S>& p) {
 
 // Columns [j0, j1). With one tile of rows, B is used where it lies.
 template <class S>
-void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A, S* b, S* scratch) {
+void columns(const GemmProblem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A, S* b, S* scratch) {
   const auto& kernels = p.kernels;
   const int64_t cols = kernels.cols;
-  const Sums<S> sums(p, 0, p.M, j0, j1, scratch);
+  const BlockSums<S> sums(p, 0, p.M, j0, j1, scratch);
   const bool in_place = A.count == 1 && p.B.transposed && accum_of(p.B.dtype) == p.B.dtype;
   for (int64_t d = p.d0; d < p.d1; ++d) {
     const Depth k = p.depth(d);
@@ -235,9 +235,9 @@ void columns(const Problem<S>& p, int64_t j0, int64_t j1, const RowPanels<S>& A,
   sums.finish();
 }
 
-// A row or few, and B's columns in one piece each: inner products, nothing is packed but a's rows.
+// A row or few, and B's columns contiguous: inner products, nothing is packed but a's rows.
 template <class S>
-void run_dots(const Problem<S>& p) {
+void run_dots(const GemmProblem<S>& p) {
   const auto& kernels = p.kernels;
   const int threads = threads_for(p.M, p.N, p.K);
   const Split blocks = split(p.N, std::clamp<int64_t>(p.N / (4 * threads) / 16 * 16, 16, 1024));
@@ -252,7 +252,7 @@ void run_dots(const Problem<S>& p) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t c = 0; c < blocks.count; ++c) {
     const int64_t j0 = blocks[c], j1 = blocks[c + 1];
-    const Sums<S> sums(p, 0, p.M, j0, j1, lines + p.M * pitch + omp_get_thread_num() * own);
+    const BlockSums<S> sums(p, 0, p.M, j0, j1, lines + p.M * pitch + omp_get_thread_num() * own);
     for (int64_t d = 0; d < depths.count; ++d) {
       const int64_t k = depths[d];
       kernels.dots(static_cast<int>(p.M), j1 - j0, depths[d + 1] - k, a + k * size, pitch,
@@ -267,17 +267,17 @@ void run_dots(const Problem<S>& p) {
 
 // Packing B costs more than reading it once for every four rows: up to so many.
 template <class S>
-bool is_short(const Problem<S>& p) {
+bool is_short(const GemmProblem<S>& p) {
   return !p.B.transposed && p.M <= (p.K < 512 ? 8 : 24);
 }
 
 template <class S>
-bool is_flat(const Problem<S>& p) {
+bool is_flat(const GemmProblem<S>& p) {
   return p.M * p.longest() * static_cast<int64_t>(sizeof(S)) <= kBlockBytes;
 }
 
 template <class S>
-void run_flat(const Problem<S>& p) {
+void run_flat(const GemmProblem<S>& p) {
   const auto& kernels = p.kernels;
   const int threads = threads_for(p.M, p.N, p.K);
   const int64_t cols = kernels.cols, panels = ceil_div(p.N, cols), depths = p.d1 - p.d0;
@@ -302,15 +302,15 @@ void run_flat(const Problem<S>& p) {
 template <class S>
 void gemm_in(const GemmKernels<S>& kernels, int64_t M, int64_t N, int64_t K, Matrix A, Matrix B, MutableView C,
              bool accumulate, const void* bias) {
-  Problem<S> p{.kernels = kernels,
-               .M = M,
-               .N = N,
-               .K = K,
-               .A = A,
-               .B = B,
-               .C = C,
-               .accumulate = accumulate,
-               .bias = static_cast<const S*>(bias)};
+  GemmProblem<S> p{.kernels = kernels,
+                   .M = M,
+                   .N = N,
+                   .K = K,
+                   .A = A,
+                   .B = B,
+                   .C = C,
+                   .accumulate = accumulate,
+                   .bias = static_cast<const S*>(bias)};
   p.B.transposed = !B.transposed;
   if (is_short(p)) return run_dots(p);
   // Deep products go in passes over k; a narrow result then needs a wide one to be summed in.

@@ -12,7 +12,7 @@
 namespace llmkern::cpu {
 double sum_of_squares(const std::vector<Span>& tensors) {
   const auto kernel = LLMKERN_SELECT(grad_norm).sum_of_squares;
-  const Chunks chunks(tensors);
+  const TensorChunks chunks(tensors);
   std::vector<double> sums(chunks.count());
   chunks.parallel([&](const Span& tensor, int64_t begin, int64_t end, int64_t chunk) {
     sums[chunk] = kernel(at(tensor.data, begin, tensor.dtype), end - begin, tensor.dtype);
@@ -24,7 +24,7 @@ double sum_of_squares(const std::vector<Span>& tensors) {
 
 void scale(const std::vector<Span>& tensors, double factor) {
   const auto kernel = LLMKERN_SELECT(grad_norm).scale;
-  Chunks(tensors).parallel([&](const Span& tensor, int64_t begin, int64_t end, int64_t) {
+  TensorChunks(tensors).parallel([&](const Span& tensor, int64_t begin, int64_t end, int64_t) {
     kernel(at(tensor.data, begin, tensor.dtype), end - begin, tensor.dtype, factor);
   });
 }

@@ -12,7 +12,7 @@ namespace {
 
 template <class Op>
 void step(OptimKernel<Op> kernel, const Op& op, const std::vector<OptimTensor>& tensors) {
-  Chunks(tensors).parallel(
+  TensorChunks(tensors).parallel(
       [&](const OptimTensor& tensor, int64_t begin, int64_t end, int64_t) { kernel(op, tensor, begin, end); });
 }
 

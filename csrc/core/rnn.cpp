@@ -26,7 +26,7 @@ constexpr int64_t kNormedRows = 64;  // that share what a panel's load costs, an
 template <class S>
 class Projection {
  public:
-  Projection(const Problem<S>& p, const RnnOutputs& out, const States<S>& states)
+  Projection(const RnnProblem<S>& p, const RnnOutputs& out, const States<S>& states)
       : p_(p), out_(out), states_(states), panels_(p) {
     if (!p.op.weight_hr) return;
     panels_.add({.w = p.op.weight_hr, .ld = p.op.H, .count = p.op.P}, {{.k = 0, .depth = p.op.H, .column = 0}});
@@ -56,7 +56,7 @@ class Projection {
     copy({.data = at(out_.y, token * P + u, p_.op.dtype), .dtype = p_.op.dtype, .ld = p_.tokens.stride() * P});
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const RnnOutputs& out_;
   const States<S>& states_;
   Panels<S> panels_;
@@ -64,7 +64,7 @@ class Projection {
 
 // What both loops hand to a cell, but for the step's own.
 template <class S>
-RnnForwardArgs arguments_of(const Problem<S>& p, const RnnOutputs& out, const States<S>& states,
+RnnForwardArgs arguments_of(const RnnProblem<S>& p, const RnnOutputs& out, const States<S>& states,
                             const Biases<S>& biases, const InputSums<S>& input) {
   const bool projected = p.op.weight_hr;
   return {.op = &p.op,
@@ -85,7 +85,7 @@ RnnForwardArgs arguments_of(const Problem<S>& p, const RnnOutputs& out, const St
 template <class S>
 class CellLoop {
  public:
-  CellLoop(const Problem<S>& p, const States<S>& states, const InputSums<S>& input, const Projection<S>& projection,
+  CellLoop(const RnnProblem<S>& p, const States<S>& states, const InputSums<S>& input, const Projection<S>& projection,
            const RnnForwardArgs& args)
       : p_(p), states_(states), input_(input), projection_(projection), args_(args), weights_(p) {
     const Rnn& op = p.op;
@@ -136,7 +136,7 @@ class CellLoop {
   }
 
  private:
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const States<S>& states_;
   const InputSums<S>& input_;
   const Projection<S>& projection_;
@@ -148,8 +148,8 @@ class CellLoop {
 template <class S>
 class NormedLoop {
  public:
-  NormedLoop(const Problem<S>& p, const States<S>& states, const InputSums<S>& input, const Projection<S>& projection,
-             const RnnForwardArgs& args, const S* bias, void* normed, int threads)
+  NormedLoop(const RnnProblem<S>& p, const States<S>& states, const InputSums<S>& input,
+             const Projection<S>& projection, const RnnForwardArgs& args, const S* bias, void* normed, int threads)
       : p_(p),
         states_(states),
         input_(input),
@@ -235,7 +235,7 @@ class NormedLoop {
     });
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const States<S>& states_;
   const InputSums<S>& input_;
   const Projection<S>& projection_;
@@ -251,7 +251,7 @@ class NormedLoop {
 
 template <class S>
 void forward(const Rnn& op, const RnnOutputs& out) {
-  const Problem<S> p(op);
+  const RnnProblem<S> p(op);
   const States<S> states(p);
   const Biases<S> biases(p);
   const Projection<S> projection(p, out, states);

@@ -22,7 +22,7 @@ constexpr int64_t kSummed = 64;  // tokens that are added up before their sum is
 template <class S>
 class BackwardLoop {
  public:
-  BackwardLoop(const Problem<S>& p, const RnnCotangents& given, const RnnGradients& out,
+  BackwardLoop(const RnnProblem<S>& p, const RnnCotangents& given, const RnnGradients& out,
                const StateGradients<S>& states, const TokenGradients<S>& tokens, const RowGradients<S>& rows)
       : p_(p), given_(given), states_(states), tokens_(tokens), weights_(p), projection_(p) {
     const Rnn& op = p.op;
@@ -151,7 +151,7 @@ class BackwardLoop {
     run(middle, end);
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const RnnCotangents& given_;
   const StateGradients<S>& states_;
   const TokenGradients<S>& tokens_;
@@ -164,7 +164,7 @@ class BackwardLoop {
 template <class S>
 class TimeProducts {
  public:
-  TimeProducts(const Problem<S>& p, const RnnCotangents& given, const RnnGradients& out,
+  TimeProducts(const RnnProblem<S>& p, const RnnCotangents& given, const RnnGradients& out,
                const StateGradients<S>& states, const TokenGradients<S>& tokens, const RowGradients<S>& rows)
       : p_(p),
         given_(given),
@@ -324,7 +324,7 @@ class TimeProducts {
     });
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const RnnCotangents& given_;
   const RnnGradients& out_;
   const StateGradients<S>& states_;
@@ -334,7 +334,7 @@ class TimeProducts {
 
 template <class S>
 void backward(const Rnn& op, const RnnCotangents& given, const RnnGradients& out) {
-  const Problem<S> p(op);
+  const RnnProblem<S> p(op);
   const StateGradients<S> states(p, given);
   const TokenGradients<S> tokens(p, out);
   const RowGradients<S> rows(p, out);

@@ -36,7 +36,7 @@ std::vector<typename Panels<S>::Chunk> chunks_of(const Rnn& op, int64_t head) {
 template <class S>
 class StateGradients {
  public:
-  StateGradients(const Problem<S>& p, const RnnCotangents& given)
+  StateGradients(const RnnProblem<S>& p, const RnnCotangents& given)
       : dh(p.op.B * p.op.P),
         dc(p.op.B * cells_of(p.op)),
         c0(p.op.B * cells_of(p.op)),
@@ -61,14 +61,14 @@ class StateGradients {
     p_.kernels.copy(n, from, p_.op.state_dtype, to.get(), p_.types.wide);
   }
   const Buffer<S> unprojected_;
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
 };
 
 // What the loop leaves for the products after it, a row for each token.
 template <class S>
 class TokenGradients {
  public:
-  TokenGradients(const Problem<S>& p, const RnnGradients& out)
+  TokenGradients(const RnnProblem<S>& p, const RnnGradients& out)
       : p_(p),
         D_(dgates_of(p.op)),
         dgates_(rows(D_, p.types.operand)),
@@ -98,7 +98,7 @@ class TokenGradients {
       std::fill_n(at(x.data, i * x.ld + used, x.dtype), (x.ld - used) * itemsize(x.dtype), 0);
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const int64_t D_;
   const Buffer<char> dgates_, dhidden_, dprojected_, unprojected_;
 };
@@ -106,7 +106,7 @@ class TokenGradients {
 // Gradients of parameters that the loop adds up itself, row by row of the batch, and the norms' weights in S.
 template <class S>
 struct RowGradients {
-  RowGradients(const Problem<S>& p, const RnnGradients& out)
+  RowGradients(const RnnProblem<S>& p, const RnnGradients& out)
       : norms(p.op.norms ? norms_of(p.op) : 0),
         dnorm_c(p.op.norms ? p.op.B * 2 * p.op.H : 0),
         dpeephole(out.dpeephole ? p.op.B * 3 * p.op.H : 0) {

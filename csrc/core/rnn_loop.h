@@ -200,8 +200,8 @@ struct Types {
 
 // A layer, and what follows from it alone.
 template <class S>
-struct Problem {
-  explicit Problem(const Rnn& op) : op(op), types(op), tokens(op) {}
+struct RnnProblem {
+  explicit RnnProblem(const Rnn& op) : op(op), types(op), tokens(op) {}
   const Rnn& op;
   const Types types;
   const Kernels<S> kernels{};
@@ -210,7 +210,7 @@ struct Problem {
 
 // What x W_ih^T starts from (G H), then gru's bias of h (H); zeros where there is none.
 template <class S>
-void merge_biases(const Problem<S>& p, S* bias) {
+void merge_biases(const RnnProblem<S>& p, S* bias) {
   const Rnn& op = p.op;
   const DType wide = p.types.wide;
   const int64_t H = op.H, rows = gates_of(op.mode) * H, merged = op.mode == RnnMode::gru ? 2 * H : rows;
@@ -249,7 +249,7 @@ class Panels {
     const char* data = nullptr;
   };
 
-  explicit Panels(const Problem<S>& p) : kernels_(p.kernels), dtype_(p.op.dtype), types_(p.types), data_(0) {}
+  explicit Panels(const RnnProblem<S>& p) : kernels_(p.kernels), dtype_(p.op.dtype), types_(p.types), data_(0) {}
 
   void add(const Source& source, const std::vector<Chunk>& chunks) {
     const int64_t L = kernels_.lanes(), width = source.gates > 1 ? L : 4 * L;

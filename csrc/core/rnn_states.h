@@ -8,7 +8,7 @@ namespace llmkern::cpu::rnn {
 template <class S>
 class States {
  public:
-  explicit States(const Problem<S>& p)
+  explicit States(const RnnProblem<S>& p)
       : h(p.op.B * p.op.P),
         c(p.op.B * cells_of(p.op)),
         ld(even(p.op.P)),
@@ -45,7 +45,7 @@ class States {
 template <class S>
 class Biases {
  public:
-  explicit Biases(const Problem<S>& p) : merged_((gates_of(p.op.mode) + 1) * p.op.H) {
+  explicit Biases(const RnnProblem<S>& p) : merged_((gates_of(p.op.mode) + 1) * p.op.H) {
     const Rnn& op = p.op;
     merge_biases(p, merged_.get());
     if (op.bias_ih || op.bias_hh || op.norms) gates = merged_.get();
@@ -65,7 +65,7 @@ class InputSums {
   static constexpr int64_t kScratchBytes = 16 << 20;
 
  public:
-  InputSums(const Problem<S>& p, const RnnOutputs& out)
+  InputSums(const RnnProblem<S>& p, const RnnOutputs& out)
       : p_(p), width_(gates_of(p.op.mode) * p.op.H), steps_(p.op.T), ld_(width_), scratch_(0) {
     const Rnn& op = p.op;
     if (op.norms && out.normed) {
@@ -122,7 +122,7 @@ class InputSums {
     });
   }
 
-  const Problem<S>& p_;
+  const RnnProblem<S>& p_;
   const int64_t width_;
   int64_t steps_, ld_, first_ = 0;
   void* data_ = nullptr;

@@ -97,7 +97,7 @@ class Steps {
         args, {.rows = rows, .b = b, .u = u, .units = units, .step = s, .token = token, .stride = stride}, sums);
   }
 
-  const Problem<S> p_;
+  const RnnProblem<S> p_;
   const RnnOutputs& out_;
   const Buffer<S> h_, c_, gx_, bias_;
   const int64_t bytes_;

@@ -33,7 +33,7 @@ namespace {
 
 constexpr double kTolerance = 0x1p-23, kGone = 0x1p-50, kLongWay = 1000, kLargest = 1e15, kSmallest = 1e-18;
 constexpr int64_t kGrain = 32 * 1024;  // elements that are worth a thread
-constexpr int64_t kLongRun = 64;       // positions; a longer run is cut into columns
+constexpr int64_t kLongRun = 64;       // positions; a longer run is split by columns
 constexpr int64_t kColumns = 64;
 
 // How many rows ahead of its turn a row is fetched: a few KB of each array.
@@ -143,15 +143,15 @@ void append(const RowTable& table, const RowStep& step) {
 }
 
 // A part of a step: columns [begin, end) of a run. Cost in rows.
-struct Piece {
+struct ColumnBlock {
   int64_t run, begin, end, cost_before;
 };
 
-// Long runs are cut by columns, so that a row that half of a batch looks up is not one thread's alone.
-std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64_t* total) {
+// Long runs are split by columns, so that a row that half of a batch looks up is not one thread's alone.
+std::vector<ColumnBlock> blocks_of(const RowTable& table, const RowOrder& batch, int64_t* total) {
   constexpr int64_t kUpdate = 6;  // what reads and writes of p, m and v cost, in reads of a gradient
-  std::vector<Piece> pieces;
-  pieces.reserve(batch.runs());
+  std::vector<ColumnBlock> blocks;
+  blocks.reserve(batch.runs());
   *total = 0;
   for (int64_t r = 0; r < batch.runs(); ++r) {
     const int64_t n = batch.starts()[r + 1] - batch.starts()[r], D = table.D;
@@ -159,11 +159,11 @@ std::vector<Piece> pieces_of(const RowTable& table, const RowOrder& batch, int64
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = D * part / parts / kColumns * kColumns;
       const int64_t end = part + 1 == parts ? D : D * (part + 1) / parts / kColumns * kColumns;
-      pieces.push_back({.run = r, .begin = begin, .end = end, .cost_before = *total});
+      blocks.push_back({.run = r, .begin = begin, .end = end, .cost_before = *total});
       *total += (n + kUpdate) * (end - begin) / std::max<int64_t>(1, D) + 1;
     }
   }
-  return pieces;
+  return blocks;
 }
 
 // Rows row_of(0) .. row_of(n - 1), which differ.
@@ -220,16 +220,16 @@ bool row_step(const RowTable& table, const RowStep& step, double grad_scale, con
   kernels.make_rule(table, step, grad_scale, rule);
   const int64_t ahead = rows_ahead(table);
   int64_t total;
-  const std::vector<Piece> pieces = pieces_of(table, batch, &total);
+  const std::vector<ColumnBlock> blocks = blocks_of(table, batch, &total);
   parallel_for(total, rows_in(kGrain, table.D), [&](int64_t from, int64_t to) {
-    auto piece = std::lower_bound(pieces.begin(), pieces.end(), from,
-                                  [](const Piece& p, int64_t cost) { return p.cost_before < cost; });
-    for (; piece != pieces.end() && piece->cost_before < to; ++piece) {
-      const int64_t row = batch.rows()[piece->run], start = batch.starts()[piece->run];
-      const int64_t next = std::min(piece->run + ahead, batch.runs() - 1);
+    auto block = std::lower_bound(blocks.begin(), blocks.end(), from,
+                                  [](const ColumnBlock& p, int64_t cost) { return p.cost_before < cost; });
+    for (; block != blocks.end() && block->cost_before < to; ++block) {
+      const int64_t row = batch.rows()[block->run], start = batch.starts()[block->run];
+      const int64_t next = std::min(block->run + ahead, batch.runs() - 1);
       kernels.step(table, rule, row, table.applied[row], batch.rows()[next], values, batch.order() + start,
-                   batch.starts()[piece->run + 1] - start, batch.order()[batch.starts()[next]], piece->begin,
-                   piece->end);
+                   batch.starts()[block->run + 1] - start, batch.order()[batch.starts()[next]], block->begin,
+                   block->end);
     }
   });
   const bool recorded = changes_idle_rows(table.rule.kind, step);

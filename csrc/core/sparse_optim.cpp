@@ -18,19 +18,19 @@
 namespace llmkern::cpu {
 namespace {
 
-// The sums of runs. A run of many positions is cut into pieces, which all threads add up first; where depends on the
+// The sums of runs. A run of many positions is split into chunks, which all threads add up first; where depends on the
 // run alone.
-class Sums {
+class RowGradientSums {
  public:
-  Sums(const RowGradient& grad, const RowOrder& sorted)
+  RowGradientSums(const RowGradient& grad, const RowOrder& sorted)
       : grad_(grad),
         sorted_(sorted),
         row_bytes_(grad.D * itemsize(accum_of(grad.dtype))),
-        pieces_(find() * row_bytes_) {
+        chunks_(find() * row_bytes_) {
     parallel_for(begins_.size(), 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const uint32_t* const positions = sorted_.order() + begins_[i];
-        kernel_(grad_, positions, std::min<int64_t>(kPiece, ends_[i] - begins_[i]), *positions, piece(i));
+        kernel_(grad_, positions, std::min<int64_t>(kChunk, ends_[i] - begins_[i]), *positions, chunk(i));
       }
     });
   }
@@ -39,38 +39,38 @@ class Sums {
   void of(int64_t r, int64_t later, void* sum) const {
     const uint32_t* const starts = sorted_.starts();
     const int64_t count = starts[r + 1] - starts[r];
-    if (count <= kPiece) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[later]], sum);
+    if (count <= kChunk) return kernel_(grad_, sorted_.order() + starts[r], count, sorted_.order()[starts[later]], sum);
     const int64_t first = std::lower_bound(begins_.begin(), begins_.end(), starts[r]) - begins_.begin();
-    const int64_t n = ceil_div(count, kPiece);
+    const int64_t n = ceil_div(count, kChunk);
     std::vector<uint32_t> all(n);
     std::iota(all.begin(), all.end(), 0u);
-    kernel_({.indices = {}, .values = piece(first), .N = n, .V = n, .D = grad_.D, .dtype = accum_of(grad_.dtype)},
+    kernel_({.indices = {}, .values = chunk(first), .N = n, .V = n, .D = grad_.D, .dtype = accum_of(grad_.dtype)},
             all.data(), n, 0, sum);
   }
 
   int64_t row_bytes() const { return row_bytes_; }
 
  private:
-  static constexpr int64_t kPiece = 128;
+  static constexpr int64_t kChunk = 128;
 
-  // Fills begins_ and ends_: piece i begins at begins_[i], its run ends at ends_[i].
+  // Fills begins_ and ends_: chunk i begins at begins_[i], its run ends at ends_[i].
   int64_t find() {
     const uint32_t* const starts = sorted_.starts();
     for (int64_t r = 0; r < sorted_.runs(); ++r)
-      if (starts[r + 1] - starts[r] > kPiece)
-        for (int64_t i = starts[r]; i < starts[r + 1]; i += kPiece) {
+      if (starts[r + 1] - starts[r] > kChunk)
+        for (int64_t i = starts[r]; i < starts[r + 1]; i += kChunk) {
           begins_.push_back(i);
           ends_.push_back(starts[r + 1]);
         }
     return begins_.size();
   }
-  char* piece(int64_t i) const { return pieces_.get() + i * row_bytes_; }
+  char* chunk(int64_t i) const { return chunks_.get() + i * row_bytes_; }
 
   const RowGradient& grad_;
   const RowOrder& sorted_;
   const int64_t row_bytes_;
   std::vector<uint32_t> begins_, ends_;
-  const Buffer<char> pieces_;
+  const Buffer<char> chunks_;
   decltype(SparseOptimKernels::sum) const kernel_ = LLMKERN_SELECT(sparse_optim).sum;
 };
 
@@ -86,7 +86,7 @@ std::vector<uint32_t> by_position(const RowOrder& sorted) {
 // f(run, row, row of a later run, sum) for every row that has a gradient.
 template <class F>
 void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
-  const Sums sums(grad, sorted);
+  const RowGradientSums sums(grad, sorted);
   const std::vector<uint32_t> runs = by_position(sorted);
   const int64_t grain = rows_in(32 * 1024, grad.D);
   // What is fetched while a row is at work: 16 KiB ahead.
@@ -102,7 +102,7 @@ void each_row(const RowGradient& grad, const RowOrder& sorted, const F& f) {
 }
 
 template <class Op>
-void step(RowKernel<Op> kernel, const Op& op, const RowGradient& grad, const Table& table) {
+void step(RowKernel<Op> kernel, const Op& op, const RowGradient& grad, const OptimTable& table) {
   const RowOrder sorted(grad.indices, grad.N, grad.V);
   each_row(grad, sorted,
            [&](int64_t, int64_t row, int64_t next, const void* sum) { kernel(op, grad, table, row, next, sum); });
@@ -110,19 +110,19 @@ void step(RowKernel<Op> kernel, const Op& op, const RowGradient& grad, const Tab
 
 }  // namespace
 
-void sparse_step(const Sgd& op, const RowGradient& grad, const Table& table) {
+void sparse_step(const Sgd& op, const RowGradient& grad, const OptimTable& table) {
   step(LLMKERN_SELECT(sparse_optim).sgd, op, grad, table);
 }
 
-void sparse_step(const Adagrad& op, const RowGradient& grad, const Table& table) {
+void sparse_step(const Adagrad& op, const RowGradient& grad, const OptimTable& table) {
   step(LLMKERN_SELECT(sparse_optim).adagrad, op, grad, table);
 }
 
-void sparse_step(const SparseAdam& op, const RowGradient& grad, const Table& table) {
+void sparse_step(const SparseAdam& op, const RowGradient& grad, const OptimTable& table) {
   step(LLMKERN_SELECT(sparse_optim).sparse_adam, op, grad, table);
 }
 
-void sparse_step(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table) {
+void sparse_step(const RowWiseAdagrad& op, const RowGradient& grad, const OptimTable& table) {
   step(LLMKERN_SELECT(sparse_optim).rowwise_adagrad, op, grad, table);
 }
 

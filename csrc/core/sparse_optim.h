@@ -22,7 +22,7 @@ struct RowWiseAdagrad {
 
 // The states of SparseAdam: exp_avg, exp_avg_sq (V, D). Adagrad: sum (V, D). RowWiseAdagrad: sum (V), in the dtype that
 // arithmetic is done in.
-struct Table {
+struct OptimTable {
   void* param;  // (V, D), of the gradient's dtype
   void* states[2];
   DType state_dtype;
@@ -30,16 +30,16 @@ struct Table {
 };
 
 // Throw std::out_of_range, before anything is written, if an index is outside [0, V).
-void sparse_step(const Sgd& op, const RowGradient& grad, const Table& table);  // without momentum
-void sparse_step(const Adagrad& op, const RowGradient& grad, const Table& table);
-void sparse_step(const SparseAdam& op, const RowGradient& grad, const Table& table);
-void sparse_step(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table);
+void sparse_step(const Sgd& op, const RowGradient& grad, const OptimTable& table);  // without momentum
+void sparse_step(const Adagrad& op, const RowGradient& grad, const OptimTable& table);
+void sparse_step(const SparseAdam& op, const RowGradient& grad, const OptimTable& table);
+void sparse_step(const RowWiseAdagrad& op, const RowGradient& grad, const OptimTable& table);
 // Of the whole gradient, rows added up.
 double sparse_sum_of_squares(const RowGradient& grad);
 
 // Steps row `row`, whose gradient is `sum` (D), in the dtype that arithmetic is done in; fetches row `next`.
 template <class Op>
-using RowKernel = void (*)(const Op& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next,
+using RowKernel = void (*)(const Op& op, const RowGradient& grad, const OptimTable& table, int64_t row, int64_t next,
                            const void* sum);
 
 struct SparseOptimKernels {

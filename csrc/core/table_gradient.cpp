@@ -2,7 +2,7 @@
 // the caches: a plain store would first read what it overwrites, and most of the rows are zeros that nobody reads soon.
 //
 // Each row is the sum of its run, taken in fp32, in the order of the batch, by one thread: no atomics, and no memset
-// before. Runs longer than kChunk are cut into chunks of that length, which different threads add up; the sums of the
+// before. Runs longer than kChunk are split into chunks of that length, which different threads add up; the sums of the
 // chunks are then added in order. So one hot row does not hold one thread up, and since chunks depend on the run alone,
 // the bits are the same for any number of threads. Blocks of rows are taken by threads as they come.
 #include "core/table_gradient.h"
@@ -22,9 +22,9 @@ namespace {
 constexpr int64_t kChunk = 128;
 constexpr int64_t kBlockBytes = 128 * 1024;
 
-class Sums {
+class RunSums {
  public:
-  Sums(const Terms& terms, const RowOrder& order, int64_t padding_idx, bool scale_grad_by_freq)
+  RunSums(const Terms& terms, const RowOrder& order, int64_t padding_idx, bool scale_grad_by_freq)
       : terms_(terms),
         order_(order),
         padding_idx_(padding_idx),
@@ -102,7 +102,7 @@ void table_gradient(const Terms& terms, const RowOrder& order, int64_t V, int64_
   const bool stream = V * row_bytes >= kStreamBytes;
   const uint32_t* const rows = order.rows();
   const auto& kernels = LLMKERN_SELECT(table_gradient_kernels);
-  const Sums sums(terms, order, padding_idx, scale_grad_by_freq);
+  const RunSums sums(terms, order, padding_idx, scale_grad_by_freq);
   parallel_blocks(V, rows_in(kBlockBytes, row_bytes), [&](int64_t begin, int64_t end) {
     const auto row = [&](int64_t r) { return static_cast<char*>(dweight) + r * row_bytes; };
     const auto zero = [&](int64_t from, int64_t to) {
@@ -132,7 +132,7 @@ void table_gradient_compact(const Terms& terms, const RowOrder& order, int64_t p
   const int64_t before = std::lower_bound(order.rows(), order.rows() + order.runs(), padding_idx) - order.rows();
   const int64_t block = rows_in(kBlockBytes, row_bytes);
   const bool has_padding = count < order.runs();
-  const Sums sums(terms, order, padding_idx, false);
+  const RunSums sums(terms, order, padding_idx, false);
   parallel_blocks(count, block, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t r = i + (has_padding && i >= before);

@@ -4,13 +4,13 @@
 namespace llmkern {
 namespace {
 
-// The bags of a call, and their starts.
-struct Call {
+// The bags of a arguments, and their starts.
+struct BagArguments {
   cpu::Buffer<int64_t> starts;
   cpu::Bags bags;
 
-  Call(const Tensor& indices, const std::optional<Tensor>& offsets, int64_t num_bags, bool include_last_offset,
-       int64_t padding_idx)
+  BagArguments(const Tensor& indices, const std::optional<Tensor>& offsets, int64_t num_bags, bool include_last_offset,
+               int64_t padding_idx)
       : starts(checked(num_bags) + 1) {
     require(indices.dim() == 1, "embedding_bag: expected indices (N)");
     const int64_t N = indices.numel();
@@ -46,7 +46,7 @@ void check_rows(const Tensor& x, const char* name) {
   require(x.dim() == 2, std::string("embedding_bag: expected ") + name + " of two dimensions");
 }
 
-cpu::Table table_of(const Tensor& weight, const void* samples) {
+cpu::BagTable table_of(const Tensor& weight, const void* samples) {
   check_rows(weight, "weight");
   return {.weight = weight.const_data_ptr(),
           .samples = samples,
@@ -58,21 +58,21 @@ cpu::Table table_of(const Tensor& weight, const void* samples) {
 Tensor embedding_bag_forward(const Tensor& weight, std::optional<Tensor> samples, const Tensor& indices,
                              std::optional<Tensor> offsets, int64_t num_bags, bool mean, bool include_last_offset,
                              int64_t padding_idx) {
-  const cpu::Table table = table_of(weight, samples_of(samples, indices, weight));
-  const Call call(indices, offsets, num_bags, include_last_offset, padding_idx);
+  const cpu::BagTable table = table_of(weight, samples_of(samples, indices, weight));
+  const BagArguments arguments(indices, offsets, num_bags, include_last_offset, padding_idx);
   Tensor out = empty(weight, {num_bags, table.D});
-  cpu::embedding_bag_forward(table, call.bags, mean, out.mutable_data_ptr());
+  cpu::embedding_bag_forward(table, arguments.bags, mean, out.mutable_data_ptr());
   return out;
 }
 
 std::tuple<Tensor, Tensor> embedding_bag_max_forward(const Tensor& weight, const Tensor& indices,
                                                      std::optional<Tensor> offsets, int64_t num_bags,
                                                      bool include_last_offset, int64_t padding_idx) {
-  const cpu::Table table = table_of(weight, nullptr);
-  const Call call(indices, offsets, num_bags, include_last_offset, padding_idx);
+  const cpu::BagTable table = table_of(weight, nullptr);
+  const BagArguments arguments(indices, offsets, num_bags, include_last_offset, padding_idx);
   Tensor out = empty(weight, {num_bags, table.D});
   Tensor largest = torch::stable::new_empty(weight, {num_bags, table.D}, ScalarType::Int);
-  cpu::embedding_bag_max_forward(table, call.bags, out.mutable_data_ptr(),
+  cpu::embedding_bag_max_forward(table, arguments.bags, out.mutable_data_ptr(),
                                  static_cast<int32_t*>(largest.mutable_data_ptr()));
   return {out, largest};
 }
@@ -82,7 +82,7 @@ cpu::BagGradient gradient_of(const Tensor& dout, const std::optional<Tensor>& sa
                              bool mean) {
   require(num_weights >= 0, "embedding_bag: expected num_weights that is not negative");
   const void* const factors = samples_of(samples, indices, dout);
-  const cpu::Table table{
+  const cpu::BagTable table{
       .weight = nullptr, .samples = factors, .dtype = dtype_of(dout), .V = num_weights, .D = dout.size(1)};
   const int32_t* at = nullptr;
   if (largest) {
@@ -98,8 +98,8 @@ Tensor embedding_bag_backward(const Tensor& dout, std::optional<Tensor> samples,
                               std::optional<Tensor> offsets, std::optional<Tensor> largest, int64_t num_weights,
                               bool mean, bool include_last_offset, int64_t padding_idx, bool scale_grad_by_freq) {
   check_rows(dout, "dout");
-  const Call call(indices, offsets, dout.size(0), include_last_offset, padding_idx);
-  const cpu::BagGradient gradient = gradient_of(dout, samples, call.bags, indices, largest, num_weights, mean);
+  const BagArguments arguments(indices, offsets, dout.size(0), include_last_offset, padding_idx);
+  const cpu::BagGradient gradient = gradient_of(dout, samples, arguments.bags, indices, largest, num_weights, mean);
   return dense_gradient(dout, gradient.terms(), gradient.order(), num_weights, padding_idx, scale_grad_by_freq);
 }
 
@@ -108,8 +108,9 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& dout, std
                                                          int64_t num_weights, bool mean, bool include_last_offset,
                                                          int64_t padding_idx) {
   check_rows(dout, "dout");
-  const Call call(indices, offsets, dout.size(0), include_last_offset, padding_idx);
-  const cpu::BagGradient gradient = gradient_of(dout, samples, call.bags, indices, std::nullopt, num_weights, mean);
+  const BagArguments arguments(indices, offsets, dout.size(0), include_last_offset, padding_idx);
+  const cpu::BagGradient gradient =
+      gradient_of(dout, samples, arguments.bags, indices, std::nullopt, num_weights, mean);
   return row_gradient(dout, gradient.terms(), gradient.order(), padding_idx);
 }
 
@@ -117,12 +118,12 @@ Tensor embedding_bag_samples_backward(const Tensor& dout, const Tensor& weight, 
                                       std::optional<Tensor> offsets, bool mean, bool include_last_offset,
                                       int64_t padding_idx) {
   check_rows(dout, "dout");
-  const cpu::Table table = table_of(weight, nullptr);
+  const cpu::BagTable table = table_of(weight, nullptr);
   require(dout.scalar_type() == weight.scalar_type() && dout.size(1) == table.D,
           "embedding_bag: expected dout (B, D) like weight (V, D)");
-  const Call call(indices, offsets, dout.size(0), include_last_offset, padding_idx);
+  const BagArguments arguments(indices, offsets, dout.size(0), include_last_offset, padding_idx);
   Tensor dsamples = empty(dout, {indices.numel()});
-  cpu::embedding_bag_samples_backward(table, call.bags, mean, dout.const_data_ptr(), dsamples.mutable_data_ptr());
+  cpu::embedding_bag_samples_backward(table, arguments.bags, mean, dout.const_data_ptr(), dsamples.mutable_data_ptr());
   return dsamples;
 }
 

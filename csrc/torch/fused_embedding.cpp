@@ -18,7 +18,7 @@ cpu::Norm norm_named(const std::string& name) {
 }
 
 // The arguments that both ops share, in the order of the schema.
-struct Arguments {
+struct FusedArguments {
   const Tensor& weight;
   const Optional &position_weight, &token_type_weight, &norm_weight, &norm_bias;
   const Tensor& indices;
@@ -77,19 +77,19 @@ std::tuple<Tensor, Tensor> fused_embedding_forward(const Tensor& weight, Optiona
                                                    const Tensor& indices, Optional positions, Optional token_types,
                                                    double scale, std::string norm, double eps, double p, int64_t seed,
                                                    int64_t /*padding_idx*/, bool /*scale_grad_by_freq*/) {
-  const Arguments arguments{.weight = weight,
-                            .position_weight = position_weight,
-                            .token_type_weight = token_type_weight,
-                            .norm_weight = norm_weight,
-                            .norm_bias = norm_bias,
-                            .indices = indices,
-                            .positions = positions,
-                            .token_types = token_types,
-                            .scale = scale,
-                            .norm = norm,
-                            .eps = eps,
-                            .p = p,
-                            .seed = seed};
+  const FusedArguments arguments{.weight = weight,
+                                 .position_weight = position_weight,
+                                 .token_type_weight = token_type_weight,
+                                 .norm_weight = norm_weight,
+                                 .norm_bias = norm_bias,
+                                 .indices = indices,
+                                 .positions = positions,
+                                 .token_types = token_types,
+                                 .scale = scale,
+                                 .norm = norm,
+                                 .eps = eps,
+                                 .p = p,
+                                 .seed = seed};
   const cpu::FusedEmbedding op = arguments.problem(true);
   Tensor out = empty(weight, {op.N, op.D});
   Tensor stats = empty(weight, {op.norm == cpu::Norm::none ? 0 : op.N, 2}, accum_type(op.dtype));
@@ -102,19 +102,19 @@ Gradients fused_embedding_backward(const Tensor& dout, const Tensor& weight, Opt
                                    const Tensor& indices, Optional positions, Optional token_types, const Tensor& stats,
                                    double scale, std::string norm, double eps, double p, int64_t seed,
                                    int64_t padding_idx, bool scale_grad_by_freq, int64_t wants) {
-  const Arguments arguments{.weight = weight,
-                            .position_weight = position_weight,
-                            .token_type_weight = token_type_weight,
-                            .norm_weight = norm_weight,
-                            .norm_bias = norm_bias,
-                            .indices = indices,
-                            .positions = positions,
-                            .token_types = token_types,
-                            .scale = scale,
-                            .norm = norm,
-                            .eps = eps,
-                            .p = p,
-                            .seed = seed};
+  const FusedArguments arguments{.weight = weight,
+                                 .position_weight = position_weight,
+                                 .token_type_weight = token_type_weight,
+                                 .norm_weight = norm_weight,
+                                 .norm_bias = norm_bias,
+                                 .indices = indices,
+                                 .positions = positions,
+                                 .token_types = token_types,
+                                 .scale = scale,
+                                 .norm = norm,
+                                 .eps = eps,
+                                 .p = p,
+                                 .seed = seed};
   const cpu::FusedEmbedding op = arguments.problem(norm != "none");
   require_contiguous(dout, "dout");
   require_contiguous(stats, "stats");

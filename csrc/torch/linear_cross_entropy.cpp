@@ -32,12 +32,12 @@ cpu::LinearCrossEntropy describe(const Tensor& x, const Tensor& linear_weight, c
   return op;
 }
 
-// Gradients that are not wanted are empty.
-struct Gradients {
+// GradientTensors that are not wanted are empty.
+struct GradientTensors {
   Tensor dx, dlinear_weight, dlinear_bias, dtarget;
   cpu::LinearCrossEntropyGradients pointers;
 
-  Gradients(const Tensor& x, const Tensor& linear_weight, const Tensor& target, const std::vector<bool>& need)
+  GradientTensors(const Tensor& x, const Tensor& linear_weight, const Tensor& target, const std::vector<bool>& need)
       : dx(like(x, need[0])),
         dlinear_weight(like(linear_weight, need[1])),
         dlinear_bias(empty(x, {need[2] ? linear_weight.size(0) : 0})),
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
                             .logit_scale = logit_scale},
                            workspace);
   CrossEntropyResults results(x, {op.loss.N}, op.loss.dtype, entropy, argmax);
-  Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
+  GradientTensors gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
   cpu::linear_cross_entropy(op, results.outputs, {.loss = rows_of(dloss, op.loss, "dloss")}, gradients.pointers);
   return {results.loss,           results.lse,      results.entropy,
           results.argmax,         gradients.dx,     gradients.dlinear_weight,
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
                             .softcap = softcap,
                             .logit_scale = logit_scale},
                            workspace);
-  Gradients gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
+  GradientTensors gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
   cpu::linear_cross_entropy(op, {},
                             {.loss = rows_of(dloss, op.loss, "dloss"),
                              .lse = rows_of(dlse, op.loss, "dlse"),

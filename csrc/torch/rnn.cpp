@@ -41,7 +41,7 @@ void check_packed(const Tensor& batch_sizes, int64_t total, int64_t B) {
 }
 
 // The arguments that describe a layer, in the order of the schema.
-struct Layer {
+struct LayerArguments {
   const Tensor &x, &hx;
   const Optional& cx;
   const Tensor &weight_ih, &weight_hh;
@@ -128,24 +128,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
     Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, Optional seed,
     std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, bool save) {
-  const Layer layer{.x = x,
-                    .hx = hx,
-                    .cx = cx,
-                    .weight_ih = weight_ih,
-                    .weight_hh = weight_hh,
-                    .bias_ih = bias_ih,
-                    .bias_hh = bias_hh,
-                    .weight_hr = weight_hr,
-                    .peephole = peephole,
-                    .norms = norms,
-                    .batch_sizes = batch_sizes,
-                    .seed = seed,
-                    .mode = mode,
-                    .reverse = reverse,
-                    .batch_first = batch_first,
-                    .clip = clip,
-                    .zoneout = zoneout,
-                    .zoneout_cell = zoneout_cell};
+  const LayerArguments layer{.x = x,
+                             .hx = hx,
+                             .cx = cx,
+                             .weight_ih = weight_ih,
+                             .weight_hh = weight_hh,
+                             .bias_ih = bias_ih,
+                             .bias_hh = bias_hh,
+                             .weight_hr = weight_hr,
+                             .peephole = peephole,
+                             .norms = norms,
+                             .batch_sizes = batch_sizes,
+                             .seed = seed,
+                             .mode = mode,
+                             .reverse = reverse,
+                             .batch_first = batch_first,
+                             .clip = clip,
+                             .zoneout = zoneout,
+                             .zoneout_cell = zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
@@ -168,24 +168,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Optional peephole, Optional norms, Optional batch_sizes, Optional seed, const Tensor& y, const Tensor& gates,
     const Tensor& cells, const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip,
     double zoneout, double zoneout_cell, bool needs_dx, bool needs_dstates, bool needs_dweights) {
-  const Layer layer{.x = x,
-                    .hx = hx,
-                    .cx = cx,
-                    .weight_ih = weight_ih,
-                    .weight_hh = weight_hh,
-                    .bias_ih = bias_ih,
-                    .bias_hh = bias_hh,
-                    .weight_hr = weight_hr,
-                    .peephole = peephole,
-                    .norms = norms,
-                    .batch_sizes = batch_sizes,
-                    .seed = seed,
-                    .mode = mode,
-                    .reverse = reverse,
-                    .batch_first = batch_first,
-                    .clip = clip,
-                    .zoneout = zoneout,
-                    .zoneout_cell = zoneout_cell};
+  const LayerArguments layer{.x = x,
+                             .hx = hx,
+                             .cx = cx,
+                             .weight_ih = weight_ih,
+                             .weight_hh = weight_hh,
+                             .bias_ih = bias_ih,
+                             .bias_hh = bias_hh,
+                             .weight_hr = weight_hr,
+                             .peephole = peephole,
+                             .norms = norms,
+                             .batch_sizes = batch_sizes,
+                             .seed = seed,
+                             .mode = mode,
+                             .reverse = reverse,
+                             .batch_first = batch_first,
+                             .clip = clip,
+                             .zoneout = zoneout,
+                             .zoneout_cell = zoneout_cell};
   const auto op = layer.problem();
   const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();

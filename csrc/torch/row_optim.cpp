@@ -8,7 +8,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 // A table, its states and what is on record, in the order of the schema.
-struct Table {
+struct LazyTable {
   const Tensor& param;
   const Tensors& states;
   const Tensor &applied, &history;
@@ -70,16 +70,16 @@ cpu::Indices rows_of(const Tensor& indices) {
 
 Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
                   std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed, const Tensor& indices) {
-  const auto table = Table{.param = param,
-                           .states = states,
-                           .applied = applied,
-                           .history = history,
-                           .count = count,
-                           .kind = kind,
-                           .decoupled = decoupled,
-                           .maximize = maximize,
-                           .nesterov = nesterov,
-                           .closed = closed}
+  const auto table = LazyTable{.param = param,
+                               .states = states,
+                               .applied = applied,
+                               .history = history,
+                               .count = count,
+                               .kind = kind,
+                               .decoupled = decoupled,
+                               .maximize = maximize,
+                               .nesterov = nesterov,
+                               .closed = closed}
                          .checked();
   require(closed, "row_lookup: expected a closed rule");
   const int64_t N = indices.numel();
@@ -91,16 +91,16 @@ Tensor row_lookup(const Tensor& param, Tensors states, const Tensor& applied, co
 void row_catch_up(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
                   std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed,
                   std::optional<Tensor> indices) {
-  const auto table = Table{.param = param,
-                           .states = states,
-                           .applied = applied,
-                           .history = history,
-                           .count = count,
-                           .kind = kind,
-                           .decoupled = decoupled,
-                           .maximize = maximize,
-                           .nesterov = nesterov,
-                           .closed = closed}
+  const auto table = LazyTable{.param = param,
+                               .states = states,
+                               .applied = applied,
+                               .history = history,
+                               .count = count,
+                               .kind = kind,
+                               .decoupled = decoupled,
+                               .maximize = maximize,
+                               .nesterov = nesterov,
+                               .closed = closed}
                          .checked();
   if (indices)
     cpu::row_catch_up(table, cpu::RowOrder(rows_of(*indices), indices->numel(), table.V));
@@ -111,16 +111,16 @@ void row_catch_up(const Tensor& param, Tensors states, const Tensor& applied, co
 bool row_step(const Tensor& param, Tensors states, const Tensor& applied, const Tensor& history, int64_t count,
               std::string kind, bool decoupled, bool maximize, bool nesterov, bool closed, const Tensor& indices,
               const Tensor& values, std::vector<double> step, double grad_scale) {
-  const auto table = Table{.param = param,
-                           .states = states,
-                           .applied = applied,
-                           .history = history,
-                           .count = count,
-                           .kind = kind,
-                           .decoupled = decoupled,
-                           .maximize = maximize,
-                           .nesterov = nesterov,
-                           .closed = closed}
+  const auto table = LazyTable{.param = param,
+                               .states = states,
+                               .applied = applied,
+                               .history = history,
+                               .count = count,
+                               .kind = kind,
+                               .decoupled = decoupled,
+                               .maximize = maximize,
+                               .nesterov = nesterov,
+                               .closed = closed}
                          .checked();
   require_contiguous(values, "values");
   require(values.dim() == 2 && values.size(0) == indices.numel() && values.size(1) == table.D &&

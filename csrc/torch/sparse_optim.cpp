@@ -31,7 +31,7 @@ void step(const Op& op, const Tensor& param, const Tensor& indices, const Tensor
           "sparse step: expected param (V, D) and values (N, D) of its dtype");
   const DType dtype = dtype_of(param), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   constexpr bool rowwise = std::is_same_v<Op, cpu::RowWiseAdagrad>;
-  cpu::Table table{.param = param.mutable_data_ptr(), .states = {}, .state_dtype = dtype, .step = count};
+  cpu::OptimTable table{.param = param.mutable_data_ptr(), .states = {}, .state_dtype = dtype, .step = count};
   int k = 0;
   for (const Tensor* state : states) {
     require_contiguous(*state, "state");

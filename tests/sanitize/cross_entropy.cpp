@@ -120,7 +120,7 @@ void check_large() {
 }  // namespace
 
 LLMKERN_CHECK(cross_entropy) {
-  constexpr int64_t kSlab = cpu::kCrossEntropySlab;
+  constexpr int64_t kBlock = cpu::kCrossEntropyBlock;
   for (DType t : kDTypes) {
     for (LossOptions options : kLossOptions) {
       for (int64_t V : {1, 7, 33, 67, 515})
@@ -128,9 +128,9 @@ LLMKERN_CHECK(cross_entropy) {
       // Classes apart: less and more than what is transposed together.
       for (const auto& [N, V, D] : {std::array<int64_t, 3>{1, 1, 2}, {3, 7, 17}, {4, 67, 16}, {2, 515, 33}})
         Case(t, N, V, D, options).everything();
-      Case(t, 3, 2 * kSlab + 1, 2, options).everything();
-      Case(t, 1, kSlab, 1, options).everything();
-      Case(t, 40, kSlab + 3, 1, options, 1).everything();
+      Case(t, 3, 2 * kBlock + 1, 2, options).everything();
+      Case(t, 1, kBlock, 1, options).everything();
+      Case(t, 40, kBlock + 3, 1, options, 1).everything();
       for (int64_t D : {1, 3}) Case(t, 0, 7, D, options).everything();
       for (Ignored ignored : {Ignored::none, Ignored::all}) {
         options.ignored = ignored;
@@ -138,10 +138,10 @@ LLMKERN_CHECK(cross_entropy) {
         Case(t, 2, 9, 18, options).everything();
       }
     }
-    // Fewer rows than threads: slabs are shared out. Of index targets the second row is ignored.
-    for (int index : {1, 2, 5}) Case(t, 2, 24 * kSlab + 3, 1, kLossOptions[index], 1).everything();
+    // Fewer rows than threads: blocks are shared out. Of index targets the second row is ignored.
+    for (int index : {1, 2, 5}) Case(t, 2, 24 * kBlock + 3, 1, kLossOptions[index], 1).everything();
     check_strange_logits(t, 67, 1);
-    check_strange_logits(t, 2 * kSlab + 5, 1);
+    check_strange_logits(t, 2 * kBlock + 5, 1);
     check_strange_logits(t, 21, 18);
   }
   check_large();

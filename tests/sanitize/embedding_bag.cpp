@@ -21,7 +21,7 @@ void sum_case(const Case& c, const cpu::Bags& bags) {
   const int64_t D = c.D, B = bags.B, N = bags.N;
   const Array weight = random(c.t, V * D), samples = random(c.t, N), dout = random(c.t, B * D);
   const Array out(c.t, B * D), dsamples(c.t, N), dweight(c.t, V * D);
-  const cpu::Table table{weight.data(), c.weighted ? samples.data() : nullptr, c.t, V, D};
+  const cpu::BagTable table{weight.data(), c.weighted ? samples.data() : nullptr, c.t, V, D};
   Doubles sums(B * D), dots(N), gradient(V * D);
   for (int64_t b = 0; b < B; ++b) {
     double count = 0;
@@ -48,7 +48,7 @@ void sum_case(const Case& c, const cpu::Bags& bags) {
 void max_case(const Case& c, const cpu::Bags& bags) {
   const int64_t D = c.D, B = bags.B;
   const Array weight = random(c.t, V * D), dout = random(c.t, B * D), out(c.t, B * D), dweight(c.t, V * D);
-  const cpu::Table table{weight.data(), nullptr, c.t, V, D};
+  const cpu::BagTable table{weight.data(), nullptr, c.t, V, D};
   const std::unique_ptr<int32_t[]> largest(new int32_t[B * D]);
   cpu::embedding_bag_max_forward(table, bags, out.data(), largest.get());
   Doubles gradient(V * D);
@@ -86,7 +86,7 @@ void bag_case(const Case& c) {
     set(c.starts.back() - 1, bad);
     const Array weight = random(c.t, V * c.D), dout = random(c.t, B * c.D), out(c.t, B * c.D), dsamples(c.t, c.N);
     const std::unique_ptr<int32_t[]> largest(new int32_t[B * c.D]);
-    const cpu::Table table{weight.data(), nullptr, c.t, V, c.D};
+    const cpu::BagTable table{weight.data(), nullptr, c.t, V, c.D};
     throws<std::out_of_range>("sum", [&] { cpu::embedding_bag_forward(table, bags, c.mean, out.data()); });
     throws<std::out_of_range>("max", [&] { cpu::embedding_bag_max_forward(table, bags, out.data(), largest.get()); });
     throws<std::out_of_range>(

@@ -112,10 +112,10 @@ LLMKERN_CHECK(linear_cross_entropy) {
           options.ignored = ignored;
           Case(t, size, options, size.N % 4 == 3 && ignored != Ignored::none).everything();
         }
-    // As many rows and classes as threads share; several slabs; no rows.
+    // As many rows and classes as threads share; several blocks; no rows.
     for (int index : {0, 3, 5}) {
       Case(t, {70, 33, 515}, kLossOptions[index], true).everything();
-      Case(t, {3, 5, 2 * cpu::kCrossEntropySlab + 3}, kLossOptions[index], false).everything();
+      Case(t, {3, 5, 2 * cpu::kCrossEntropyBlock + 3}, kLossOptions[index], false).everything();
       Case(t, {0, 7, 9}, kLossOptions[index], true).everything();
     }
   }

@@ -29,34 +29,34 @@ inline Vec<A> bounded(Vec<A> below) {
   return max(below, splat(A{-800}));
 }
 
-// --- a slab ---
+// --- a block ---
 
-// Writes a slab's gradient, vector by vector. kMore: the logits are needed beside their exponentials, for the cap or
+// Writes a block's gradient, vector by vector. kMore: the logits are needed beside their exponentials, for the cap or
 // the entropy.
 template <class T, class X, bool kCap, bool kMore>
 class Gradient {
  public:
   using A = Accum<T>;
 
-  Gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab)
+  Gradient(const CrossEntropy& op, const CrossEntropyBlockGradient& block)
       : logit_(op),
-        x_(static_cast<const T*>(slab.x)),
-        u_(static_cast<const A*>(slab.u)),
-        e_(static_cast<const A*>(slab.e)),
-        dx_(static_cast<X*>(slab.dx)),
-        p_(static_cast<A>(slab.k.p)),
-        softmax_(static_cast<A>(slab.k.softmax)),
-        entropy_(static_cast<A>(slab.k.entropy)),
-        m_(static_cast<A>(slab.k.m)),
-        loss_(static_cast<A>(slab.k.loss)),
-        uniform_(static_cast<A>(slab.k.loss * slab.k.uniform)),
-        stream_(slab.stream && reinterpret_cast<uintptr_t>(dx_) % kVectorBytes == 0 && sizeof(X) == sizeof(A)),
-        y_(slab.y) {
+        x_(static_cast<const T*>(block.x)),
+        u_(static_cast<const A*>(block.u)),
+        e_(static_cast<const A*>(block.e)),
+        dx_(static_cast<X*>(block.dx)),
+        p_(static_cast<A>(block.k.p)),
+        softmax_(static_cast<A>(block.k.softmax)),
+        entropy_(static_cast<A>(block.k.entropy)),
+        m_(static_cast<A>(block.k.m)),
+        loss_(static_cast<A>(block.k.loss)),
+        uniform_(static_cast<A>(block.k.loss * block.k.uniform)),
+        stream_(block.stream && reinterpret_cast<uintptr_t>(dx_) % kVectorBytes == 0 && sizeof(X) == sizeof(A)),
+        y_(block.y) {
     // The target's own term: p - 1 is exact near 1, where the difference of the two terms would cancel. Taken before
     // dx, which may lie where x does.
     if (y_ < 0) return;
-    const A probability = e_[y_] * p_, own = static_cast<A>(slab.k.own);
-    own_ = value(y_, 1, static_cast<A>(slab.k.softmax - slab.k.own))[0] +
+    const A probability = e_[y_] * p_, own = static_cast<A>(block.k.own);
+    own_ = value(y_, 1, static_cast<A>(block.k.softmax - block.k.own))[0] +
            own * (probability - 1) * logit_.dz(load<A>(x_ + y_, 1, A{0}))[0];
   }
   [[gnu::always_inline]] void operator()(int64_t v, int lanes) const {
@@ -101,8 +101,8 @@ struct Nothing {
 
 // meanwhile(v, lanes) is called between the exponentials.
 template <class T, bool kCap, bool kMore, class F>
-void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double uniform, int64_t n, bool entropy,
-                 Accum<T>* e, CrossEntropyPart* part, const F& meanwhile) {
+void reduce_block(const CrossEntropy& op, const T* x, const Accum<T>* u, double uniform, int64_t n, bool entropy,
+                  Accum<T>* e, CrossEntropyPart* part, const F& meanwhile) {
   using A = Accum<T>;
   constexpr int L = kLanes<A>;
   const Logit<A, kCap> logit(op);
@@ -122,8 +122,8 @@ void reduce_slab(const CrossEntropy& op, const T* x, const Accum<T>* u, double u
     const Vec<A> p = exp_negative(filled(below, m, -inf));
     sum += p;
     if (e) store_n(e + i, p, m);
-    // The next slab, whose maximum is looked for at once, at the speed of memory.
-    __builtin_prefetch(x + i + kCrossEntropySlab);
+    // The next block, whose maximum is looked for at once, at the speed of memory.
+    __builtin_prefetch(x + i + kCrossEntropyBlock);
     meanwhile(i, m);
     if constexpr (kMore) {
       const Vec<A> known = filled(below, m, A{0});
@@ -183,51 +183,51 @@ void targets(const void* t, DType dtype, const void* w, double keep, double unif
 }
 
 template <class T, class X>
-void write_gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab) {
+void write_gradient(const CrossEntropy& op, const CrossEntropyBlockGradient& block) {
   const auto run = [&](const auto& gradient) {
-    for_vectors<Accum<T>>(slab.n, gradient);
+    for_vectors<Accum<T>>(block.n, gradient);
     gradient.finish();
   };
   if (op.softcap != 0)
-    run(Gradient<T, X, true, true>(op, slab));
-  else if (slab.k.entropy != 0.0)
-    run(Gradient<T, X, false, true>(op, slab));
+    run(Gradient<T, X, true, true>(op, block));
+  else if (block.k.entropy != 0.0)
+    run(Gradient<T, X, false, true>(op, block));
   else
-    run(Gradient<T, X, false, false>(op, slab));
+    run(Gradient<T, X, false, false>(op, block));
 }
 
 // Calls f with the type of dx: that of the logits T, or bf16 for fp32.
 template <class T, class F>
-void with_dx(const CrossEntropy& op, const CrossEntropySlabGradient& slab, const F& f) {
-  if (slab.dx_dtype == op.dtype) return f(T{});
+void with_dx(const CrossEntropy& op, const CrossEntropyBlockGradient& block, const F& f) {
+  if (block.dx_dtype == op.dtype) return f(T{});
   if constexpr (__is_same(T, float)) f(bf16{});
 }
 
-void gradient(const CrossEntropy& op, const CrossEntropySlabGradient& slab) {
+void gradient(const CrossEntropy& op, const CrossEntropyBlockGradient& block) {
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     // Before dx, which may lie where x does.
-    if (slab.dt)
+    if (block.dt)
       visit(op.target_dtype, [&](auto d) {
         using D = decltype(d);
         if constexpr (sizeof(Accum<D>) == sizeof(Accum<T>))
-          target_gradient(op, slab.k, static_cast<const T*>(slab.x), static_cast<const Accum<T>*>(slab.w), slab.n,
-                          static_cast<D*>(slab.dt));
+          target_gradient(op, block.k, static_cast<const T*>(block.x), static_cast<const Accum<T>*>(block.w), block.n,
+                          static_cast<D*>(block.dt));
       });
-    if (slab.dx) with_dx<T>(op, slab, [&](auto x) { write_gradient<T, decltype(x)>(op, slab); });
+    if (block.dx) with_dx<T>(op, block, [&](auto x) { write_gradient<T, decltype(x)>(op, block); });
   });
 }
 
 void reduce(const CrossEntropy& op, const void* x, const void* u, double uniform, int64_t n, bool entropy, void* e,
-            CrossEntropyPart* part, const CrossEntropySlabGradient* meanwhile) {
+            CrossEntropyPart* part, const CrossEntropyBlockGradient* meanwhile) {
   const bool more = u || uniform != 0 || entropy;
   visit(op.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
     const auto run = [&](auto cap, auto needs_more, const auto& between) {
-      reduce_slab<T, decltype(cap)::value, decltype(needs_more)::value>(op, static_cast<const T*>(x),
-                                                                        static_cast<const A*>(u), uniform, n, entropy,
-                                                                        static_cast<A*>(e), part, between);
+      reduce_block<T, decltype(cap)::value, decltype(needs_more)::value>(op, static_cast<const T*>(x),
+                                                                         static_cast<const A*>(u), uniform, n, entropy,
+                                                                         static_cast<A*>(e), part, between);
     };
     // The usual case; in others arithmetic is what takes the time.
     if (meanwhile && meanwhile->dx && !meanwhile->dt && !more && op.softcap == 0 && meanwhile->k.entropy == 0.0)

@@ -9,7 +9,7 @@ namespace {
 
 // The rows of bags, for RowSum.
 template <class I>
-struct Looked {
+struct BagRows {
   const I* indices;
   int64_t last, padding_idx;
   bool has(int64_t j) const { return indices[j] != padding_idx; }
@@ -19,7 +19,7 @@ struct Looked {
 };
 
 template <class T, class I>
-struct Weighted : Looked<I> {
+struct WeightedBagRows : BagRows<I> {
   const T* samples;
   Accum<T> scale(int64_t j) const { return load_one(samples + j); }
 };
@@ -39,7 +39,7 @@ int64_t find_bad(const I* indices, int64_t begin, int64_t end, int64_t V) {
 
 // What a bag's sum is multiplied by.
 template <class A, class I>
-static inline A share(const Bags& bags, const I* indices, bool mean, int64_t begin, int64_t end) {
+static inline A bag_scale(const Bags& bags, const I* indices, bool mean, int64_t begin, int64_t end) {
   int64_t count = end - begin;
   if (!mean) return 1;
   for (int64_t j = begin; j < end && bags.padding_idx >= 0; ++j) count -= indices[j] == bags.padding_idx;
@@ -52,28 +52,28 @@ auto visit_indices(Indices indices, F f) {
 }
 
 template <class T, class I, class Rows>
-void sum_bags(const Table& table, const Bags& bags, const I* indices, const Rows& rows, bool mean, int64_t begin,
+void sum_bags(const BagTable& table, const Bags& bags, const I* indices, const Rows& rows, bool mean, int64_t begin,
               int64_t end, T* out) {
   const T* const weight = static_cast<const T*>(table.weight);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t from = bags.starts[b], to = bags.starts[b + 1];
-    const auto scale = share<Accum<T>>(bags, indices, mean, from, to);
+    const auto scale = bag_scale<Accum<T>>(bags, indices, mean, from, to);
     RowSum<T, T, Rows>{weight, table.D, rows, from, to, scale, false, out + b * table.D}.run();
   }
 }
 
-int64_t sum(const Table& table, const Bags& bags, bool mean, int64_t begin, int64_t end, void* out) {
+int64_t sum(const BagTable& table, const Bags& bags, bool mean, int64_t begin, int64_t end, void* out) {
   return visit(table.dtype, [&](auto t) {
     using T = decltype(t);
     return visit_indices(bags.indices, [&](auto* indices) {
       using I = std::remove_cvref_t<decltype(*indices)>;
       const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
       if (bad >= 0) return bad;
-      const Looked<I> looked{indices, bags.N - 1, bags.padding_idx};
+      const BagRows<I> rows{indices, bags.N - 1, bags.padding_idx};
       const auto run = [&](const auto& rows) {
         sum_bags(table, bags, indices, rows, mean, begin, end, static_cast<T*>(out));
       };
-      table.samples ? run(Weighted<T, I>{looked, static_cast<const T*>(table.samples)}) : run(looked);
+      table.samples ? run(WeightedBagRows<T, I>{rows, static_cast<const T*>(table.samples)}) : run(rows);
       return bad;
     });
   });
@@ -81,7 +81,7 @@ int64_t sum(const Table& table, const Bags& bags, bool mean, int64_t begin, int6
 
 // K vectors of columns of one bag, the last of n elements.
 template <int K, class T, class Rows>
-void max_columns(const Table& table, const Rows& rows, int64_t begin, int64_t end, int64_t d, int n, T* out,
+void max_columns(const BagTable& table, const Rows& rows, int64_t begin, int64_t end, int64_t d, int n, T* out,
                  int32_t* largest) {
   using A = Accum<T>;
   constexpr int L = kLanes<A>;
@@ -111,7 +111,7 @@ void max_columns(const Table& table, const Rows& rows, int64_t begin, int64_t en
   }
 }
 
-int64_t max(const Table& table, const Bags& bags, int64_t begin, int64_t end, void* out, int32_t* largest) {
+int64_t max(const BagTable& table, const Bags& bags, int64_t begin, int64_t end, void* out, int32_t* largest) {
   return visit(table.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int L = kLanes<Accum<T>>;
@@ -119,7 +119,7 @@ int64_t max(const Table& table, const Bags& bags, int64_t begin, int64_t end, vo
       using I = std::remove_cvref_t<decltype(*indices)>;
       const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
       if (bad >= 0) return bad;
-      const Looked<I> rows{indices, bags.N - 1, bags.padding_idx};
+      const BagRows<I> rows{indices, bags.N - 1, bags.padding_idx};
       for (int64_t b = begin; b < end; ++b) {
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
         T* const row = static_cast<T*>(out) + b * table.D;
@@ -150,7 +150,7 @@ static inline Accum<T> dot_rows(const T* a, const T* b, int64_t D) {
   return reduce_add<A>((s[0] + s[1]) + (s[2] + s[3]));
 }
 
-int64_t dot(const Table& table, const Bags& bags, bool mean, int64_t begin, int64_t end, const void* dout,
+int64_t dot(const BagTable& table, const Bags& bags, bool mean, int64_t begin, int64_t end, const void* dout,
             void* dsamples) {
   return visit(table.dtype, [&](auto t) {
     using T = decltype(t);
@@ -160,11 +160,11 @@ int64_t dot(const Table& table, const Bags& bags, bool mean, int64_t begin, int6
       const int64_t D = table.D, step = rows_ahead<T>(D);
       const int64_t bad = find_bad(indices, bags.starts[begin], bags.starts[end], table.V);
       if (bad >= 0) return bad;
-      const Looked<I> rows{indices, bags.N - 1, bags.padding_idx};
+      const BagRows<I> rows{indices, bags.N - 1, bags.padding_idx};
       const T* const weight = static_cast<const T*>(table.weight);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
-        const A factor = share<A>(bags, indices, mean, from, to);
+        const A factor = bag_scale<A>(bags, indices, mean, from, to);
         for (int64_t j = from; j < to; ++j) {
           const T* const next = to_fetch(weight, rows.ahead(j + step), D);
           for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(next + d);
@@ -178,7 +178,8 @@ int64_t dot(const Table& table, const Bags& bags, bool mean, int64_t begin, int6
   });
 }
 
-void factors(const Table& table, const Bags& bags, bool mean, int64_t begin, int64_t end, uint32_t* bag, void* scale) {
+void factors(const BagTable& table, const Bags& bags, bool mean, int64_t begin, int64_t end, uint32_t* bag,
+             void* scale) {
   visit(table.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accum<T>;
@@ -187,7 +188,7 @@ void factors(const Table& table, const Bags& bags, bool mean, int64_t begin, int
         const int64_t from = bags.starts[b], to = bags.starts[b + 1];
         for (int64_t j = from; j < to; ++j) bag[j] = static_cast<uint32_t>(b);
         if (!scale) continue;
-        const A each = share<A>(bags, indices, mean, from, to);
+        const A each = bag_scale<A>(bags, indices, mean, from, to);
         const T* const samples = static_cast<const T*>(table.samples);
         for (int64_t j = from; j < to; ++j) static_cast<A*>(scale)[j] = samples ? load_one(samples + j) * each : each;
       }

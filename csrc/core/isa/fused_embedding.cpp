@@ -9,11 +9,11 @@ namespace {
 // What one token's row is made of, vector by vector. All that the loops need is copied here: through a reference it
 // would be read again after every store.
 template <class T>
-class Row {
+class TokenRow {
  public:
   using A = Accum<T>;
 
-  Row(const FusedEmbedding& op, int64_t n, const FusedRows& rows)
+  TokenRow(const FusedEmbedding& op, int64_t n, const FusedRows& rows)
       : token_(static_cast<const T*>(rows.at[0])),
         position_(static_cast<const T*>(rows.at[1])),
         type_(static_cast<const T*>(rows.at[2])),
@@ -52,7 +52,7 @@ class Row {
 template <class T>
 void forward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, T* out, Accum<T>* stats, Accum<T>* s) {
   using A = Accum<T>;
-  const Row<T> row(op, n, rows);
+  const TokenRow<T> row(op, n, rows);
   const int64_t D = op.D;
   if (op.norm == Norm::none)
     return for_vectors<A>(D, [&](int64_t d, int lanes) { store_n(out + d, row.dropped(row.sum(d, lanes), d), lanes); });
@@ -83,7 +83,7 @@ template <class T>
 void backward(const FusedEmbedding& op, int64_t n, const FusedRows& rows, const T* dout, const Accum<T>* stats, T* dsum,
               Accum<T>* sums, Accum<T>* x) {
   using A = Accum<T>;
-  const Row<T> row(op, n, rows);
+  const TokenRow<T> row(op, n, rows);
   const int64_t D = op.D;
   if (op.norm == Norm::none)
     return for_vectors<A>(

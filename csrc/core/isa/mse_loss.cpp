@@ -14,11 +14,11 @@ Vec<Accum<T>> difference(const T* x, const T* t, int n) {
 
 // Where gradients go: dx, and dt = -dx; either may be null.
 template <class T>
-struct Gradients {
+struct MseGradients {
   T *dx, *dt;
   bool stream_dx, stream_dt;
 
-  Gradients(T* dx, T* dt, bool stream)
+  MseGradients(T* dx, T* dt, bool stream)
       : dx(dx), dt(dt), stream_dx(stream && aligned(dx)), stream_dt(stream && aligned(dt)) {}
   void put(int64_t i, Vec<Accum<T>> g, int n) const {
     if (dx) put(dx + i, g, n, stream_dx);
@@ -69,7 +69,7 @@ void forward(const T* x, const T* t, int64_t n, T* out) {
 }
 
 template <class T>
-void backward(const T* g, Accum<T> dsum, const T* x, const T* t, int64_t n, const Gradients<T>& to) {
+void backward(const T* g, Accum<T> dsum, const T* x, const T* t, int64_t n, const MseGradients<T>& to) {
   using A = Accum<T>;
   for_vectors<A>(n, [&](int64_t i, int lanes) {
     const Vec<A> twice = g ? 2 * load_n<A>(g + i, lanes) : splat<A>(2 * dsum);
@@ -84,7 +84,7 @@ double sum_any(const void* input, const void* target, DType dtype, int64_t n, do
     using A = Accum<T>;
     const T *x = static_cast<const T*>(input), *t = static_cast<const T*>(target);
     if (!dinput && !dtarget) return sum(x, t, n, [](int64_t, Vec<A>, int) {});
-    const Gradients<T> to(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream);
+    const MseGradients<T> to(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream);
     const Vec<A> twice = splat<A>(2 * static_cast<A>(dsum));
     return sum(x, t, n, [&](int64_t i, Vec<A> d, int m) { to.put(i, d * twice, m); });
   });
@@ -102,7 +102,8 @@ void backward_any(const void* dloss, double dsum, const void* input, const void*
   visit(dtype, [&](auto type) {
     using T = decltype(type);
     backward(static_cast<const T*>(dloss), static_cast<Accum<T>>(dsum), static_cast<const T*>(input),
-             static_cast<const T*>(target), n, Gradients<T>(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream));
+             static_cast<const T*>(target), n,
+             MseGradients<T>(static_cast<T*>(dinput), static_cast<T*>(dtarget), stream));
   });
 }
 

@@ -24,15 +24,15 @@ static inline vu32 random_bits(uint64_t seed, uint64_t index, uint32_t salt) {
   return mix_bits((mix_bits(lows * 0x9e3779b1u + seed_low) ^ highs) + salt * 0xc2b2ae3du);
 }
 
-// 1 where an element is drawn, each with probability `share`, else 0.
+// 1 where an element is drawn, each with probability p, else 0.
 template <class S>
-static inline Vec<S> drawn(double share, uint64_t seed, uint64_t index, uint32_t salt) {
+static inline Vec<S> drawn(double p, uint64_t seed, uint64_t index, uint32_t salt) {
   const vu32 bits = random_bits(seed, index, salt);
-  const double limit = share * 4294967296.0;
+  const double limit = p * 4294967296.0;
   Vec<S> result;
   if constexpr (sizeof(S) == 4) {
     // All are below 2^32.
-    if (share >= 1) return splat(S{1});
+    if (p >= 1) return splat(S{1});
     const uint32_t bound = static_cast<uint32_t>(limit) + (limit > static_cast<uint32_t>(limit));
     result = bits < bound ? splat(S{1}) : splat(S{0});
   } else {

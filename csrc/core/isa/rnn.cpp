@@ -97,7 +97,7 @@ LLMKERN_INLINE void forward_vectors(const RnnForwardArgs& a, const RnnBlock& blo
   A* next = static_cast<A*>(a.next) + block.b * a.next_ld + unit;
   pre += i;
   for (int row = 0; row < block.rows; ++row) {
-    put_h<T>(a, at, Cell::template forward<T>(a, at, Plain<S, At<S, kWhole>>{at, pre, gx, H}), next);
+    put_h<T>(a, at, Cell::template forward<T>(a, at, PlainSums<S, At<S, kWhole>>{at, pre, gx, H}), next);
     pre += per_row;
     gx += a.gx_ld;
     next += a.next_ld;
@@ -133,10 +133,10 @@ LLMKERN_INLINE void backward_vectors(const RnnBackwardArgs& a, const RnnBlock& b
   A* dgates = static_cast<A*>(a.dgates) + (block.token + row * block.stride) * dgates_of(op) + unit;
   Past past{.h = row * a.h_stride + unit, .c = row * a.c_stride + unit};
   for (int64_t v = 0; v < n; ++v) {
-    V passed;
-    const V dout = take_dh<T>(a, at, passed);
-    passed += Cell::template backward<T>(a, at, past, dout, dgates, PlainOutput{});
-    at.store(static_cast<S*>(a.dh) + at.state, passed);
+    V dbefore;
+    const V dout = take_dh<T>(a, at, dbefore);
+    dbefore += Cell::template backward<T>(a, at, past, dout, dgates, PlainOutput{});
+    at.store(static_cast<S*>(a.dh) + at.state, dbefore);
     at.next_units(L);
     dgates += L;
     past.h += L;

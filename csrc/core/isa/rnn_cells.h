@@ -3,7 +3,7 @@
 // About 60 instructions for a vector of units of an lstm forward, 40 backward, where the products take 8 H / lanes. A
 // cell is one struct: `forward` takes the sums of the gates and the states and returns the new ones, `backward` the
 // gradients. What is optional costs a branch that is always taken the same way. Where the sums come from, and what an
-// lstm shows of its c, is a parameter `x`: plain here, normalised in rnn_norm.cpp.
+// lstm's h is made of beside o, is a parameter `x`: plain here, normalised in rnn_norm.cpp.
 #pragma once
 #include "core/isa/functions.h"
 #include "core/isa/random.h"
@@ -73,11 +73,11 @@ struct Past {
   int64_t h, c;
 };
 
-// Of elements [index, index + lanes) of a state under zoneout, the share that is kept: drawn in training, 0 or 1, else
+// Of elements [index, index + lanes) of a state under zoneout, how much is kept: drawn in training, 0 or 1, else
 // the same of all. `salt` tells h from c.
 template <class S>
-inline Vec<S> kept_of(const Rnn& op, double share, uint64_t index, uint32_t salt) {
-  return op.draws ? drawn<S>(share, op.seed, index, salt) : splat(static_cast<S>(share));
+inline Vec<S> kept_of(const Rnn& op, double fraction, uint64_t index, uint32_t salt) {
+  return op.draws ? drawn<S>(fraction, op.seed, index, salt) : splat(static_cast<S>(fraction));
 }
 
 template <class V, class S>
@@ -111,16 +111,16 @@ LLMKERN_INLINE void put_h(const RnnForwardArgs& a, const P& at, V h, A* next) {
   at.store(next, h);
 }
 
-// The gradient of the cell's h from that of the state; `passed` is what zoneout lets past the cell.
+// The gradient of the cell's h from that of the state; `dbefore` is what zoneout hands to the state before.
 template <class T, class P, class S = Accum<T>, class V = Vec<S>>
-LLMKERN_INLINE V take_dh(const RnnBackwardArgs& a, const P& at, V& passed) {
+LLMKERN_INLINE V take_dh(const RnnBackwardArgs& a, const P& at, V& dbefore) {
   const Rnn& op = *a.op;
   V dout = at.load(static_cast<const S*>(a.dh) + at.state);
   if (a.dy) dout += at.load(static_cast<const T*>(a.dy) + at.token);
-  passed = V{};
+  dbefore = V{};
   if (op.zoneout_h != 0) {
     const V kept = kept_of<S>(op, op.zoneout_h, at.drawn(), 0);
-    passed = kept * dout;
+    dbefore = kept * dout;
     dout = (1 - kept) * dout;
   }
   return dout;
@@ -128,7 +128,7 @@ LLMKERN_INLINE V take_dh(const RnnBackwardArgs& a, const P& at, V& passed) {
 
 // The sums of a step as the products gave them: `pre` of h, a vector of each gate after the other, `gx` of x.
 template <class S, class P>
-struct Plain {
+struct PlainSums {
   const P& at;
   const S *pre, *gx;
   int64_t H;
@@ -137,10 +137,10 @@ struct Plain {
   Vec<S> output(Vec<S> o, Vec<S> cell) const { return o * tanh(cell); }
 };
 
-// The same for a backward: tanh of what is shown of c, and the gradient of c from that of what is shown.
+// The same for a backward: tanh of c, and the gradient of c from that of its argument.
 struct PlainOutput {
   template <class V>
-  V squashed(V cell) const {
+  V tanh_c(V cell) const {
     return tanh(cell);
   }
   template <class V>
@@ -205,25 +205,25 @@ struct LstmCell {
     const V before = at.load(static_cast<const S*>(a.c_before) + past.c);
     const V cell = cell_of<T>(a, at, past);
     S* const dc = static_cast<S*>(a.dc) + at.c;
-    V dcell = at.load(dc), passed{};
+    V dcell = at.load(dc), dbefore{};
     if (a.dcells) dcell += at.load(static_cast<const S*>(a.dcells) + at.cells);
     if (op.zoneout_c != 0) {
       const V kept = kept_of<S>(op, op.zoneout_c, at.drawn(), 1);
-      passed = kept * dcell;
+      dbefore = kept * dcell;
       dcell = (1 - kept) * dcell;
     }
-    const V squashed = x.squashed(cell);
-    dout = where_within(o * squashed, static_cast<S>(op.clip), dout);
-    const V d_o = dout * squashed * o * (1 - o);
-    dcell += x.to_cell(dout * o * (1 - squashed * squashed));
+    const V tanh_c = x.tanh_c(cell);
+    dout = where_within(o * tanh_c, static_cast<S>(op.clip), dout);
+    const V d_o = dout * tanh_c * o * (1 - o);
+    dcell += x.to_cell(dout * o * (1 - tanh_c * tanh_c));
     const auto peep = [&](int k) { return at.load(static_cast<const T*>(op.peephole) + k * H + at.unit); };
     if (op.peephole) dcell += d_o * peep(2);
     const V di = dcell * g * i * (1 - i), df = dcell * before * f * (1 - f), dg = dcell * i * (1 - g * g);
-    passed += dcell * f;
-    if (op.peephole) passed += di * peep(0) + df * peep(1);
-    at.store(dc, passed);
+    dbefore += dcell * f;
+    if (op.peephole) dbefore += di * peep(0) + df * peep(1);
+    at.store(dc, dbefore);
     at.store_apart(dgates, H, {di, df, dg, d_o});
-    if (a.unprojected) at.store(static_cast<T*>(a.unprojected) + at.token, o * squashed);
+    if (a.unprojected) at.store(static_cast<T*>(a.unprojected) + at.token, o * tanh_c);
     if (a.dpeephole) {
       S* const to = static_cast<S*>(a.dpeephole) + at.b * 3 * H + at.unit;
       at.store(to, at.load(to) + di * before);

@@ -62,7 +62,7 @@ LLMKERN_INLINE void each_unit(const Rnn& op, const RnnBlock& block, int64_t row,
 
 // The sums of a step as norms make them, for rnn_cells.h. An lstm's o and c are put down, until all of c is known.
 template <class S, class P>
-struct Normalised {
+struct NormalisedSums {
   const P& at;
   const S *x, *h, *w_x, *w_h, *bias;
   S *o_, *c_;
@@ -93,7 +93,7 @@ void forward_of(const RnnForwardArgs& a, const RnnNormArgs& n, const RnnBlock& b
     const S deviation = normalise_row(hidden, size);
     if (n.deviation) static_cast<S*>(n.deviation)[row * n.deviation_ld] = deviation;
     each_unit<Cell, S>(op, block, row, [&]<class P>(const P& at, int64_t u) {
-      const Normalised<S, P> x{at, input, hidden, w, w + size, static_cast<const S*>(n.bias), o, c, H};
+      const NormalisedSums<S, P> x{at, input, hidden, w, w + size, static_cast<const S*>(n.bias), o, c, H};
       const Vec<S> h = Cell::template forward<T>(a, at, x);
       if constexpr (!__is_same(Cell, LstmCell)) put_h<T>(a, at, h, next + u);
     });
@@ -122,15 +122,15 @@ LLMKERN_INLINE void each_hidden(const Rnn& op, const F& f) {
 template <class S, class P>
 struct NormalisedOutput {
   const P& at;
-  const S *squashed_, *dcell;
-  Vec<S> squashed(Vec<S>) const { return at.load(squashed_ + at.unit); }
+  const S *tanh_c_, *dcell;
+  Vec<S> tanh_c(Vec<S>) const { return at.load(tanh_c_ + at.unit); }
   Vec<S> to_cell(Vec<S>) const { return at.load(dcell + at.unit); }
 };
 
-// squashed (H) = tanh of what is shown of c, dcell (H) = what c gets through it; and the gradients of w_c and b_c.
+// tanh_c (H) = tanh of the normalised c, dcell (H) = what c gets through it; and the gradients of w_c and b_c.
 template <class T, class S = Accum<T>>
 void through_c(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const RnnBlock& block, int64_t row, S* c,
-               S* squashed, S* dcell) {
+               S* tanh_c, S* dcell) {
   using V = Vec<S>;
   const Rnn& op = *a.op;
   const int64_t H = op.H;
@@ -141,15 +141,15 @@ void through_c(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const Rnn
   const S deviation = normalise_row(c, H);
   V sums[2] = {};
   each_unit<LstmCell, S>(op, block, row, [&](const auto& at, int64_t u) {
-    const V x = at.load(c + u), w = at.load(w_c + u), shown = tanh(x * w + at.load(b_c + u));
+    const V x = at.load(c + u), w = at.load(w_c + u), y = tanh(x * w + at.load(b_c + u));
     const V o = at.load(static_cast<const T*>(a.gates) + at.gates + 3 * H);
-    V passed;
-    const V dout = where_within(o * shown, static_cast<S>(op.clip), take_dh<T>(a, at, passed));
-    const V d = dout * o * (1 - shown * shown);
+    V dbefore;
+    const V dout = where_within(o * y, static_cast<S>(op.clip), take_dh<T>(a, at, dbefore));
+    const V d = dout * o * (1 - y * y);
     S* const to = static_cast<S*>(n.dnorm_c) + at.b * 2 * H + u;
     at.store(to, at.load(to) + d * x);
     at.store(to + H, at.load(to + H) + d);
-    at.store(squashed + u, shown);
+    at.store(tanh_c + u, y);
     at.store(dcell + u, d * w);
     sums[0] += d * w;
     sums[1] += d * w * x;
@@ -186,17 +186,16 @@ void backward_of(const RnnBackwardArgs& a, const RnnNormBackwardArgs& n, const R
   using S = Accum<T>;
   const Rnn& op = *a.op;
   const int64_t H = op.H, D = dgates_of(op);
-  S *const dgates = static_cast<S*>(n.scratch), *const c = dgates + D, *const squashed = c + H,
-           *const dcell = squashed + H;
+  S *const dgates = static_cast<S*>(n.scratch), *const c = dgates + D, *const tanh_c = c + H, *const dcell = tanh_c + H;
   for (int64_t row = 0; row < block.rows; ++row) {
     const int64_t token = block.token + row * block.stride;
-    if constexpr (__is_same(Cell, LstmCell)) through_c<T>(a, n, block, row, c, squashed, dcell);
+    if constexpr (__is_same(Cell, LstmCell)) through_c<T>(a, n, block, row, c, tanh_c, dcell);
     each_unit<Cell, S>(op, block, row, [&]<class P>(const P& at, int64_t u) {
-      Vec<S> passed;
-      const Vec<S> dout = take_dh<T>(a, at, passed);
-      passed += Cell::template backward<T>(a, at, Past{.h = row * a.h_stride + u, .c = row * a.c_stride + u}, dout,
-                                           dgates + u, NormalisedOutput<S, P>{at, squashed, dcell});
-      at.store(static_cast<S*>(a.dh) + at.state, passed);
+      Vec<S> dbefore;
+      const Vec<S> dout = take_dh<T>(a, at, dbefore);
+      dbefore += Cell::template backward<T>(a, at, Past{.h = row * a.h_stride + u, .c = row * a.c_stride + u}, dout,
+                                            dgates + u, NormalisedOutput<S, P>{at, tanh_c, dcell});
+      at.store(static_cast<S*>(a.dh) + at.state, dbefore);
     });
     A* const to = static_cast<A*>(a.dgates) + token * D;
     for_vectors<S>(dgates_used(op), [&](int64_t i, int k) { store_n(to + i, load_n<S>(dgates + i, k), k); });

@@ -36,13 +36,13 @@ inline Vec<Accum<T>> kept(Vec<Accum<T>> x) {
 
 // A row that has had `applied` of the steps on record. T: parameter; Q: states.
 template <class T, class Q, class Rule>
-class Row {
+class TableRow {
  public:
   using S = Accum<T>;
   using V = Vec<S>;
   static constexpr int L = kLanes<S>, kStates = Rule::kStates;
 
-  Row(const RowTable& table, int64_t row, int64_t applied, int64_t next)
+  TableRow(const RowTable& table, int64_t row, int64_t applied, int64_t next)
       : table_(table),
         applied_(applied),
         to_next_((next - row) * table.D),
@@ -215,7 +215,7 @@ void visit_table(const RowTable& table, const F& f) {
 void lookup(const RowTable& table, int64_t row, int64_t applied, int64_t next, bool stream, void* out) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
+    TableRow<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
         .lookup(stream, static_cast<typename Y::T*>(out));
   });
 }
@@ -223,7 +223,7 @@ void lookup(const RowTable& table, int64_t row, int64_t applied, int64_t next, b
 void catch_up(const RowTable& table, int64_t row, int64_t applied, int64_t next) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next).catch_up();
+    TableRow<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next).catch_up();
   });
 }
 
@@ -231,7 +231,7 @@ void step(const RowTable& table, const unsigned char* rule, int64_t row, int64_t
           const void* values, const uint32_t* order, int64_t n, int64_t later, int64_t begin, int64_t end) {
   visit_table(table, [&](auto types) {
     using Y = decltype(types);
-    Row<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
+    TableRow<typename Y::T, typename Y::Q, typename Y::Rule>(table, row, applied, next)
         .step(*reinterpret_cast<const typename Y::Rule*>(rule), static_cast<const typename Y::T*>(values), order, n,
               later, begin, end);
   });

@@ -218,7 +218,7 @@ static inline void store_n(T* p, Vec<Accum<T>> v, int n) {
 
 // Calls f(i, n) for every vector of [0, size); n lanes are in use, which are all but in the last.
 template <class A, class F>
-static inline void for_vectors(int64_t size, const F& f) {
+static inline __attribute__((always_inline)) void for_vectors(int64_t size, const F& f) {
   constexpr int L = kLanes<A>;
   int64_t i = 0;
   for (; i + L <= size; i += L) f(i, L);

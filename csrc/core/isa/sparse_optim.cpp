@@ -24,7 +24,7 @@ void sum(const RowGradient& grad, const uint32_t* positions, int64_t count, int6
 
 // T: parameter; Q: states.
 template <class T, class Q, class Rule, class Op>
-void sweep(const Op& op, const Table& table, int64_t row, int64_t next, const Accum<T>* grad, int64_t D) {
+void sweep(const Op& op, const OptimTable& table, int64_t row, int64_t next, const Accum<T>* grad, int64_t D) {
   using S = Accum<T>;
   constexpr int n_states = Rule::kStates;
   const Rule rule(op, table.step);
@@ -44,7 +44,7 @@ void sweep(const Op& op, const Table& table, int64_t row, int64_t next, const Ac
 }
 
 template <template <class, bool> class Rule, class Op>
-void step(const Op& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next, const void* sum) {
+void step(const Op& op, const RowGradient& grad, const OptimTable& table, int64_t row, int64_t next, const void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
     using S = Accum<T>;
@@ -55,8 +55,8 @@ void step(const Op& op, const RowGradient& grad, const Table& table, int64_t row
   });
 }
 
-void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const Table& table, int64_t row, int64_t next,
-                     const void* sum) {
+void rowwise_adagrad(const RowWiseAdagrad& op, const RowGradient& grad, const OptimTable& table, int64_t row,
+                     int64_t next, const void* sum) {
   visit(grad.dtype, [&](auto t) {
     using T = decltype(t);
     using S = Accum<T>;

@@ -7,7 +7,7 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-struct Plain {
+struct PlainTerms {
   const uint32_t* source;
   int64_t last;
   static constexpr bool has(int64_t) { return true; }
@@ -17,7 +17,7 @@ struct Plain {
 };
 
 template <class A>
-struct Scaled : Plain {
+struct ScaledTerms : PlainTerms {
   const A* factor;
   A scale(int64_t j) const { return factor[j]; }
 };
@@ -68,8 +68,8 @@ void sum_as(const Terms& t, int64_t begin, int64_t end, Accum<T> scale, bool str
         static_cast<const T*>(t.rows), t.D, rows, begin, end, scale, stream, out}
         .run();
   };
-  const Plain plain{.source = t.source, .last = t.N - 1};
-  t.scale ? run(Scaled<A>{plain, static_cast<const A*>(t.scale)}) : run(plain);
+  const PlainTerms plain{.source = t.source, .last = t.N - 1};
+  t.scale ? run(ScaledTerms<A>{plain, static_cast<const A*>(t.scale)}) : run(plain);
 }
 
 void sum(const Terms& t, int64_t begin, int64_t end, double scale, bool stream, DType out_dtype, void* out) {
