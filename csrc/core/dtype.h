@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace llmkern {
 
@@ -28,15 +29,7 @@ static inline double to_double(bf16 x) { return std::bit_cast<float>(static_cast
 static inline double to_double(f16 x) { return static_cast<double>(std::bit_cast<_Float16>(x.bits)); }
 
 template <class T>
-struct AccumOf {
-  using type = float;
-};
-template <>
-struct AccumOf<double> {
-  using type = double;
-};
-template <class T>
-using Accum = typename AccumOf<T>::type;
+using Accum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Calls f with a value of the C++ type that dtype names: visit(dtype, [&](auto t) { using T = decltype(t); ... }).
 template <class F>

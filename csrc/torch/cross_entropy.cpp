@@ -82,12 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward
     const Tensor& logits, const Tensor& target, std::optional<Tensor> weight, std::optional<Tensor> dloss,
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, bool entropy,
     bool argmax, bool need_logits, bool need_target) {
-  const auto op = describe(logits, target, weight,
-                           {.ignore_index = ignore_index,
-                            .label_smoothing = label_smoothing,
-                            .z_loss = z_loss,
-                            .softcap = softcap,
-                            .logit_scale = logit_scale});
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
   CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
   Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
   cpu::cross_entropy(
@@ -103,12 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_(Tensor
                                                                           double label_smoothing, double z_loss,
                                                                           double softcap, double logit_scale,
                                                                           bool entropy, bool argmax, bool need_target) {
-  const auto op = describe(logits, target, weight,
-                           {.ignore_index = ignore_index,
-                            .label_smoothing = label_smoothing,
-                            .z_loss = z_loss,
-                            .softcap = softcap,
-                            .logit_scale = logit_scale});
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
   CrossEntropyResults results(logits, row_sizes(logits), op.dtype, entropy, argmax);
   Tensor dtarget = like(target, need_target);
   cpu::cross_entropy(
@@ -123,12 +113,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> dloss, s
                                                   int64_t ignore_index, double label_smoothing, double z_loss,
                                                   double softcap, double logit_scale, bool need_logits,
                                                   bool need_target) {
-  const auto op = describe(logits, target, weight,
-                           {.ignore_index = ignore_index,
-                            .label_smoothing = label_smoothing,
-                            .z_loss = z_loss,
-                            .softcap = softcap,
-                            .logit_scale = logit_scale});
+  const auto op = describe(logits, target, weight, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
   Tensor dlogits = like(logits, need_logits), dtarget = like(target, need_target);
   cpu::cross_entropy(
       op, logits.const_data_ptr(), {},

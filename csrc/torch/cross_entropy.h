@@ -6,6 +6,12 @@
 namespace llmkern {
 
 struct CrossEntropyOptions {
+  CrossEntropyOptions(int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale)
+      : ignore_index(ignore_index),
+        label_smoothing(label_smoothing),
+        z_loss(z_loss),
+        softcap(softcap),
+        logit_scale(logit_scale) {}
   int64_t ignore_index;
   double label_smoothing, z_loss, softcap, logit_scale;
 };

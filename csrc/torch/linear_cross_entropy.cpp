@@ -56,12 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
     double z_loss, double softcap, double logit_scale, int64_t workspace, bool entropy, bool argmax, bool need_x,
     bool need_weight, bool need_bias, bool need_target) {
   const auto op = describe(x, linear_weight, linear_bias, target, weight,
-                           {.ignore_index = ignore_index,
-                            .label_smoothing = label_smoothing,
-                            .z_loss = z_loss,
-                            .softcap = softcap,
-                            .logit_scale = logit_scale},
-                           workspace);
+                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
   CrossEntropyResults results(x, {op.loss.N}, op.loss.dtype, entropy, argmax);
   GradientTensors gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
   cpu::linear_cross_entropy(op, results.outputs, {.loss = rows_of(dloss, op.loss, "dloss")}, gradients.pointers);
@@ -76,12 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     int64_t ignore_index, double label_smoothing, double z_loss, double softcap, double logit_scale, int64_t workspace,
     bool need_x, bool need_weight, bool need_bias, bool need_target) {
   const auto op = describe(x, linear_weight, linear_bias, target, weight,
-                           {.ignore_index = ignore_index,
-                            .label_smoothing = label_smoothing,
-                            .z_loss = z_loss,
-                            .softcap = softcap,
-                            .logit_scale = logit_scale},
-                           workspace);
+                           {ignore_index, label_smoothing, z_loss, softcap, logit_scale}, workspace);
   GradientTensors gradients(x, linear_weight, target, {need_x, need_weight, need_bias, need_target});
   cpu::linear_cross_entropy(op, {},
                             {.loss = rows_of(dloss, op.loss, "dloss"),

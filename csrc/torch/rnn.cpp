@@ -40,87 +40,82 @@ void check_packed(const Tensor& batch_sizes, int64_t total, int64_t B) {
   require(batch_sizes.numel() > 0 && sum == total, "batch_sizes: expected their sum rows of x");
 }
 
-// The arguments that describe a layer, in the order of the schema.
-struct LayerArguments {
-  const Tensor &x, &hx;
-  const Optional& cx;
-  const Tensor &weight_ih, &weight_hh;
-  const Optional &bias_ih, &bias_hh, &weight_hr, &peephole, &norms, &batch_sizes, &seed;
-  const std::string& mode;
-  bool reverse, batch_first;
-  double clip, zoneout, zoneout_cell;
+// The sizes of x, but for its last.
+std::vector<int64_t> token_sizes(const Tensor& x, int64_t width) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = width;
+  return sizes;
+}
 
-  std::vector<int64_t> tokens(int64_t width) const {
-    std::vector<int64_t> sizes = sizes_of(x);
-    sizes.back() = width;
-    return sizes;
+// The layer that the arguments describe, in the order of the schema: with every shape checked that memory safety
+// depends on.
+cpu::Rnn layer_of(const Tensor& x, const Tensor& hx, const Optional& cx, const Tensor& weight_ih,
+                  const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh, const Optional& weight_hr,
+                  const Optional& peephole, const Optional& norms, const Optional& batch_sizes, const Optional& seed,
+                  const std::string& mode, bool reverse, bool batch_first, double clip, double zoneout,
+                  double zoneout_cell) {
+  cpu::Rnn op{};
+  op.mode = mode_of(mode);
+  const bool lstm = op.mode == cpu::RnnMode::lstm;
+  require(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 2 && weight_hh.dim() == 2 &&
+              (lstm || op.mode == cpu::RnnMode::slstm) == cx.has_value(),
+          "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx for lstm and slstm alone");
+  require(!batch_sizes || !batch_first, "rnn: a packed sequence has no batch_first");
+  op.B = hx.size(0);
+  op.P = hx.size(1);
+  op.H = weight_hr ? weight_hr->size(1) : op.P;
+  op.I = x.size(x.dim() - 1);
+  op.T = batch_sizes ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
+  require(op.T > 0 && op.B > 0 && op.H > 0 && op.P > 0, "rnn: expected at least one step, sequence and unit");
+  const int64_t G = cpu::gates_of(op.mode), H = op.H, P = op.P, columns = weight_hh.size(1);
+  require(columns > 0 && P % columns == 0 && (columns == P || (P == H && H % (P / columns) == 0)),
+          "weight_hh: expected H columns, or H divided by the number of heads");
+  op.heads = P / columns;
+  const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
+  op.dtype = dtype_of(x);
+  op.state_dtype = dtype_of(hx);
+  require(states == dtype || (states == ScalarType::Float && op.dtype != DType::f64),
+          "hx: expected the dtype of x, or float32 beside bfloat16 and float16");
+  require_contiguous(x, "x");
+  if (batch_sizes)
+    check_packed(*batch_sizes, x.size(0), op.B);
+  else
+    require(x.size(batch_first ? 0 : 1) == op.B, "hx: expected as many sequences as x");
+  require_shape(hx, {op.B, P}, states, "hx");
+  if (cx) require_shape(*cx, {op.B, cpu::cells_of(op)}, states, "cx");
+  require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih");
+  require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
+  if (bias_ih) require_shape(*bias_ih, {G * H}, dtype, "bias_ih");
+  if (bias_hh) require_shape(*bias_hh, {G * H}, dtype, "bias_hh");
+  if (weight_hr) require_shape(*weight_hr, {P, H}, dtype, "weight_hr");
+  if (peephole) require_shape(*peephole, {3, H}, dtype, "peephole");
+  if (norms) require_shape(*norms, {cpu::norms_of(op)}, dtype, "norms");
+  require(lstm || (!weight_hr && !peephole && zoneout_cell == 0), "rnn: an option of lstm alone");
+  require(!weight_hr || (clip == 0 && zoneout == 0 && zoneout_cell == 0),
+          "rnn: a projection excludes clip and zoneout");
+  op.reverse = reverse;
+  op.batch_first = batch_first;
+  op.batch_sizes = static_cast<const int64_t*>(data_of(batch_sizes));
+  op.x = x.const_data_ptr();
+  op.hx = hx.const_data_ptr();
+  op.cx = data_of(cx);
+  op.weight_ih = weight_ih.const_data_ptr();
+  op.weight_hh = weight_hh.const_data_ptr();
+  op.bias_ih = data_of(bias_ih);
+  op.bias_hh = data_of(bias_hh);
+  op.weight_hr = data_of(weight_hr);
+  op.peephole = data_of(peephole);
+  op.norms = data_of(norms);
+  op.clip = clip;
+  op.zoneout_h = zoneout;
+  op.zoneout_c = zoneout_cell;
+  op.draws = seed.has_value();
+  if (seed) {
+    require_shape(*seed, {}, ScalarType::Long, "seed");
+    op.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
   }
-
-  // The problem, with every shape checked that memory safety depends on.
-  cpu::Rnn problem() const {
-    cpu::Rnn op{};
-    op.mode = mode_of(mode);
-    const bool lstm = op.mode == cpu::RnnMode::lstm;
-    require(x.dim() == (batch_sizes ? 2 : 3) && hx.dim() == 2 && weight_hh.dim() == 2 &&
-                (lstm || op.mode == cpu::RnnMode::slstm) == cx.has_value(),
-            "rnn: expected x (T, B, I), or (tokens, I) with batch_sizes, hx (B, P), and cx for lstm and slstm alone");
-    require(!batch_sizes || !batch_first, "rnn: a packed sequence has no batch_first");
-    op.B = hx.size(0);
-    op.P = hx.size(1);
-    op.H = weight_hr ? weight_hr->size(1) : op.P;
-    op.I = x.size(x.dim() - 1);
-    op.T = batch_sizes ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
-    require(op.T > 0 && op.B > 0 && op.H > 0 && op.P > 0, "rnn: expected at least one step, sequence and unit");
-    const int64_t G = cpu::gates_of(op.mode), H = op.H, P = op.P, columns = weight_hh.size(1);
-    require(columns > 0 && P % columns == 0 && (columns == P || (P == H && H % (P / columns) == 0)),
-            "weight_hh: expected H columns, or H divided by the number of heads");
-    op.heads = P / columns;
-    const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
-    op.dtype = dtype_of(x);
-    op.state_dtype = dtype_of(hx);
-    require(states == dtype || (states == ScalarType::Float && op.dtype != DType::f64),
-            "hx: expected the dtype of x, or float32 beside bfloat16 and float16");
-    require_contiguous(x, "x");
-    if (batch_sizes)
-      check_packed(*batch_sizes, x.size(0), op.B);
-    else
-      require(x.size(batch_first ? 0 : 1) == op.B, "hx: expected as many sequences as x");
-    require_shape(hx, {op.B, P}, states, "hx");
-    if (cx) require_shape(*cx, {op.B, cpu::cells_of(op)}, states, "cx");
-    require_shape(weight_ih, {G * H, op.I}, dtype, "weight_ih");
-    require_shape(weight_hh, {G * H, columns}, dtype, "weight_hh");
-    if (bias_ih) require_shape(*bias_ih, {G * H}, dtype, "bias_ih");
-    if (bias_hh) require_shape(*bias_hh, {G * H}, dtype, "bias_hh");
-    if (weight_hr) require_shape(*weight_hr, {P, H}, dtype, "weight_hr");
-    if (peephole) require_shape(*peephole, {3, H}, dtype, "peephole");
-    if (norms) require_shape(*norms, {cpu::norms_of(op)}, dtype, "norms");
-    require(lstm || (!weight_hr && !peephole && zoneout_cell == 0), "rnn: an option of lstm alone");
-    require(!weight_hr || (clip == 0 && zoneout == 0 && zoneout_cell == 0),
-            "rnn: a projection excludes clip and zoneout");
-    op.reverse = reverse;
-    op.batch_first = batch_first;
-    op.batch_sizes = static_cast<const int64_t*>(data_of(batch_sizes));
-    op.x = x.const_data_ptr();
-    op.hx = hx.const_data_ptr();
-    op.cx = data_of(cx);
-    op.weight_ih = weight_ih.const_data_ptr();
-    op.weight_hh = weight_hh.const_data_ptr();
-    op.bias_ih = data_of(bias_ih);
-    op.bias_hh = data_of(bias_hh);
-    op.weight_hr = data_of(weight_hr);
-    op.peephole = data_of(peephole);
-    op.norms = data_of(norms);
-    op.clip = clip;
-    op.zoneout_h = zoneout;
-    op.zoneout_c = zoneout_cell;
-    op.draws = seed.has_value();
-    if (seed) {
-      require_shape(*seed, {}, ScalarType::Long, "seed");
-      op.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
-    }
-    return op;
-  }
-};
+  return op;
+}
 
 void* pointer(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
@@ -128,31 +123,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rnn_forward(
     const Tensor& x, const Tensor& hx, Optional cx, const Tensor& weight_ih, const Tensor& weight_hh, Optional bias_ih,
     Optional bias_hh, Optional weight_hr, Optional peephole, Optional norms, Optional batch_sizes, Optional seed,
     std::string mode, bool reverse, bool batch_first, double clip, double zoneout, double zoneout_cell, bool save) {
-  const LayerArguments layer{.x = x,
-                             .hx = hx,
-                             .cx = cx,
-                             .weight_ih = weight_ih,
-                             .weight_hh = weight_hh,
-                             .bias_ih = bias_ih,
-                             .bias_hh = bias_hh,
-                             .weight_hr = weight_hr,
-                             .peephole = peephole,
-                             .norms = norms,
-                             .batch_sizes = batch_sizes,
-                             .seed = seed,
-                             .mode = mode,
-                             .reverse = reverse,
-                             .batch_first = batch_first,
-                             .clip = clip,
-                             .zoneout = zoneout,
-                             .zoneout_cell = zoneout_cell};
-  const auto op = layer.problem();
+  const cpu::Rnn op = layer_of(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms,
+                               batch_sizes, seed, mode, reverse, batch_first, clip, zoneout, zoneout_cell);
   const int64_t C = cpu::cells_of(op);
   const int64_t saved = save ? cpu::saved_of(op) * op.H : 0;
-  Tensor y = empty(x, layer.tokens(op.P)), hy = empty(hx, {op.B, op.P}), cy = empty_if(C > 0, hx, {op.B, C});
-  Tensor gates = empty_if(saved > 0, x, layer.tokens(saved));
-  Tensor cells = empty_if(save && C > 0, x, layer.tokens(C), accum_type(op.dtype));
-  Tensor normed = empty_if(save && norms, x, layer.tokens(cpu::normed_of(op)), accum_type(op.dtype));
+  Tensor y = empty(x, token_sizes(x, op.P)), hy = empty(hx, {op.B, op.P}), cy = empty_if(C > 0, hx, {op.B, C});
+  Tensor gates = empty_if(saved > 0, x, token_sizes(x, saved));
+  Tensor cells = empty_if(save && C > 0, x, token_sizes(x, C), accum_type(op.dtype));
+  Tensor normed = empty_if(save && norms, x, token_sizes(x, cpu::normed_of(op)), accum_type(op.dtype));
   cpu::rnn_forward(op, {.y = y.mutable_data_ptr(),
                         .hy = hy.mutable_data_ptr(),
                         .cy = pointer(cy),
@@ -168,36 +146,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Optional peephole, Optional norms, Optional batch_sizes, Optional seed, const Tensor& y, const Tensor& gates,
     const Tensor& cells, const Tensor& normed, std::string mode, bool reverse, bool batch_first, double clip,
     double zoneout, double zoneout_cell, bool needs_dx, bool needs_dstates, bool needs_dweights) {
-  const LayerArguments layer{.x = x,
-                             .hx = hx,
-                             .cx = cx,
-                             .weight_ih = weight_ih,
-                             .weight_hh = weight_hh,
-                             .bias_ih = bias_ih,
-                             .bias_hh = bias_hh,
-                             .weight_hr = weight_hr,
-                             .peephole = peephole,
-                             .norms = norms,
-                             .batch_sizes = batch_sizes,
-                             .seed = seed,
-                             .mode = mode,
-                             .reverse = reverse,
-                             .batch_first = batch_first,
-                             .clip = clip,
-                             .zoneout = zoneout,
-                             .zoneout_cell = zoneout_cell};
-  const auto op = layer.problem();
+  const cpu::Rnn op = layer_of(x, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norms,
+                               batch_sizes, seed, mode, reverse, batch_first, clip, zoneout, zoneout_cell);
   const int64_t C = cpu::cells_of(op), saved = cpu::saved_of(op) * op.H;
   const ScalarType dtype = x.scalar_type(), states = hx.scalar_type();
   require(dcy.has_value() == (C > 0), "rnn_backward: expected dcy where there is a cx");
-  require_shape(dy, layer.tokens(op.P), dtype, "dy");
-  require_shape(y, layer.tokens(op.P), dtype, "y");
+  require_shape(dy, token_sizes(x, op.P), dtype, "dy");
+  require_shape(y, token_sizes(x, op.P), dtype, "y");
   require_shape(dhy, {op.B, op.P}, states, "dhy");
   if (dcy) require_shape(*dcy, {op.B, C}, states, "dcy");
-  if (saved > 0) require_shape(gates, layer.tokens(saved), dtype, "gates");
-  if (C > 0) require_shape(cells, layer.tokens(C), accum_type(op.dtype), "cells");
-  if (dcells) require_shape(*dcells, layer.tokens(C), accum_type(op.dtype), "dcells");
-  if (norms) require_shape(normed, layer.tokens(cpu::normed_of(op)), accum_type(op.dtype), "normed");
+  if (saved > 0) require_shape(gates, token_sizes(x, saved), dtype, "gates");
+  if (C > 0) require_shape(cells, token_sizes(x, C), accum_type(op.dtype), "cells");
+  if (dcells) require_shape(*dcells, token_sizes(x, C), accum_type(op.dtype), "dcells");
+  if (norms) require_shape(normed, token_sizes(x, cpu::normed_of(op)), accum_type(op.dtype), "normed");
   const auto like = [&](bool wanted, const Optional& t) {
     return empty_if(wanted && t, t ? *t : x, t ? sizes_of(*t) : std::vector<int64_t>{});
   };

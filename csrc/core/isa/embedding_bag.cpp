@@ -1,7 +1,5 @@
 #include "core/embedding_bag.h"
 
-#include <type_traits>
-
 #include "core/isa/row_sums.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {

@@ -115,15 +115,7 @@ static inline void interleave(V a, V b, V& low, V& high) {
 // Integers as wide as S: the index of a shuffle.
 typedef long long vi64 __attribute__((vector_size(kVectorBytes)));
 template <class S>
-struct IndexOf {
-  using type = vi32;
-};
-template <>
-struct IndexOf<double> {
-  using type = vi64;
-};
-template <class S>
-using Index = typename IndexOf<S>::type;
+using Index = std::conditional_t<sizeof(S) == 8, vi64, vi32>;
 
 template <class S>
 static inline void transpose(Vec<S> (&rows)[kLanes<S>]) {

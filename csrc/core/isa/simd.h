@@ -42,17 +42,7 @@ struct Bool {
 };
 
 template <class A>
-struct VecOf;
-template <>
-struct VecOf<float> {
-  using type = vf32;
-};
-template <>
-struct VecOf<double> {
-  using type = vf64;
-};
-template <class A>
-using Vec = typename VecOf<A>::type;
+using Vec = std::conditional_t<sizeof(A) == 8, vf64, vf32>;
 
 template <class A>
 static inline Vec<A> splat(A x) {

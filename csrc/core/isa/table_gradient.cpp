@@ -1,7 +1,5 @@
 #include "core/table_gradient.h"
 
-#include <type_traits>
-
 #include "core/isa/row_sums.h"
 
 namespace llmkern::cpu::LLMKERN_ISA {
