@@ -14,23 +14,22 @@
 
 #include "core/memory.h"
 #include "core/threads.h"
+#include "core/util.h"
 
 namespace llmkern::cpu {
 namespace {
 
-constexpr int64_t kGrainBytes = 64 * 1024;
+constexpr int64_t kRowGrainBytes = 64 * 1024;
 // Chunks of rows: as many as this, of at least so many rows.
 constexpr int64_t kChunks = 128, kChunkRows = 32;
-// A result of this size does not stay in cache until the next op reads it.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // Columns of a sum that one thread adds up.
 constexpr int64_t kColumns = 1024;
 
-int64_t accum_size(const LayerNorm& op) { return op.dtype == DType::f64 ? 8 : 4; }
+int64_t accum_size(const LayerNorm& op) { return itemsize(accum_of(op.dtype)); }
 
-int64_t row_bytes(const LayerNorm& op) { return op.D * static_cast<int64_t>(itemsize(op.dtype)); }
+int64_t row_bytes(const LayerNorm& op) { return op.D * itemsize(op.dtype); }
 
-int64_t grain_rows(const LayerNorm& op) { return std::max<int64_t>(1, kGrainBytes / (row_bytes(op) + 1)); }
+int64_t grain_rows(const LayerNorm& op) { return rows_in(kRowGrainBytes, row_bytes(op)); }
 
 bool streams(const LayerNorm& op) { return op.N * row_bytes(op) >= kStreamBytes; }
 
@@ -39,7 +38,7 @@ class Wide {
  public:
   explicit Wide(const LayerNorm& op)
       : op_(op),
-        widens_(static_cast<int64_t>(itemsize(op.affine)) < accum_size(op)),
+        widens_(itemsize(op.affine) < accum_size(op)),
         row_(accum_size(op) * op.D),
         memory_(widens_ ? 2 * row_ : 0) {
     op_.weight = row(op.weight, memory_.get());
@@ -73,7 +72,7 @@ void layer_norm_backward(const LayerNorm& op, const void* dy, const void* stats,
   const auto& kernels = LLMKERN_SELECT(layer_norm);
   const Wide wide(op);
   const bool learns = to.weight || to.bias;
-  const int64_t rows = std::max(kChunkRows, (op.N + kChunks - 1) / kChunks), chunks = (op.N + rows - 1) / rows;
+  const int64_t rows = std::max(kChunkRows, ceil_div(op.N, kChunks)), chunks = ceil_div(op.N, rows);
   const int64_t row = op.D * accum_size(op), part = learns ? 2 * row : 0;
   const Buffer<char> sums(chunks * part);
   parallel_for(chunks, std::max<int64_t>(1, grain_rows(op) / rows), [&](int64_t begin, int64_t end) {
@@ -88,12 +87,11 @@ void layer_norm_backward(const LayerNorm& op, const void* dy, const void* stats,
   void* const results[] = {to.weight, to.bias};
   for (int k = 0; k < 2; ++k) {
     if (!results[k]) continue;
-    parallel_for((op.D + kColumns - 1) / kColumns, std::max<int64_t>(1, 32 / (chunks + 1)),
-                 [&](int64_t begin, int64_t end) {
-                   const int64_t first = begin * kColumns, n = std::min(op.D, end * kColumns) - first;
-                   kernels.add_up(sums.get() + k * row + first * accum_size(op), chunks, 2 * op.D, n, op.affine,
-                                  static_cast<char*>(results[k]) + first * static_cast<int64_t>(itemsize(op.affine)));
-                 });
+    parallel_for(ceil_div(op.D, kColumns), std::max<int64_t>(1, 32 / (chunks + 1)), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kColumns, n = std::min(op.D, end * kColumns) - first;
+      kernels.add_up(sums.get() + k * row + first * accum_size(op), chunks, 2 * op.D, n, op.affine,
+                     at(results[k], first, op.affine));
+    });
   }
 }
 

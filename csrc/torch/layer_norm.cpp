@@ -36,12 +36,10 @@ cpu::LayerNorm problem(const Tensor& x, const Optional& weight, const Optional& 
           .rms = rms};
 }
 
-ScalarType stats_type(const Tensor& x) { return dtype_of(x) == DType::f64 ? ScalarType::Double : ScalarType::Float; }
-
 std::tuple<Tensor, Tensor> layer_norm_forward(const Tensor& x, Optional weight, Optional bias, double eps, bool rms) {
   const cpu::LayerNorm op = problem(x, weight, bias, eps, rms);
   Tensor y = empty(x, {op.N, op.D});
-  Tensor stats = empty(x, {op.N, 2}, stats_type(x));
+  Tensor stats = empty(x, {op.N, 2}, accum_type(dtype_of(x)));
   cpu::layer_norm_forward(op, y.mutable_data_ptr(), stats.mutable_data_ptr());
   return {y, stats};
 }
@@ -55,16 +53,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const T
   require(dy.dim() == 2 && dy.size(0) == op.N && dy.size(1) == op.D && dy.scalar_type() == x.scalar_type(),
           "layer_norm: expected dy of x's shape and dtype");
   require_contiguous(stats, "stats");
-  require(stats.numel() == 2 * op.N && stats.scalar_type() == stats_type(x),
+  require(stats.numel() == 2 * op.N && stats.scalar_type() == accum_type(dtype_of(x)),
           "layer_norm: expected stats (N, 2), as the forward gave it");
   const bool learns[] = {weight && (wants & 2), bias && (wants & 4)};
-  Tensor dx = empty(x, wants & 1 ? std::vector<int64_t>{op.N, op.D} : std::vector<int64_t>{0});
+  Tensor dx = empty_if(wants & 1, x, {op.N, op.D});
   Tensor dweight = empty(weight ? *weight : x, {learns[0] ? op.D : 0});
   Tensor dbias = empty(bias ? *bias : x, {learns[1] ? op.D : 0});
-  cpu::layer_norm_backward(op, dy.const_data_ptr(), stats.const_data_ptr(),
-                           {.x = wants & 1 ? dx.mutable_data_ptr() : nullptr,
-                            .weight = learns[0] ? dweight.mutable_data_ptr() : nullptr,
-                            .bias = learns[1] ? dbias.mutable_data_ptr() : nullptr});
+  cpu::layer_norm_backward(
+      op, dy.const_data_ptr(), stats.const_data_ptr(),
+      {.x = data_if(wants & 1, dx), .weight = data_if(learns[0], dweight), .bias = data_if(learns[1], dbias)});
   return {dx, dweight, dbias};
 }
 

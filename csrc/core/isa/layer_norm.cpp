@@ -5,20 +5,6 @@
 namespace llmkern::cpu::LLMKERN_ISA {
 namespace {
 
-template <class A, class T>
-inline Vec<A> load_n(const T* p, int n, A fill = A{}) {
-  return n == kLanes<A> ? load<A>(p) : load<A>(p, n, fill);
-}
-
-// Calls f(d, n) for every vector of [0, D); n = lanes in use.
-template <class A, class F>
-inline void for_vectors(int64_t D, const F& f) {
-  constexpr int L = kLanes<A>;
-  int64_t d = 0;
-  for (; d + L <= D; d += L) f(d, L);
-  if (d < D) f(d, static_cast<int>(D - d));
-}
-
 // Sums of K terms, of which f(d, n, sums) adds those of n elements from d on, zeros past them. Four sets of sums hide
 // the latency of the addition.
 template <class A, int K, class F>
@@ -143,11 +129,7 @@ class Backward {
   }
   static void add(A* sums, int64_t d, Vec<A> v, int lanes) {
     if (!sums) return;
-    const Vec<A> sum = load_n<A>(sums + d, lanes) + v;
-    if (lanes == kLanes<A>)
-      store(sums + d, sum);
-    else
-      store(sums + d, sum, lanes);
+    store_n(sums + d, load_n<A>(sums + d, lanes) + v, lanes);
   }
 
   const T *x_, *dy_;
