@@ -107,10 +107,11 @@ def _linear_on_gpu(work: Work) -> str | None:
 
 
 def _layer_norm_on_cpu(work: Work) -> str | None:
-    """Measured: benchmarks/bench_layer_norm.py. torch's call costs less, and its forward of 16-bit rows that stay in
-    the caches is as fast."""
-    half = work.dtype in (torch.bfloat16, torch.float16)
-    least = 1 << (22 if half and not work.grad else 19)
+    """Measured: benchmarks/bench_layer_norm.py. torch's call costs less, and its forward of bfloat16 rows is as fast
+    until its result takes fresh pages."""
+    least = 1 << (20 if work.dtype == torch.float64 else 19)
+    if work.dtype == torch.bfloat16 and not work.grad:
+        least = 1 << 24
     return _batched(work) or (None if work.elements >= least else "too small to gain")
 
 
