@@ -255,11 +255,11 @@ def test_which_way(module: Any) -> None:
             )
         return [(made.kernel.__name__.removeprefix("cross_entropy_"), made.grid) for made in launches]
 
-    assert launched(8192, 16384) == [("tile_kernel", (8192,))]
+    assert launched(8192, 16384) == [("rows_kernel", (8192,))]
     assert launched(8192, 16385) == [("loop_kernel", (4 * 132,))]
     assert launched(8192, 128256) == [("loop_kernel", (2 * 132,))]
     assert launched(8192, 128256, torch.float32) == [("loop_kernel", (132,))]
-    assert launched(1 << 20, 10) == [("tile_kernel", (1 << 14,))]
+    assert launched(1 << 20, 10) == [("rows_kernel", (1 << 14,))]
     names, grids = zip(*launched(66, 128256), strict=True)
     assert names == ("partials_kernel", "combine_kernel", "gradient_kernel")
     assert grids == ((66, 16), (3,), (66, 16))
