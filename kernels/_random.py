@@ -24,7 +24,7 @@ def random_bits(seed, index, salt: tl.constexpr):
     return _mix(x + tl.full((), (salt * 0xC2B2AE3D) & 0xFFFFFFFF, tl.uint32))
 
 
-def threshold(share: float) -> int:
-    """An element is drawn, with probability ``share``, if its bits, as a 64-bit number, are below this."""
-    product = share * 2.0**32
+def threshold(p: float) -> int:
+    """An element is drawn, with probability ``p``, if its bits, as a 64-bit number, are below this."""
+    product = p * 2.0**32
     return int(product) + (product != int(product))

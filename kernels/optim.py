@@ -4,9 +4,9 @@ A program takes 1,024 elements of one tensor. Which, it finds in two tables in d
 and for each tensor its addresses. The tables are made on the host and sent without waiting when a pointer changes, and
 kept while none does.
 
-Traffic: parameter, gradient and states read once, all but the gradient written once, in 16-byte pieces: for Adam in
+Traffic: parameter, gradient and states read once, all but the gradient written once, 16 bytes at a time: for Adam in
 fp32 28 bytes an element, and 4 bytes of table a block. A block that its tensor does not fill is masked, the others are
-not, for a mask of unknown length would cut the pieces to single elements.
+not, for a mask of unknown length would cut loads to single elements.
 """
 
 from __future__ import annotations
