@@ -42,13 +42,15 @@ _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64
 @dataclass(frozen=True)
 class Support:
     """What one backend serves of one op: calls with these ``options``, or with ``all_but`` those without them; tensors
-    on ``devices`` of ``dtypes`` (None: all); and in ``auto`` those calls about which ``unless`` says nothing."""
+    on ``devices`` of ``dtypes`` (None: all); and in ``auto`` those calls about which ``unless`` says nothing, of at
+    least so many elements."""
 
     options: frozenset[str] = frozenset()
     all_but: bool = False
     devices: frozenset[str] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     unless: Rule | None = None
+    least: int = 0
 
     def lacks(self, options: Iterable[str]) -> list[str]:
         return [option for option in options if (option in self.options) == self.all_but]
@@ -68,6 +70,7 @@ def _row(
     native_only: Iterable[str] = (),
     unless: Rule | None = None,
     native_unless: Rule | None = None,
+    native_least: int = 0,
     triton_unless: Rule | None = None,
     torch_lacks: Iterable[str] | None = (),
     reference_lacks: Iterable[str] = (),
@@ -76,8 +79,9 @@ def _row(
     known = frozenset(options)
     # Under its interpreter Triton runs on the CPU; `auto` never asks it there, as native code comes first.
     gpus = frozenset({"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"})
+    native, cpu = known | frozenset(native_only), frozenset({"cpu"})
     row = {
-        "native": Support(known | frozenset(native_only), False, frozenset({"cpu"}), _FLOATS, native_unless or unless),
+        "native": Support(native, False, cpu, _FLOATS, native_unless or unless, native_least),
         "triton": Support(known, False, gpus, _FLOATS, triton_unless or unless),
     }
     if torch_lacks is not None:
@@ -107,17 +111,10 @@ def _linear_on_gpu(work: Work) -> str | None:
 
 
 def _layer_norm_on_cpu(work: Work) -> str | None:
-    """Measured: benchmarks/bench_layer_norm.py. torch's call costs less, and its forward of bfloat16 rows is as fast
-    until its result takes fresh pages."""
-    least = 1 << (20 if work.dtype == torch.float64 else 19)
-    if work.dtype == torch.bfloat16 and not work.grad:
-        least = 1 << 24
+    """Measured: benchmarks/bench_layer_norm.py. torch's forward of bfloat16 rows is as fast until it writes to
+    fresh pages."""
+    least = {torch.float64: 1 << 20, torch.bfloat16: 0 if work.grad else 1 << 24}.get(work.dtype, 0)
     return _batched(work) or (None if work.elements >= least else "too small to gain")
-
-
-def _rms_norm_on_cpu(work: Work) -> str | None:
-    """Measured: benchmarks/bench_layer_norm.py. torch composes it of eight functions."""
-    return _batched(work) or (None if work.elements >= 1 << 17 else "too small to gain")
 
 
 def _fused_embedding_on_cpu(work: Work) -> str | None:
@@ -197,8 +194,9 @@ TABLE: dict[str, Row] = {
         reference_lacks=["sparse"],
     ),
     "fused_embedding": _row(native_unless=_fused_embedding_on_cpu),
-    "layer_norm": _row(unless=_batched, native_unless=_layer_norm_on_cpu),
-    "rms_norm": _row(unless=_batched, native_unless=_rms_norm_on_cpu),
+    # Measured: a call of the op costs more than one of torch's. rms_norm is composed of eight functions there.
+    "layer_norm": _row(unless=_batched, native_unless=_layer_norm_on_cpu, native_least=1 << 19),
+    "rms_norm": _row(unless=_batched, native_least=1 << 17),
     "linear": _row(native_unless=_linear_on_cpu, triton_unless=_linear_on_gpu),
     "linear_cross_entropy": _row([*_LOSS, "options", "workspace"], unless=_transformed),
     "mse_loss": _row(),

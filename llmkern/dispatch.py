@@ -134,7 +134,11 @@ def _obstacle(
         return "serves strided tensors only"
     if lacks := support.lacks(options):
         return f"does not serve {', '.join(lacks)}"
-    if support.unless is None or _forced != "auto":
+    if _forced != "auto":
+        return None
+    if work.get("elements", support.least) < support.least:
+        return "too small to gain"
+    if support.unless is None:
         return None
     return support.unless(Work(op, first.dtype, options, **work))
 
@@ -188,6 +192,14 @@ def exported(op: str) -> bool:
         return False
     note(op, "torch", f"{maker} makes a graph to run elsewhere")
     return True
+
+
+def small(op: str, tensor: object) -> bool:
+    """Whether torch's own function gets a call in ``auto`` whatever else it is, because it is small, and would be over
+    before :func:`pick` has said so. Not if somebody listens."""
+    if _forced != "auto" or _trace is not None or type(tensor) is not torch.Tensor:
+        return False
+    return tensor.is_cpu and tensor.numel() < TABLE[op]["native"].least
 
 
 def shortcut(name: str) -> ModuleType | None:

@@ -35,7 +35,7 @@ def layer_norm(
     Returns:
         Of the input's shape and dtype. Sums are kept in fp32 (fp64 for fp64).
     """
-    if overridden("layer_norm", input, weight, bias):
+    if overridden("layer_norm", input, weight, bias) or dispatch.small("layer_norm", input):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     y = _normalised("layer_norm", input, normalized_shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps) if y is None else y
@@ -55,7 +55,7 @@ def rms_norm(
     Returns:
         Of the input's shape and dtype. Sums are kept in fp32 (fp64 for fp64).
     """
-    if overridden("rms_norm", input, weight):
+    if overridden("rms_norm", input, weight) or dispatch.small("rms_norm", input):
         return F.rms_norm(input, normalized_shape, weight, eps)
     y = _normalised("rms_norm", input, normalized_shape, weight, None, eps)
     return F.rms_norm(input, normalized_shape, weight, eps) if y is None else y
