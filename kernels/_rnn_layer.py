@@ -144,12 +144,10 @@ class RNNLayer:
 
     def numbers(self) -> Numbers:
         x, seed, probabilities = self.inputs.x, self.inputs.seed, (self.options.zoneout, self.options.zoneout_cell)
-        drawn = (_random.threshold(p) if p and seed is not None else None for p in probabilities)
-        numbers = (
-            torch.full((1,), number, dtype=accumulator(x), device=x.device) if number else None
-            for number in (*probabilities, self.options.clip)
-        )
-        return Numbers(*drawn, *numbers)
+        numbers: list[Any] = [_random.threshold(p) if p and seed is not None else None for p in probabilities]
+        for number in (*probabilities, self.options.clip):
+            numbers.append(torch.full((1,), number, dtype=accumulator(x), device=x.device) if number else None)
+        return Numbers._make(numbers)
 
     @property
     def seed(self) -> int:
@@ -169,10 +167,8 @@ class RNNLayer:
     def launch(self, kernel: Any, tensors: NamedTuple, first: int, last: int, *more: int) -> None:
         """Makes steps [first, last), in one launch if the programs of a chain can wait for each other."""
         blocks, device = self.blocks(), self.inputs.x.device
-        chains, programs = (
-            ceil_div(self.inputs.hx.shape[0], blocks.rows) * self.heads,
-            ceil_div(self.units, blocks.units),
-        )
+        chains = ceil_div(self.inputs.hx.shape[0], blocks.rows) * self.heads
+        programs = ceil_div(self.units, blocks.units)
         alone = self.units <= ALONE[self.inputs.x.dtype]
         together = chains * programs <= _launch.multiprocessors(device) and (programs == 1 or _launch.concurrent())
         steps = [(first, last)] if alone or together else [(s, s + 1) for s in range(first, last)]
@@ -180,9 +176,10 @@ class RNNLayer:
         if len(steps) == 1 and not alone and last - first > 1:
             counters = torch.zeros(chains, dtype=torch.int32, device=device)
         arguments = tensors, self.numbers(), counters, *self.sizes(), self.seed
-        options = {"S": self.shape(programs), "num_warps": blocks.num_warps, "cooperative": counters is not None}
-        for begin, end in steps:
-            _launch.launch(kernel, (chains, programs), *arguments, begin, end, *more, **options)
+        S, cooperative = self.shape(programs), counters is not None
+        for step in steps:
+            every = (*arguments, *step, *more)
+            _launch.launch(kernel, (chains, programs), *every, S=S, num_warps=blocks.num_warps, cooperative=cooperative)
 
 
 def given(tensor: Tensor) -> Tensor | None:

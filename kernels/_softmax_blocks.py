@@ -12,7 +12,7 @@ States take 20 bytes (28 with argmax) for each slice of a row and are read once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -175,7 +175,7 @@ class ColumnBlocks:
         self.factors = like.new_empty((len(Factors._fields), N), dtype=dtype)
         self.shape = loss.shape(entropy, argmax, like)
         heavy = loss.spread or self.shape.CAP or entropy or argmax
-        self.blocks = {"SLICE": SLICE, "STATES": 128 if heavy else 256, "ELEMENTS": 8, "num_warps": 8}
+        self.blocks: dict[str, Any] = {"SLICE": SLICE, "STATES": 128 if heavy else 256, "ELEMENTS": 8, "num_warps": 8}
 
     def read(self, x: Tensor, first: int) -> None:
         loss, width = self.loss, x.shape[1]

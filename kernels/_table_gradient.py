@@ -12,6 +12,8 @@ Traffic: N * D read once, V * D written once (N of the rows that occur).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -106,7 +108,7 @@ def table_gradient(
     column_blocks, sum_blocks = ceil_div(D, block), ceil_div(N, rows)
     zero_blocks = 0 if order.rows is not None else ceil_div(num_rows, rows * ZEROS)
     grid, R = ((sum_blocks + zero_blocks) * column_blocks,), RunBlocks(acc_type(values), CHUNK, rows, block)
-    constants = {"BY_FREQ": by_freq, "ZEROS": ZEROS, "SHORT": 8, "UNIT": unit_d(D), "R": R}
+    constants: dict[str, Any] = {"BY_FREQ": by_freq, "ZEROS": ZEROS, "SHORT": 8, "UNIT": unit_d(D), "R": R}
     launch(table_gradient_kernel, grid, runs, out, N, num_rows, D, sum_blocks, column_blocks, **constants)
     return out
 

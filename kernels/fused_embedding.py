@@ -54,7 +54,7 @@ class FusedEmbedding(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         """N, D, and after how many tokens positions and types repeat."""
         periods = (1 if at is None else max(at.shape[0], 1) for at in (self.inputs.positions, self.inputs.token_types))
-        return (self.inputs.indices.shape[0], self.inputs.weight.shape[1], *periods)  # type: ignore[return-value]
+        return (self.inputs.indices.shape[0], self.inputs.weight.shape[1], *periods)
 
     @property
     def lookups(self) -> Lookups:
@@ -132,7 +132,7 @@ def _dsum(call: FusedEmbedding, dout: Tensor, stats: Tensor, wanted: bool, norm_
     partitions = ceil_div(N, tokens)
     dsum = torch.empty_like(dout) if wanted else None
     partials = [dout.new_empty((partitions, D), dtype=accumulator(dout)) if want else None for want in norm_wants]
-    tensors = FusedBackward(dout, stats, dsum, *partials, call.inputs.norm_weight)
+    tensors = FusedBackward._make((dout, stats, dsum, *partials, call.inputs.norm_weight))
     lookups, sizes, numbers = call.lookups, call.sizes, (call.options.scale, *call.dropout)
     long = D > LONGEST
     if long and wanted:

@@ -14,7 +14,7 @@ and writes N D; the step reads N D of gradients and reads and writes p, m, v. No
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -334,7 +334,8 @@ def row_catch_up(lazy: LazyTable, indices: Tensor | None) -> None:
     """Makes the logged steps that rows ``indices`` (``None``: all rows) have not had."""
     table, param, count = _Table(*lazy), lazy.param, lazy.logged
     table.check()
-    (V, D), options = param.shape, {"S": table.shape(), "num_warps": _warps(param.shape[1]), "fp_fusion": False}
+    V, D = param.shape
+    options: dict[str, Any] = {"S": table.shape(), "num_warps": _warps(D), "fp_fusion": False}
     if indices is None:
         launch(row_catch_up_kernel, table.grid(V), table.rows(), Batch(None, None), 0, V, D, count, **options)
         lazy.applied.fill_(count)
@@ -373,6 +374,6 @@ def row_step(lazy: LazyTable, indices: Tensor, values: Tensor, step: list[float]
         # In closed form every record grows by the step.
         grid = (ceil_div(count + 1, 128) if lazy.closed else 1,)
         numbers = *step, *table.numbers(step, 1.0), *table.extension(step)
-        constants = {"RULE": table.rule, "CLOSED": lazy.closed, "BLOCK": 128}
+        constants: dict[str, Any] = {"RULE": table.rule, "CLOSED": lazy.closed, "BLOCK": 128}
         launch(row_record_kernel, grid, lazy.log, batch, N, V, count, *numbers, **constants)
     return is_logged

@@ -11,6 +11,8 @@ element of a gradient for row-wise Adagrad in fp32; the sort and the order of ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -202,7 +204,7 @@ def rowwise_adagrad_step(
     rows, block, warps = _row_blocks(D)
     factor, scale = rules.factored(grad_scale)
     arguments = param, sum, _runs(indices, values, V), factor, N, V, D, scale, lr * (scale if maximize else -scale), eps
-    constants = {"ONE_BLOCK": block >= D, "R": RunBlocks(acc_type(param), CHUNK, rows, block)}
+    constants: dict[str, Any] = {"ONE_BLOCK": block >= D, "R": RunBlocks(acc_type(param), CHUNK, rows, block)}
     launch(rowwise_adagrad_kernel, (N,), *arguments, **constants, num_warps=warps, fp_fusion=False)
 
 

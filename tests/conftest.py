@@ -12,6 +12,7 @@ import torch
 from checks import INTERPRETING
 
 import llmkern
+import llmkern.ops
 from llmkern import dispatch
 
 # The native library's own large blocks; read when it first takes one.

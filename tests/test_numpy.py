@@ -12,7 +12,6 @@ import pytest
 import torch
 from checks import FLOATS
 
-import llmkern.ops  # noqa: F401 (defines what the native library implements)
 from llmkern import reference
 
 lnp = pytest.importorskip("llmkern.numpy")

@@ -10,8 +10,6 @@ import torch
 from checks import INTERPRETING, kernels
 from torch import Tensor
 
-import llmkern.ops  # noqa: F401 (defines the ops)
-
 KERNELS = kernels("row_optim")
 # Kind, decoupled and numbers of a step, and how many states.
 KINDS: dict[str, tuple[str, bool, int, list[float]]] = {
