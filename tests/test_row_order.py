@@ -179,6 +179,7 @@ def test_one_binary_serves_batches_of_any_size() -> None:
                 assert parameter.do_not_specialize, f"{a.kernel.__name__}: {parameter.name}"
     for launch in large:
         if launch.kernel.__name__ == "table_gradient_kernel" and len(launch.grid) == 1:
-            rows = launch.constexprs["ROWS"]
-            assert launch.grid[0] % -(-D // launch.constexprs["BLOCK_D"]) == 0
-            assert launch.grid[0] * rows * launch.constexprs["BLOCK_D"] * launch.constexprs["ZEROS"] >= 1_000_000 * D
+            blocks = launch.constexprs["R"]
+            rows, width = blocks.ROWS.value, blocks.BLOCK_D.value
+            assert launch.grid[0] % -(-D // width) == 0
+            assert launch.grid[0] * rows * width * launch.constexprs["ZEROS"] >= 1_000_000 * D
