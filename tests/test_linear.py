@@ -18,7 +18,6 @@ import llmkern
 import llmkern.functional as LF
 import llmkern.nn as lnn
 from llmkern import dispatch
-from llmkern.ops.linear import linear_backward, linear_forward
 
 OP = "linear"
 NATIVE = dispatch.unavailable("native") is None
@@ -212,5 +211,6 @@ def test_opcheck(backend: str) -> None:
     if backend in ("torch", "reference"):
         pytest.skip("no op of its own")
     x, weight, bias = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
-    torch.library.opcheck(linear_forward, (x, weight, bias, backend))
-    torch.library.opcheck(linear_backward, (torch.randn(4, 5), x, weight, True, False, backend))
+    ops = torch.ops.llmkern
+    torch.library.opcheck(ops.linear_forward.default, (x, weight, bias, backend))
+    torch.library.opcheck(ops.linear_backward.default, (torch.randn(4, 5), x, weight, True, False, backend))

@@ -24,8 +24,6 @@ class _Cell(torch.nn.RNNCellBase, Deployable):
         raise NotImplementedError
 
     def _forward(self, input: Any, hx: Any) -> Any:
-        if dispatch.exporter() is not None and (forward := self._torch_forward()) and dispatch.exported(self._function):
-            return forward(self, input, hx)
         if hx is None:
             states: tuple[Any, ...] = ()
         elif self._pair:
@@ -35,6 +33,8 @@ class _Cell(torch.nn.RNNCellBase, Deployable):
         short = len(states) and not torch.compiler.is_compiling()
         if short and (result := self._step(input, states)) is not None:
             return result if self._pair else result[0]
+        if dispatch.exporter() is not None and (forward := self._torch_forward()) and dispatch.exported(self._function):
+            return forward(self, input, hx)
         tensors = (input, *states)
         if not all(isinstance(t, Tensor) and t.dim() == tensors[0].dim() and 0 < t.dim() < 3 for t in tensors):
             # torch's own, for its error.

@@ -26,6 +26,10 @@ _library: torch.library.Library = _registry["_library"]
 _native: torch.library.Library = _registry["_native"]
 
 
+# What `define` has returned, by name.
+OPS: dict[str, Callable[..., Any]] = {}
+
+
 def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines ``llmkern::<schema>``, with one argument more at its end, ``str backend``; and ``llmkern_cpu::<schema>``,
     which the native library implements.
@@ -65,7 +69,32 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
         if not overload:
             # Sizes are numbers where memory is read.
             _native.define(schema.replace("SymInt", "int"))
-    return getattr(getattr(torch.ops.llmkern, function), overload or "default")
+    op = getattr(getattr(torch.ops.llmkern, function), overload or "default")
+    OPS[name] = _short(op, function)
+    return OPS[name]
+
+
+def _short(op: Callable[..., Any], function: str) -> Callable[..., Any]:
+    """``op``, or the native library's own ``function`` where nobody would notice: the way from torch's dispatcher
+    through Python takes as long as a small kernel."""
+
+    def call(*args: Any) -> Any:
+        if args[-1] != "native" or _noticed():
+            return op(*args)
+        return getattr(dispatch.load("native"), function)(*args[:-1])
+
+    return call
+
+
+def _noticed() -> bool:
+    """Whether somebody looks at ops, or at what they do: a compiler, a transform, a mode, a trace, autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 def _expand(schema: str) -> tuple[str, Callable[[Sequence[Any]], Sequence[Any]]]:
@@ -97,8 +126,9 @@ def define_step(schema: str, fake: Callable[..., Any] = lambda *_: None) -> Call
     """
     by_number = define(schema, fake)
     by_tensor = define(schema.replace("(", ".Tensor(", 1).replace("float grad_scale", "Tensor grad_scale"), fake)
-    places = {argument.name: i for i, argument in enumerate(by_number._schema.arguments)}  # type: ignore[attr-defined]
-    written = [i for i, argument in enumerate(by_number._schema.arguments) if argument.is_write]  # type: ignore[attr-defined]
+    arguments = getattr(torch.ops.llmkern, schema.partition("(")[0]).default._schema.arguments
+    places = {argument.name: i for i, argument in enumerate(arguments)}
+    written = [i for i, argument in enumerate(arguments) if argument.is_write]
     scale, after = places["grad_scale"], places.get("after")
 
     def run(*args: Any) -> Any:

@@ -32,6 +32,7 @@ from ._autograd import (
     takes,
     zeros_for_none,
 )
+from ._library import OPS
 from .grad_norm import may_change, scale_
 
 _ROWS = 3  # differentiable ones: loss, lse, entropy
@@ -55,7 +56,7 @@ def empty_rows(like: Tensor, shape: Sequence[int], entropy: bool, argmax: bool) 
 
 
 def _op(phase: str, linear: bool) -> Any:
-    return getattr(torch.ops.llmkern, f"{'linear_' * linear}cross_entropy_{phase}").default
+    return OPS[f"{'linear_' * linear}cross_entropy_{phase}"]
 
 
 class LossFunction(KernelFunction):
