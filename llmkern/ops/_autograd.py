@@ -188,6 +188,31 @@ def reference_jvp(function: Callable[..., Any], primals: Sequence[Tensor], tange
     return transpose(tuple(tangents))[0]
 
 
+def of_present(
+    function: Callable[..., Any], primals: Sequence[Tensor | None]
+) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """``function`` of all ``primals``, some of which may be None, as a function of those that are there; and these."""
+
+    def of_these(*tensors: Tensor) -> Any:
+        remaining = iter(tensors)
+        return function(*[None if t is None else next(remaining) for t in primals])
+
+    return of_these, tuple(t for t in primals if t is not None)
+
+
+def tangents_of(tangents: Sequence[Tensor | None], primals: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The tangents of the primals that are there, with zeros in place of None."""
+    pairs = [(d, t) for d, t in zip(tangents, primals, strict=False) if t is not None]
+    return zeros_for_none([d for d, _ in pairs], [t for _, t in pairs])
+
+
+def wanted_cotangents(dgrads: Sequence[Tensor], primals: Sequence[Tensor | None]) -> list[Tensor]:
+    """Cotangents on the gradients of the primals that are there. A gradient that nobody asked for was empty, and so is
+    what comes back for it: zeros."""
+    pairs = [(d, t) for d, t in zip(dgrads, primals, strict=False) if t is not None]
+    return [d if d.shape == t.shape else torch.zeros_like(t) for d, t in pairs]
+
+
 def zeros_for_none(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Tangents as forward mode gives them (None: not moved), with zeros in place of None."""
     return tuple(torch.zeros_like(p) if t is None else t for t, p in zip(tangents, primals, strict=True))

@@ -14,10 +14,13 @@ from ..reference.fused_embedding import fused_embedding as reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    of_present,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
     takes,
+    tangents_of,
+    wanted_cotangents,
     zeros_for_none,
 )
 from ._library import define
@@ -84,7 +87,7 @@ class FusedEmbeddingFunction(KernelFunction):
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         inputs = ctx.saved_tensors[:_INPUTS]
         function, primals = _reference(inputs, _unruled(ctx.options))
-        return reference_jvp(function, primals, _present(tangents, inputs, primals)), None
+        return reference_jvp(function, primals, tangents_of(tangents, inputs[:FUSED_EMBEDDING_PRIMALS])), None
 
 
 class FusedEmbeddingBackwardFunction(KernelFunction):
@@ -106,9 +109,7 @@ class FusedEmbeddingBackwardFunction(KernelFunction):
     def backward(ctx: Any, *dgrads: Tensor) -> tuple[Tensor | None, ...]:
         dout, *inputs = ctx.saved_tensors
         function, primals = _reference(inputs, ctx.options)
-        # A gradient that nobody asked for was empty, and so is what comes back for it.
-        given = [d for d, t in zip(dgrads, inputs, strict=False) if t is not None]
-        given = [d if d.shape == p.shape else torch.zeros_like(p) for d, p in zip(given, primals, strict=True)]
+        given = wanted_cotangents(dgrads, inputs[:FUSED_EMBEDDING_PRIMALS])
         dprimals, (ddout,) = reference_vjp_vjp(function, primals, (dout,), given)
         found = iter(dprimals)
         grads = [ddout, *(None if t is None else next(found) for t in inputs[:FUSED_EMBEDDING_PRIMALS])]
@@ -122,7 +123,7 @@ class FusedEmbeddingBackwardFunction(KernelFunction):
         def gradients(dout: Tensor, *primals: Tensor) -> tuple[Tensor, ...]:
             return reference_vjp(function, primals, dout)
 
-        moves = (*zeros_for_none((ddout,), (dout,)), *_present(tangents, inputs, primals))
+        moves = (*zeros_for_none((ddout,), (dout,)), *tangents_of(tangents, inputs[:FUSED_EMBEDDING_PRIMALS]))
         dweight, *others = reference_jvp(gradients, (dout, *primals), moves)
         moved = iter((dweight * _row_factors(inputs[0], inputs[FUSED_EMBEDDING_PRIMALS], ctx.options), *others))
         every = [dout.new_zeros(0) if t is None else next(moved) for t in inputs[:FUSED_EMBEDDING_PRIMALS]]
@@ -133,12 +134,10 @@ def _reference(inputs: Sequence[Any], options: FusedEmbeddingOptions) -> tuple[A
     """The reference as a function of the primals that are there, and these."""
     primals, rows = inputs[:FUSED_EMBEDDING_PRIMALS], inputs[FUSED_EMBEDDING_PRIMALS:]
 
-    def function(*tensors: Tensor) -> Tensor:
-        remaining = iter(tensors)
-        full: list[Any] = [None if t is None else next(remaining) for t in primals]
-        return reference(FusedEmbeddingInputs(*full, *rows), options)
+    def function(*tensors: Any) -> Tensor:
+        return reference(FusedEmbeddingInputs(*tensors, *rows), options)
 
-    return function, tuple(t for t in primals if t is not None)
+    return of_present(function, primals)
 
 
 def _unruled(options: FusedEmbeddingOptions) -> FusedEmbeddingOptions:
@@ -156,11 +155,6 @@ def _row_factors(weight: Tensor, indices: Tensor, options: FusedEmbeddingOptions
     if options.padding_idx >= 0:
         factors = factors.index_fill(0, torch.tensor(options.padding_idx, device=weight.device), 0)
     return factors.unsqueeze(-1)
-
-
-def _present(tangents: Any, inputs: Any, primals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    moved = [d for d, t in zip(tangents, inputs[:FUSED_EMBEDDING_PRIMALS], strict=False) if t is not None]
-    return zeros_for_none(moved, primals)
 
 
 def fused_embedding(inputs: FusedEmbeddingInputs, options: FusedEmbeddingOptions, backend: str) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._facts import accumulate_dtype
@@ -14,9 +13,12 @@ from ..reference.layer_norm import layer_norm as reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    of_present,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
+    tangents_of,
+    wanted_cotangents,
     zeros_for_none,
 )
 from ._library import define
@@ -79,7 +81,7 @@ class LayerNormFunction(KernelFunction):
     @staticmethod
     def tangent(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         function, primals = _reference(ctx.saved_tensors[:3], ctx.eps, ctx.rms)
-        return reference_jvp(function, primals, _present(tangents, ctx.saved_tensors[:3])), None
+        return reference_jvp(function, primals, tangents_of(tangents, ctx.saved_tensors[:3])), None
 
 
 class LayerNormBackwardFunction(KernelFunction):
@@ -109,10 +111,7 @@ class LayerNormBackwardFunction(KernelFunction):
     def backward(ctx: Any, *dgrads: Tensor) -> tuple[Tensor | None, ...]:
         dy, *inputs = ctx.saved_tensors
         function, primals = _reference(inputs, ctx.eps, ctx.rms)
-        # A gradient that nobody asked for was empty, and so is what comes back for it.
-        given = [d for d, t in zip(dgrads, inputs, strict=True) if t is not None]
-        given = [d if d.shape == p.shape else torch.zeros_like(p) for d, p in zip(given, primals, strict=True)]
-        dprimals, (ddy,) = reference_vjp_vjp(function, primals, (dy,), given)
+        dprimals, (ddy,) = reference_vjp_vjp(function, primals, (dy,), wanted_cotangents(dgrads, inputs))
         found = iter(dprimals)
         dx, dweight, dbias = (None if t is None else next(found) for t in inputs)
         return ddy, dx, None, dweight, dbias, None, None, None, None
@@ -125,7 +124,7 @@ class LayerNormBackwardFunction(KernelFunction):
         def gradients(dy: Tensor, *primals: Tensor) -> tuple[Tensor, ...]:
             return reference_vjp(function, primals, dy)
 
-        moves = (*zeros_for_none((ddy,), (dy,)), *_present((dx, *tangents), inputs))
+        moves = (*zeros_for_none((ddy,), (dy,)), *tangents_of((dx, *tangents), inputs))
         found = iter(reference_jvp(gradients, (dy, *primals), moves))
         every = [dy.new_zeros(0) if t is None else next(found) for t in inputs]
         return tuple(move if ctx.wants >> k & 1 else dy.new_zeros(0) for k, move in enumerate(every))
@@ -135,19 +134,7 @@ def _reference(
     inputs: Sequence[Tensor | None], eps: float, rms: bool
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The reference as a function of x, weight and bias, as far as they are there, and these."""
-
-    def function(*tensors: Tensor) -> Tensor:
-        remaining = iter(tensors)
-        x, weight, bias = (None if t is None else next(remaining) for t in inputs)
-        assert x is not None
-        return reference(x, weight, bias, eps, rms)
-
-    return function, tuple(t for t in inputs if t is not None)
-
-
-def _present(tangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    moved = [d for d, t in zip(tangents, inputs, strict=False) if t is not None]
-    return zeros_for_none(moved, [t for t in inputs if t is not None])
+    return of_present(lambda x, weight, bias: reference(x, weight, bias, eps, rms), inputs)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, backend: str) -> Tensor:

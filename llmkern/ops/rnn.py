@@ -14,11 +14,14 @@ from ..reference.rnn import rnn as reference
 from ._autograd import (
     KernelFunction,
     differentiating,
+    of_present,
     pure,
     reference_jvp,
     reference_vjp,
     reference_vjp_vjp,
     takes,
+    tangents_of,
+    wanted_cotangents,
     zeros_for_none,
 )
 from ._library import define
@@ -111,8 +114,7 @@ class RNNFunction(KernelFunction):
         inputs = ctx.saved_tensors[:_INPUTS]
         outputs = 4 if inputs[2] is not None else 2
         function, primals = reference_of(inputs, ctx.options, outputs)
-        moved = [d for d, t in zip(tangents, inputs[:RNN_PRIMALS], strict=False) if t is not None]
-        moves = reference_jvp(function, primals, zeros_for_none(moved, primals))
+        moves = reference_jvp(function, primals, tangents_of(tangents, inputs[:RNN_PRIMALS]))
         return *moves, *[None] * (6 - outputs)
 
 
@@ -137,9 +139,7 @@ class RNNBackwardFunction(KernelFunction):
         cotangents, inputs = ctx.saved_tensors[:_COTANGENTS], ctx.saved_tensors[_COTANGENTS:]
         directions = tuple(d for d in cotangents if d is not None)
         function, primals = reference_of(inputs, ctx.options, len(directions))
-        given = [d for d, t in zip(dgrads, inputs[:RNN_PRIMALS], strict=True) if t is not None]
-        # A gradient that nobody asked for was empty, and so is what comes back for it.
-        given = [d if d.shape == p.shape else torch.zeros_like(p) for d, p in zip(given, primals, strict=True)]
+        given = wanted_cotangents(dgrads, inputs[:RNN_PRIMALS])
         dprimals, dcotangents = reference_vjp_vjp(function, primals, directions, given)
         of_primals, of_cotangents = iter(dprimals), iter(dcotangents)
         grads = [None if t is None else next(of_cotangents) for t in cotangents]
@@ -176,12 +176,10 @@ def reference_of(inputs: Sequence[Any], options: RNNOptions, outputs: int) -> tu
     """The first ``outputs`` results of the reference as a function of the tensors that are there, and these."""
     primals, others = inputs[:RNN_PRIMALS], inputs[RNN_PRIMALS:_INPUTS]
 
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        remaining = iter(tensors)
-        full = [None if t is None else next(remaining) for t in primals]
-        return reference(RNNInputs(*full, *others), options)[:outputs]  # type: ignore[arg-type]
+    def function(*tensors: Any) -> tuple[Tensor, ...]:
+        return reference(RNNInputs(*tensors, *others), options)[:outputs]
 
-    return function, tuple(t for t in primals if t is not None)
+    return of_present(function, primals)
 
 
 def rnn(inputs: RNNInputs, options: RNNOptions, backend: str, cells: bool = False) -> tuple[Tensor, ...]:
